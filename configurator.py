@@ -1,0 +1,155 @@
+"""
+Config files and --key=value flags -> one typed dataclass.
+
+    cfg, given = configure(Config, sys.argv[1:])
+
+A command line is read from left to right and a later value wins:
+
+    python train.py config/tiny.py --ffn=geglu --learning_rate 3e-4 --compile=False
+
+`config/tiny.py` holds plain `name = literal` lines. It is parsed, never executed: nanoGPT's
+exec() of a config file is a joy to write and a hole to run. A name that the dataclass does not
+have is an error with a did-you-mean, in a file as on the command line.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterable
+
+T = typing.TypeVar("T")
+
+
+class UserError(Exception):
+    """An error that a user can cause. Its text is one line: what is wrong, then the cure."""
+
+
+def run(main: Callable[[], object]) -> None:
+    """Call main(); a UserError becomes one line on stderr (of rank 0) and exit code 1."""
+    try:
+        main()
+    except UserError as e:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # torchrun kills all ranks when the first one exits: let rank 0 print
+            sys.exit(1)
+        sys.exit("error: " + " ".join(str(e).split()))
+    except BrokenPipeError:  # `python bench.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest valid one, and all of them."""
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=1)
+    return (f"did you mean {near[0]}? " if near else "") + f"valid: {', '.join(valid)}"
+
+
+def configure(cls: type[T], argv: list[str]) -> tuple[T, set[str]]:
+    """
+    Read argv (config file paths, --key=value, --key value, --flag) into the dataclass cls.
+
+    Returns the instance and the names that were given (by file or flag, not by default).
+    Raises UserError; --help prints every field with its type, default and comment, and exits 0.
+    """
+    types = typing.get_type_hints(cls)
+    values: dict[str, object] = {}
+    if "--help" in argv or "-h" in argv:
+        print(usage(cls))
+        sys.exit(0)
+    rest = list(argv)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("-"):
+            values.update(read_config_file(arg, types))
+            continue
+        name, equals, text = arg[2:].partition("=")
+        if not arg.startswith("--") or name not in types:
+            raise UserError(f"unknown flag {arg!r}: {suggest(name, types)}")
+        if not equals and types[name] is bool:
+            is_value = bool(rest) and rest[0].lower() in BOOLS
+            text = rest.pop(0) if is_value else "true"
+        elif not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{name} needs a value: --{name}=VALUE")
+            text = rest.pop(0)
+        values[name] = parse_value(f"--{name}", text, types[name])
+    return cls(**values), set(values)
+
+
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def parse_value(name: str, text: str, kind: type) -> object:
+    """The text of one flag as a value of its field's type."""
+    try:
+        if kind is bool:
+            return BOOLS[text.lower()]
+        value = kind(text)
+    except (ValueError, KeyError):
+        raise UserError(f"{name} takes {KINDS[kind]}, not {text!r}") from None
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{name} takes a finite number, not {text!r}")
+    return value
+
+
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
+
+
+def read_config_file(path: str, types: dict[str, type]) -> dict[str, object]:
+    """The `name = literal` lines of a config file, each checked against its field's type."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            tree = ast.parse(f.read())
+    except OSError as e:
+        cure = "flags start with --, anything else is a config file"
+        raise UserError(f"cannot read config file {path!r} ({e.strerror}): {cure}") from None
+    except SyntaxError as e:
+        raise UserError(f"{path}:{e.lineno}: not a `name = literal` line ({e.msg})") from None
+    except (ValueError, RecursionError, MemoryError) as e:  # NUL bytes, not UTF-8, ((((...
+        raise UserError(f"{path}: not a text of `name = literal` lines ({e})") from None
+    values: dict[str, object] = {}
+    for node in tree.body:
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())):  # a docstring
+                continue
+            case ast.Assign(targets=[ast.Name(id=name)]):
+                pass
+            case _:
+                raise UserError(f"{path}:{node.lineno}: only `name = literal` lines, no code")
+        where = f"{path}:{node.lineno}: {name}"
+        if name not in types:
+            raise UserError(f"{where} is not a flag: {suggest(name, types)}")
+        try:
+            value = ast.literal_eval(node.value)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            raise UserError(f"{where} must be a literal: a number, a string, True, False") from None
+        kind = types[name]
+        if kind is float and type(value) is int and abs(value) < 2**1023:
+            value = float(value)
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+            raise UserError(f"{where} takes {KINDS[kind]}, not {ast.unparse(node.value)[:60]}")
+        values[name] = value
+    return values
+
+
+def usage(cls: type) -> str:
+    """The --help text: the module's docstring, then each field with type, default and comment."""
+    source = inspect.getsource(cls)
+    doc = inspect.getdoc(inspect.getmodule(cls)) or ""
+    lines = [doc.strip(), "", "flags:"]
+    for field in dataclasses.fields(cls):
+        found = re.search(rf"^    {field.name}:[^#\n]*#\s*(.*)$", source, re.M)
+        kind = typing.get_type_hints(cls)[field.name].__name__
+        head = f"  --{field.name}={field.default!r} ({kind})"
+        lines.append(f"{head:<44} {found[1] if found else ''}".rstrip())
+    return "\n".join(lines)
