@@ -96,25 +96,34 @@ def parse_value(name: str, text: str, kind: type) -> object:
             return BOOLS[text.lower()]
         value = kind(text)
     except (ValueError, KeyError):
-        raise UserError(f"{name} takes {KINDS[kind]}, not {text!r}") from None
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{name} takes a finite number, not {text!r}")
+        raise UserError(f"{name} takes {KINDS[kind]}, not {text[:60]!r}") from None
+    if not in_range(value):
+        raise UserError(f"{name} takes {KINDS[kind]} {RANGE}, not {text[:60]!r}")
     return value
 
 
+def in_range(value: object) -> bool:
+    """False for inf, nan and whole numbers beyond 64 bits, which no flag can mean."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or abs(value) < 2**63
+
+
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
+RANGE = "that is finite and fits 64 bits"
 
 
 def read_config_file(path: str, types: dict[str, type]) -> dict[str, object]:
     """The `name = literal` lines of a config file, each checked against its field's type."""
     try:
-        with open(path, encoding="utf-8") as f:
-            tree = ast.parse(f.read())
+        with open(path, encoding="utf-8-sig") as f:
+            source = f.read()
+        tree = ast.parse(source)
     except OSError as e:
         cure = "flags start with --, anything else is a config file"
         raise UserError(f"cannot read config file {path!r} ({e.strerror}): {cure}") from None
     except SyntaxError as e:
-        raise UserError(f"{path}:{e.lineno}: not a `name = literal` line ({e.msg})") from None
+        raise UserError(f"{path}:{e.lineno or 1}: not a `name = literal` line ({e.msg})") from None
     except (ValueError, RecursionError, MemoryError) as e:  # NUL bytes, not UTF-8, ((((...
         raise UserError(f"{path}: not a text of `name = literal` lines ({e})") from None
     values: dict[str, object] = {}
@@ -136,8 +145,11 @@ def read_config_file(path: str, types: dict[str, type]) -> dict[str, object]:
         kind = types[name]
         if kind is float and type(value) is int and abs(value) < 2**1023:
             value = float(value)
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
-            raise UserError(f"{where} takes {KINDS[kind]}, not {ast.unparse(node.value)[:60]}")
+        if type(value) is not kind or not in_range(value):
+            # the text itself: repr and ast.unparse fail on an int of over 4300 digits
+            text = " ".join((ast.get_source_segment(source, node.value) or "").split())
+            what = KINDS[kind] + (f" {RANGE}" if type(value) is kind else "")
+            raise UserError(f"{where} takes {what}, not {text[:60]}")
         values[name] = value
     return values
 
