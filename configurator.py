@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable
 T = typing.TypeVar("T")
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """An error that a user can cause. Its text is one line: what is wrong, then the cure."""
 
 

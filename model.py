@@ -1,0 +1,820 @@
+"""
+A Qwen3-style decoder whose feed-forward layer (FFN) is picked by a spec string.
+
+Read it in three parts: the FFNs, side by side; the lines that turn `sparseglu:k=0.5` into one of
+them and say what it costs; the decoder around them. A new idea is a class among the first and a
+line in `FFNS`: training, bench, comparison and the generic tests pick it up from there.
+
+Every FFN maps (..., d) -> (..., d) with hidden width h. Linear layers are bias-free unless noted,
+GELU is the exact one (erf). Papers are the five by "Aardvark" (2025) where no other is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal, get_args, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configurator import UserError, parse_value, suggest
+
+# ------------------------------------------------------------------------------------------------
+# Dense FFNs
+
+
+class GELU(nn.Module):
+    """down(GELU(up x)). The Transformer's FFN as in GPT-2; 2/3 of SwiGLU's parameters."""
+
+    def __init__(self, d: int, h: int):
+        super().__init__()
+        self.up_proj = linear(d, h)
+        self.down_proj = linear(h, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class ReLU2(nn.Module):
+    """down(ReLU(up x)^2). Primer (arXiv 2109.08668)."""
+
+    def __init__(self, d: int, h: int):
+        super().__init__()
+        self.up_proj = linear(d, h)
+        self.down_proj = linear(h, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+class GEGLU(nn.Module):
+    """down(GELU(gate x) * up x). GLU variants (arXiv 2002.05202)."""
+
+    def __init__(self, d: int, h: int):
+        super().__init__()
+        self.gate_proj = linear(d, h)
+        self.up_proj = linear(d, h)
+        self.down_proj = linear(h, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SwiGLU(nn.Module):
+    """down(SiLU(gate x) * up x). GLU variants (arXiv 2002.05202); Qwen3's own FFN, the baseline."""
+
+    def __init__(self, d: int, h: int):
+        super().__init__()
+        self.gate_proj = linear(d, h)
+        self.up_proj = linear(d, h)
+        self.down_proj = linear(h, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class IsoGMLP(nn.Module):
+    """down(sigmoid(gate x) * up x). Dynamic GEGLU names it and defines nothing: our reading."""
+
+    def __init__(self, d: int, h: int):
+        super().__init__()
+        self.gate_proj = linear(d, h)
+        self.up_proj = linear(d, h)
+        self.down_proj = linear(h, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(torch.sigmoid(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MultiScale(nn.Module):
+    """sum_i scale_i * branch_i(x), SwiGLUs of width h/2, h/4, h/4. ASG only names it: our reading."""
+
+    def __init__(self, d: int, h: int):
+        super().__init__()
+        if h % 4:
+            raise UserError(f"multiscale splits h into h/2, h/4, h/4: {h} is not a multiple of 4")
+        self.branches = nn.ModuleList(SwiGLU(d, width) for width in (h // 2, h // 4, h // 4))
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(scale * branch(x) for scale, branch in zip(self.scale, self.branches))
+
+
+class DualGated(nn.Module):
+    """SwiGLU(x) + GEGLU(x), each of width h/2. ASG only names it: our reading."""
+
+    def __init__(self, d: int, h: int):
+        super().__init__()
+        if h % 2:
+            raise UserError(f"dualgated splits h into two halves: {h} is odd")
+        self.silu = SwiGLU(d, h // 2)
+        self.gelu = GEGLU(d, h // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.silu(x) + self.gelu(x)
+
+
+# ------------------------------------------------------------------------------------------------
+# The five systems, and Spark
+
+
+class DSG(nn.Module):
+    """
+    Dynamic Sparse Gating: down(SiLU(gate x * g * m) * up x).
+
+    g = sigmoid(W_g x + b_g), per neuron or one per token; m = sigmoid(s * ||LN(x)||_2 + b), which
+    the paper leaves undefined and we take from Dynamic GEGLU. Both gates are soft: nothing is
+    skipped, so with g per neuron it costs 4/3 of SwiGLU.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        h: int,
+        *,
+        g: Literal["neuron", "token"] = "neuron",
+        m: Literal["norm", "none"] = "norm",
+    ):
+        super().__init__()
+        self.gate_proj = linear(d, h)
+        self.up_proj = linear(d, h)
+        self.down_proj = linear(h, d)
+        self.sparse_gate = nn.Linear(d, h if g == "neuron" else 1)
+        self.m = m
+        if m == "norm":
+            self.norm = nn.LayerNorm(d)
+            self.s = nn.Parameter(torch.tensor(0.1))
+            self.b = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x) * torch.sigmoid(self.sparse_gate(x))
+        if self.m == "norm":
+            gate = gate * norm_gate(x, self.norm, self.s, self.b)
+        return self.down_proj(F.silu(gate) * self.up_proj(x))
+
+
+class ASG(nn.Module):
+    """
+    Adaptive Sparse Gating: down(SiLU(gate x) * up x + z * (|z| > tau)), z = W_sparse x.
+
+    tau = sigmoid(t) with one t, one per neuron, or a fixed tau. With grad=hard no gradient reaches
+    t, so it is frozen at tau = 0.5 and d alone decides how much passes (at init about 27% at d=512,
+    3% at 128; the paper reports 35%). grad=ste passes one: mask + p - p.detach() with
+    p = sigmoid((|z| - tau) / 0.1). The added pathway is dense in both its products: 4/3 of SwiGLU.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        h: int,
+        *,
+        threshold: Literal["global", "neuron", "fixed"] = "global",
+        tau: float = 0.1,
+        sparse: bool = True,
+        grad: Literal["hard", "ste"] = "hard",
+    ):
+        super().__init__()
+        self.gate_proj = linear(d, h)
+        self.up_proj = linear(d, h)
+        self.down_proj = linear(h, d)
+        self.sparse, self.grad, self.tau = sparse, grad, tau
+        self.t = None
+        if sparse:
+            self.sparse_proj = linear(d, h)
+            if threshold != "fixed":
+                shape = (h,) if threshold == "neuron" else ()
+                self.t = nn.Parameter(torch.zeros(shape), requires_grad=grad == "ste")
+
+    def mask(self, z: Tensor) -> Tensor:
+        """z: (..., h) -> (..., h), 1 where |z| is over the threshold."""
+        with torch.autocast(z.device.type, enabled=False):
+            over = widen(z).abs() - (self.tau if self.t is None else torch.sigmoid(self.t))
+            mask = (over > 0).to(over.dtype)
+            return mask if self.grad == "hard" else pass_gradient(mask, torch.sigmoid(over / 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        if self.sparse:
+            z = self.sparse_proj(x)
+            hidden = hidden + z * self.mask(z)
+        return self.down_proj(hidden)
+
+    def active(self, x: Tensor) -> Tensor:
+        """The share of the sparse pathway's units that pass the threshold (0 without one)."""
+        return self.mask(self.sparse_proj(x)).mean() if self.sparse else x.new_zeros(())
+
+
+class SparseGated(nn.Module):
+    """
+    Sparse Gated FFN: G * down(topk(GELU(W_k x)) * W_v x) + (1 - G) * x, G = sigmoid(LN(W_g x)).
+
+    Of the keys only the round(k*h) largest are kept. Every key must be computed to know which, so
+    even ideally the cost is (1 + 2k)/3 + d/(3h) of SwiGLU's, never the paper's 0.15. The residual
+    is x as the FFN gets it, normed. grad=ste: the gradient of the keys passes as if none was cut.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        h: int,
+        *,
+        k: float = 0.15,
+        split: bool = True,
+        gate: bool = True,
+        grad: Literal["hard", "ste"] = "hard",
+    ):
+        super().__init__()
+        self.key_proj = linear(d, h)
+        if split:
+            self.value_proj = linear(d, h)
+        self.down_proj = linear(h, d, by_columns=True)
+        self.k = kept_units("sparsegated", k, h)
+        self.split, self.gate, self.grad = split, gate, grad
+        if gate:
+            self.res_gate = linear(d, d)
+            self.res_norm = nn.LayerNorm(d)
+
+    def mix(self, x: Tensor, y: Tensor) -> Tensor:
+        if not self.gate:
+            return y
+        g = torch.sigmoid(self.res_norm(self.res_gate(x)))
+        return g * y + (1 - g) * x
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = F.gelu(self.key_proj(x))
+        kept = key * top_k_mask(key, self.k)
+        if self.grad == "ste":
+            kept = pass_gradient(kept, key)
+        return self.mix(x, down(self, kept * self.value_proj(x) if self.split else kept))
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.mix(x, per_token(self.decode_one, x))
+
+    def decode_one(self, x: Tensor) -> Tensor:
+        kept, units = F.gelu(self.key_proj(x)).topk(self.k, sorted=False)
+        if self.split:
+            kept = kept * rows(self.value_proj, units, x)
+        return down_rows(self, units, kept)
+
+    def active(self, x: Tensor) -> Tensor:
+        return top_k_mask(self.key_proj(x), self.k).mean()
+
+    def active_flops(self) -> int:
+        d, h = self.key_proj.in_features, self.key_proj.out_features
+        return 2 * (d * h + (1 + self.split) * d * self.k + self.gate * d * d)
+
+
+class DynamicGEGLU(nn.Module):
+    """
+    Dynamic GEGLU: down(alpha * GELU(gate x) * up x), alpha = sigmoid(s * ||LN(x)||_2 + b).
+
+    ||LN(x)||_2 is sqrt(d) for every token but for LN's gain and bias, so with affine=False alpha is
+    a constant and this is GEGLU, scaled.
+    """
+
+    def __init__(self, d: int, h: int, *, affine: bool = True):
+        super().__init__()
+        self.gate_proj = linear(d, h)
+        self.up_proj = linear(d, h)
+        self.down_proj = linear(h, d)
+        self.norm = nn.LayerNorm(d, elementwise_affine=affine)
+        self.s = nn.Parameter(torch.tensor(0.1))
+        self.b = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        alpha = norm_gate(x, self.norm, self.s, self.b)
+        return self.down_proj(alpha * F.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SparseGLU(nn.Module):
+    """
+    SparseGLU: down(SiLU(gate x) * up x * M), M = 1 on the round(k*h) largest scores of a predictor
+    that sees the first r channels of x.
+
+    With grad=hard no gradient reaches the predictor, so it is frozen: a random hash of x picks the
+    neurons. grad=ste: M + p - p.detach(), p = sigmoid(score). grad=gate: M * p.
+    select=stat takes the scores over mean + std * Phi^-1(1 - k): about k*h units, no sort.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        h: int,
+        *,
+        k: float = 0.25,
+        r: int = 32,
+        p: int = 64,
+        grad: Literal["hard", "ste", "gate"] = "hard",
+        select: Literal["topk", "stat"] = "topk",
+    ):
+        super().__init__()
+        if not 1 <= r <= d or p < 1:
+            raise UserError(f"sparseglu needs 1 <= r <= d = {d} and p >= 1, not r={r} p={p}")
+        self.gate_proj = linear(d, h)
+        self.up_proj = linear(d, h)
+        self.down_proj = linear(h, d, by_columns=True)
+        self.predictor = nn.Sequential(nn.Linear(r, p), nn.ReLU(), nn.Linear(p, h))
+        self.predictor.requires_grad_(grad != "hard")
+        self.k, self.r, self.grad, self.select = kept_units("sparseglu", k, h), r, grad, select
+        self.z = normal_quantile("sparseglu:select=stat", k) if select == "stat" else None
+
+    def score(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.predictor(widen(x[..., : self.r]))
+
+    def mask(self, score: Tensor) -> Tensor:
+        hard = top_k_mask(score, self.k) if self.z is None else over_mean_mask(score, self.z)
+        if self.grad == "hard":
+            return hard
+        p = torch.sigmoid(score)
+        return hard * p if self.grad == "gate" else pass_gradient(hard, p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.mask(self.score(x))
+        return down(self, F.silu(self.gate_proj(x)) * self.up_proj(x) * mask)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return per_token(self.decode_one, x)
+
+    def decode_one(self, x: Tensor) -> Tensor:
+        score = self.score(x)
+        if self.z is None:
+            units = score.topk(self.k, sorted=False).indices
+        else:
+            units = over_mean_mask(score, self.z).nonzero().squeeze(-1)
+        hidden = F.silu(rows(self.gate_proj, units, x)) * rows(self.up_proj, units, x)
+        if self.grad == "gate":
+            hidden = hidden * torch.sigmoid(score[units])
+        return down_rows(self, units, hidden)
+
+    def active(self, x: Tensor) -> Tensor:
+        return (self.mask(self.score(x)) > 0).float().mean()
+
+    def active_flops(self) -> int:
+        predictor = sum(p.numel() for p in self.predictor.parameters() if p.ndim == 2)
+        return 2 * (predictor + 3 * self.gate_proj.in_features * self.k)
+
+
+class Spark(nn.Module):
+    """
+    Spark Transformer's FFN (arXiv 2506.06644): down(GELU(T(gate x[:r])) * up x[r:]).
+
+    T(z) = max(z - theta, 0), theta = mean(z) + std(z) * Phi^-1(1 - k) over h: about k*h units pass,
+    and the gate itself is the predictor. theta stays in the graph. r=0 means d // 2.
+    """
+
+    def __init__(self, d: int, h: int, *, k: float = 0.08, r: int = 0):
+        super().__init__()
+        self.r = r or d // 2
+        if not 1 <= self.r < d:
+            raise UserError(f"spark needs 1 <= r < d = {d}, not r={r}")
+        self.gate_proj = linear(self.r, h)
+        self.up_proj = linear(d - self.r, h)
+        self.down_proj = linear(h, d, by_columns=True)
+        self.k, self.z = kept_units("spark", k, h), normal_quantile("spark", k)
+
+    def threshold(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            std, mean = torch.std_mean(widen(z), dim=-1, keepdim=True)
+            return F.relu(widen(z) - (mean + std * self.z))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.gelu(self.threshold(self.gate_proj(x[..., : self.r])))
+        return down(self, gate * self.up_proj(x[..., self.r :]))
+
+    def decode(self, x: Tensor) -> Tensor:
+        return per_token(self.decode_one, x)
+
+    def decode_one(self, x: Tensor) -> Tensor:
+        gate = self.threshold(self.gate_proj(x[: self.r]))
+        units = gate.nonzero().squeeze(-1)
+        return down_rows(self, units, F.gelu(gate[units]) * rows(self.up_proj, units, x[self.r :]))
+
+    def active(self, x: Tensor) -> Tensor:
+        return (self.threshold(self.gate_proj(x[..., : self.r])) > 0).float().mean()
+
+    def active_flops(self) -> int:
+        d, h = self.down_proj.out_features, self.down_proj.in_features
+        return 2 * (self.r * h + (d - self.r) * self.k + d * self.k)
+
+
+# ------------------------------------------------------------------------------------------------
+# What they share
+
+
+def linear(fan_in: int, fan_out: int, by_columns: bool = False) -> nn.Linear:
+    """A bias-free Linear. by_columns lays the weight out so that a column is contiguous in memory
+    (decode gathers columns of `down`); shape, name and values are those of any other Linear."""
+    layer = nn.Linear(fan_in, fan_out, bias=False)
+    if by_columns:
+        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    return layer
+
+
+def down(ffn: nn.Module, hidden: Tensor) -> Tensor:
+    """ffn.down_proj(hidden), written so that a by_columns weight gets a gradient of its layout."""
+    return hidden @ ffn.down_proj.weight.t()
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least float32: for norms, thresholds and predictors."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def norm_gate(x: Tensor, norm: nn.Module, s: Tensor, b: Tensor) -> Tensor:
+    """sigmoid(s * ||norm(x)||_2 + b): (..., d) -> (..., 1). Dynamic GEGLU's alpha, DSG's m."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.sigmoid(s * norm(widen(x)).norm(dim=-1, keepdim=True) + b)
+
+
+def pass_gradient(value: Tensor, to: Tensor) -> Tensor:
+    """Straight-through: the forward value of `value`, bit for bit, and the gradient of both."""
+    return value + (to - to.detach())
+
+
+def top_k_mask(score: Tensor, k: int) -> Tensor:
+    """1 on exactly k of the largest along the last dim (by index: a tie never adds one), else 0."""
+    units = score.detach().topk(k, sorted=False).indices
+    return torch.zeros_like(score).scatter(-1, units, 1.0)
+
+
+def over_mean_mask(score: Tensor, z: float) -> Tensor:
+    """1 where score > mean + z * std along the last dim, else 0."""
+    std, mean = torch.std_mean(score.detach(), dim=-1, keepdim=True)
+    return (score.detach() > mean + z * std).to(score.dtype)
+
+
+def kept_units(name: str, k: float, h: int) -> int:
+    if not 0 < k <= 1 or round(k * h) < 1:
+        raise UserError(f"{name} keeps round(k*h) of {h} units: k={k} is not in (0, 1] or too small")
+    return round(k * h)
+
+
+def normal_quantile(name: str, k: float) -> float:
+    if not 0 < k < 1:
+        raise UserError(f"{name} puts its threshold at a normal quantile: 0 < k < 1, not k={k}")
+    return NormalDist().inv_cdf(1 - k)
+
+
+def per_token(decode_one: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """decode_one: (d,) -> (d,), applied to each token of x (..., d)."""
+    return torch.stack([decode_one(token) for token in x.reshape(-1, x.size(-1))]).view(x.shape)
+
+
+def rows(layer: nn.Linear, units: Tensor, x: Tensor) -> Tensor:
+    """layer(x)[units], reading those rows only. x: (fan_in,), units: (n,) -> (n,)"""
+    return F.linear(x, layer.weight[units])
+
+
+def down_rows(ffn: nn.Module, units: Tensor, hidden: Tensor) -> Tensor:
+    """sum_i hidden_i * (column units_i of down_proj), reading those only. (n,), (n,) -> (d,)"""
+    weight = ffn.down_proj.weight.t()  # (h, d), contiguous: see linear
+    scale = hidden[None].to(weight.dtype)
+    return F.embedding_bag(units[None], weight, mode="sum", per_sample_weights=scale)[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# From a spec to an FFN, and its cost
+
+FFNS: dict[str, type[nn.Module]] = {
+    "gelu": GELU,
+    "relu2": ReLU2,
+    "geglu": GEGLU,
+    "swiglu": SwiGLU,
+    "isogmlp": IsoGMLP,
+    "multiscale": MultiScale,
+    "dualgated": DualGated,
+    "dsg": DSG,
+    "asg": ASG,
+    "sparsegated": SparseGated,
+    "dynamicgeglu": DynamicGEGLU,
+    "sparseglu": SparseGLU,
+    "spark": Spark,
+}
+
+
+def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
+    """`name:option=value:...` -> its class and keyword arguments. Raises UserError."""
+    name, *settings = spec.split(":")
+    if name not in FFNS:
+        raise UserError(f"unknown ffn {name!r}: {suggest(name, FFNS)}")
+    signature = inspect.signature(FFNS[name].__init__).parameters.values()
+    kinds = get_type_hints(FFNS[name].__init__)
+    valid = [p.name for p in signature if p.kind is p.KEYWORD_ONLY]
+    options: dict[str, object] = {}
+    for setting in settings:
+        option, equals, text = setting.partition("=")
+        if option not in valid:
+            known = suggest(option, valid) if valid else "it has none"
+            raise UserError(f"{name} has no option {option!r}: {known}")
+        if option in options or not equals:
+            raise UserError(f"{spec!r}: write each option once, as option=value")
+        choices = get_args(kinds[option])  # of a Literal
+        if choices and text not in choices:
+            raise UserError(f"{name}:{option} cannot be {text!r}: {suggest(text, choices)}")
+        options[option] = text if choices else parse_value(f"{name}:{option}", text, kinds[option])
+    return FFNS[name], options
+
+
+def make_ffn(spec: str, d: int, h: int) -> nn.Module:
+    """The FFN of a spec, (..., d) -> (..., d) with hidden width h, PyTorch's own init. Raises
+    UserError for an unknown name, option or value and for an h that does not divide as needed."""
+    cls, options = parse_spec(spec)
+    if d < 1 or h < 1:
+        raise UserError(f"an FFN needs d >= 1 and h >= 1, not d={d} h={h}")
+    return cls(d, h, **options)
+
+
+def ffn_cost(ffn: nn.Module) -> dict[str, int]:
+    """Parameters, and FLOPs per token of the forward pass's matrix products: `flops` as executed,
+    `active_flops` as an ideal implementation would need that skips what is zero."""
+    flops = sum(2 * p.numel() for p in ffn.parameters() if p.ndim == 2)
+    active = ffn.active_flops() if hasattr(ffn, "active_flops") else flops
+    params = sum(p.numel() for p in ffn.parameters())
+    return {"params": params, "flops": flops, "active_flops": active}
+
+
+def match_hidden(spec: str, d: int, hidden: int) -> int:
+    """The multiple of 8 whose FFN parameters come closest to SwiGLU's at `hidden`."""
+
+    def params(spec: str, h: int) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in make_ffn(spec, d, h).parameters())
+
+    # Options such as k may refuse a tiny h, so the line params = base + slope * h is drawn here.
+    target, slope = params("swiglu", hidden), (params(spec, 1024) - params(spec, 512)) / 512
+    guess = round((target - params(spec, 512) + 512 * slope) / slope / 8) * 8
+    return min((h for h in (guess - 8, guess, guess + 8) if h >= 8),
+               key=lambda h: abs(params(spec, h) - target), default=8)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# The decoder. Modules carry the names of Hugging Face's Qwen3.
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 2048
+    vocab_size: int = 50304
+    n_layer: int = 32
+    n_head: int = 8
+    n_kv_head: int = 8
+    n_embd: int = 512
+    ffn: str = "swiglu"
+    ffn_hidden: int = 2048
+    ffn_match: str = "hidden"  # or params: as wide as makes it as big as SwiGLU at ffn_hidden
+    tie_embeddings: bool = True
+    seed: int = 0
+
+    @property
+    def hidden(self) -> int:
+        """The FFN's actual width, after ffn_match."""
+        if self.ffn_match == "hidden":
+            return self.ffn_hidden
+        return match_hidden(self.ffn, self.n_embd, self.ffn_hidden)
+
+    def check(self) -> None:
+        """Raise UserError for a shape that cannot be built. Allocates nothing."""
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1 and name != "seed":
+                raise UserError(f"{name} must be at least 1, not {value}")
+        if self.n_embd % (2 * self.n_head):
+            raise UserError(f"n_embd={self.n_embd} is not a multiple of 2 * n_head = {2 * self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+        if self.ffn_match not in ("hidden", "params"):
+            raise UserError(f"ffn_match is hidden or params, not {self.ffn_match!r}")
+        with torch.device("meta"):
+            make_ffn(self.ffn, self.n_embd, self.hidden)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention, RMSNorm on q and k per head, rotary positions."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        d, self.head_dim = config.n_embd, config.n_embd // config.n_head
+        self.gqa = config.n_kv_head < config.n_head
+        self.q_proj = linear(d, d)
+        self.k_proj = linear(d, config.n_kv_head * self.head_dim)
+        self.v_proj = linear(d, config.n_kv_head * self.head_dim)
+        self.o_proj = linear(d, d)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None) -> Tensor:
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype).transpose(1, 2)
+        if cache is not None:  # [k, v] of the tokens so far; empty before the first
+            if cache:
+                k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
+            cache[:] = k, v
+        # With a cache, T is the whole prompt or one token, and one token may see all the others.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=self.gqa)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split as in Hugging Face. x: (B, T, n, head_dim), cos: (T, 1, half)"""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.mlp = make_ffn(config.ffn, config.n_embd, config.hidden)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        one_token = cache is not None and x.size(1) == 1 and hasattr(self.mlp, "decode")
+        return x + (self.mlp.decode if one_token else self.mlp)(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        head_dim = config.n_embd // config.n_head
+        frequency = 1e6 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angle = torch.arange(config.block_size)[:, None, None] * frequency  # (T, 1, head_dim/2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, idx: Tensor, caches: list | None = None, start: int = 0) -> Tensor:
+        """idx: (B, T) at positions start, start + 1, ... -> (B, T, d). caches: a list per layer."""
+        cos, sin = (table[start : start + idx.size(1)] for table in (self.cos, self.sin))
+        x = self.embed_tokens(idx)  # (B, T, d)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, caches[i] if caches is not None else None)
+        return self.norm(x)
+
+
+class GPT(nn.Module):
+    """Qwen3-style decoder. Weights are initialized float32 on the CPU, the same bits for the same
+    (seed, parameter name, shape) whatever the FFN and the state of PyTorch's random generator."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        config.check()
+        self.config = config
+        with torch.random.fork_rng(devices=[]):  # for what an FFN of yours may draw by itself
+            torch.manual_seed(config.seed)
+            self.model = Decoder(config)
+            self.lm_head = linear(config.n_embd, config.vocab_size)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Matrices N(0, 0.02), those that write to the residual stream scaled by 1/sqrt(2 n_layer),
+        biases 0; gains and an FFN's scalars stay as their modules set them."""
+        for name, p in self.named_parameters():  # a tied weight comes once, as embed_tokens
+            if name.endswith(".bias"):
+                p.zero_()
+            elif p.ndim >= 2 and p.device.type != "meta":
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                seed = hashlib.sha256(f"{self.config.seed}:{name}".encode()).digest()[:8]
+                generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
+                p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """
+        idx: (B, T) token ids, T <= block_size. Without targets: ((B, T, vocab) logits, None).
+        With targets (B, T): (None, mean cross-entropy in nats over the targets that are not -100).
+        """
+        x = self.model(idx)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        use_cache: bool = True,
+        n_vocab: int = 0,
+    ) -> Tensor:
+        """
+        Append max_new_tokens to idx (B, T), T >= 1. temperature 0 is greedy; top_k 0 keeps all ids;
+        ids from n_vocab on (the vocabulary's padding) are never drawn. Sampling uses PyTorch's
+        global generator. The context is block_size at most: when full, its older half is dropped.
+        """
+        size = self.config.block_size
+        start, caches = max(0, idx.size(1) - size), None
+        for _ in range(max_new_tokens):
+            if idx.size(1) - start > size:
+                start, caches = idx.size(1) - max(1, size // 2), None
+            if caches is None or not use_cache:  # all of the context
+                caches = [[] for _ in self.model.layers]
+                x = self.model(idx[:, start:], caches if use_cache else None)
+            else:  # the newest token
+                x = self.model(idx[:, -1:], caches, start=idx.size(1) - 1 - start)
+            logits = self.lm_head(x[:, -1]).float()
+            if n_vocab:
+                logits[:, n_vocab:] = -math.inf
+            if top_k:
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            if temperature > 0:
+                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+            else:
+                new = logits.argmax(-1, keepdim=True)
+            idx = torch.cat((idx, new), dim=1)
+        return idx
+
+    def param_counts(self) -> dict[str, int]:
+        """`layers`: in matrices of the layers (the papers' "134M"); `matrices`: these and lm_head;
+        `total`: every parameter, a tied one once."""
+        layers = sum(p.numel() for p in self.model.layers.parameters() if p.ndim == 2)
+        return {
+            "layers": layers,
+            "matrices": layers + self.lm_head.weight.numel(),
+            "total": sum(p.numel() for p in self.parameters()),
+        }
+
+    def flops_per_token(self) -> int:
+        """Of a training step, forward and backward: 6 per matrix parameter, and causal attention
+        counted once (nanoGPT's 12 counts the masked half too)."""
+        c = self.config
+        return 6 * self.param_counts()["matrices"] + 6 * c.n_layer * c.n_embd * c.block_size
+
+
+# ------------------------------------------------------------------------------------------------
+# The loss, without ever holding the logits of all tokens
+
+
+LOSS_CHUNK_BYTES = 2**25  # of float32 logits: small enough for a CPU's cache and allocator
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """
+    Mean of F.cross_entropy(x @ weight.T, targets, ignore_index=-100); 0 where all are ignored.
+
+    x: (N, d), weight: (V, d), targets: (N,). The logits of 16k tokens and a vocabulary of 50k take
+    3.3 GB, their gradient as much again. This makes both a chunk at a time, and the gradients of x
+    and weight in the forward pass while the chunk is there (the trick of Liger and of Cut CE).
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return LinearCrossEntropy.apply(x, weight, targets)
+    return sum(loss for _, loss, _ in loss_chunks(x, weight, targets)) / n_targets(targets)
+
+
+def n_targets(targets: Tensor) -> Tensor:
+    return (targets != -100).sum().clamp(min=1)
+
+
+def loss_chunks(x: Tensor, weight: Tensor, targets: Tensor):
+    """Yield (slice of tokens, their summed loss, log-probabilities (n, V) in float32) in turn."""
+    chunk = max(1, LOSS_CHUNK_BYTES // (4 * weight.size(0)))
+    for i in range(0, x.size(0), chunk):
+        part = slice(i, i + chunk)
+        log_p = F.log_softmax(widen(x[part] @ weight.t()), dim=-1)
+        yield part, F.nll_loss(log_p, targets[part], reduction="sum"), log_p
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        n = n_targets(targets)
+        total, grad_x, grad_w = 0, [], 0
+        for part, loss, log_p in loss_chunks(x, weight, targets):
+            total = total + loss
+            valid = (targets[part] != -100)[:, None]
+            # d loss / d logits = softmax - onehot, 0 for an ignored token
+            hot = torch.arange(weight.size(0), device=x.device) == targets[part][:, None]
+            grad = ((log_p.exp() - hot.to(log_p.dtype)) * (valid / n)).to(x.dtype)
+            grad_x.append(grad @ weight)
+            grad_w = grad_w + grad.t() @ x[part]
+        ctx.save_for_backward(torch.cat(grad_x), grad_w)
+        return total / n
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad.to(grad_x.dtype), grad_w * grad.to(grad_w.dtype), None
