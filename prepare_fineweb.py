@@ -1,0 +1,685 @@
+"""
+Text -> shards of uint16 tokens, in the format of llm.c and modded-nanogpt.
+
+    python prepare_fineweb.py                                   # FineWeb sample-10BT, streamed
+    python prepare_fineweb.py --input='texts/*.parquet'         # jsonl(.gz, .zst), txt, py
+    python prepare_fineweb.py --pretokenized=8                  # download ready-made GPT-2 shards
+    python prepare_fineweb.py --input=stdlib --encoding=bytes   # offline: Python's own sources
+    python prepare_fineweb.py --verify=data/fineweb             # re-read and check everything
+
+A shard is 256 little-endian int32 of header (20240520, 1, number of tokens, zeros), then the
+tokens. Every document is <|endoftext|> and then its ordinary encoding; documents run on across
+shards. The stream's first val_tokens tokens are the validation shard, the rest training shards.
+
+It can be killed at any moment: run the same command again and it goes on from the last complete
+shard, to the same bytes. Neither interruptions nor the number of workers change the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from configurator import UserError, configure, run, suggest
+
+if TYPE_CHECKING:
+    import tiktoken
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl",
+         ".txt": "text", ".py": "text"}  # fmt: skip
+PRETOKENIZED = "kjj0/fineweb10B-gpt2"
+EOT = "<|endoftext|>"
+BATCH_CHARS = 1 << 18
+
+
+@dataclass
+class Config:
+    input: str = ""  # glob of local parquet, jsonl(.gz, .zst), txt or py files, or "stdlib"
+    dataset: str = "HuggingFaceFW/fineweb"  # what to stream from the Hugging Face hub if no input
+    name: str = "sample-10BT"  # the dataset's configuration
+    split: str = "train"  # the dataset's split
+    revision: str = ""  # the dataset's branch, tag or commit (empty: main)
+    text_column: str = "text"  # which column or JSON key holds the text
+    out_dir: str = "data/fineweb"  # where the shards go
+    encoding: str = "gpt2"  # gpt2, bytes, or another tiktoken encoding of at most 65,536 tokens
+    shard_tokens: int = 100_000_000  # tokens in a training shard
+    val_tokens: int = 0  # tokens in the validation shard (0: shard_tokens)
+    max_tokens: int = 0  # stop after this many tokens, validation included (0: take all)
+    workers: int = 0  # processes that tokenize (0: one per core)
+    pretokenized: int = 0  # download this many ready-made training shards (and validation) instead
+    verify: str = ""  # check this folder against its meta.json instead
+
+
+# flags that cannot change the shards, so that they may differ when a run is taken up again
+FREE_FLAGS = {"out_dir", "workers", "pretokenized", "verify"}
+
+
+# ---- encodings --------------------------------------------------------------------------------
+
+
+def load_encoding(name: str) -> tiktoken.Encoding:
+    """
+    The tiktoken encoding `name`; "bytes" is the 256 bytes and end-of-text = 256, made in memory.
+
+    Raises UserError if it is unknown, cannot be had, or does not fit shards of uint16.
+    """
+    import tiktoken
+
+    if name == "bytes":
+        # Runs of up to 64 characters: fewer regex matches than one a character, and no run so
+        # long that looking for merges in it costs. There are none: every byte is its own token.
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks,
+                                 special_tokens={EOT: 256})  # fmt: skip
+    if name not in tiktoken.list_encoding_names():
+        known = ["bytes", *tiktoken.list_encoding_names()]
+        raise UserError(f"unknown encoding {name!r}: {suggest(name, known)}")
+    too_big = f"encoding {name!r} has more than 65,536 tokens, too many for uint16: use gpt2"
+    if name.startswith(("cl100k", "o200k")):  # known without a download
+        raise UserError(too_big)
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except (OSError, ValueError, AssertionError) as e:  # requests' errors are OSErrors
+        raise UserError(
+            f"cannot get the tokenizer {name!r} ({type(e).__name__}): connect to the internet "
+            "once, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --encoding=bytes"
+        ) from None
+    if encoding.n_vocab > 65_536:
+        raise UserError(too_big)
+    if EOT not in encoding.special_tokens_set:
+        raise UserError(f"encoding {name!r} has no {EOT} token to begin documents with: use gpt2")
+    return encoding
+
+
+# Unicode's White_Space, which is what \s means to tiktoken's regex (and not to Python's)
+SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+LONG_SPACE = re.compile(rf"{SPACE}{{999,}}(?={SPACE}[^{SPACE[1:]})")
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """The ordinary encoding of one text, (n,) uint16: "<|endoftext|>" in it is plain text."""
+    try:
+        try:
+            ids = encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        except UnicodeEncodeError:  # lone surrogates, which encode_ordinary replaces
+            ids = encoding.encode_ordinary(text)
+        return np.asarray(ids, dtype=np.uint16)
+    except ValueError:
+        # tiktoken's regex gives up on some 10^5 blanks before a word. GPT-2's pattern cuts such a
+        # run before its last blank, so the text can be cut there first without any difference.
+        cuts = [0, *(m.end() for m in LONG_SPACE.finditer(text)), len(text)]
+        if len(cuts) == 2:
+            raise
+        pieces = itertools.pairwise(cuts)
+        return np.concatenate([encode(encoding, text[a:b]) for a, b in pieces])
+
+
+# ---- workers ----------------------------------------------------------------------------------
+
+
+def start_worker(name: str) -> None:
+    """Run once in each worker process: load the encoding, and never outlive the parent."""
+    global worker_encoding
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    worker_encoding = load_encoding(name)
+
+
+def exit_with_parent() -> None:
+    multiprocessing.parent_process().join()  # returns when the parent is gone, kill -9 included
+    os._exit(1)
+
+
+def encode_batch(texts: list[str]) -> np.ndarray:
+    """Documents -> one (n,) uint16 array: each is end-of-text, then its encoding."""
+    eot = np.array([worker_encoding.eot_token], dtype=np.uint16)
+    parts = [part for text in texts for part in (eot, encode(worker_encoding, text))]
+    return np.concatenate(parts) if parts else eot[:0]
+
+
+def encode_in_order(
+    pool: ProcessPoolExecutor, workers: int, batches: Iterator[tuple[dict, list[str]]]
+) -> Iterator[tuple[dict, np.ndarray]]:
+    """(position, texts) -> (position, tokens), in order, with a bounded number in flight."""
+    pending: deque = deque()
+    try:
+        for position, texts in batches:
+            pending.append((position, pool.submit(encode_batch, texts)))
+            if len(pending) > 2 * workers + 2:
+                position, future = pending.popleft()
+                yield position, future.result()
+        for position, future in pending:
+            yield position, future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process died (out of memory?): run the same command again, it goes on from "
+            "the last complete shard; fewer --workers need less memory"
+        ) from None
+
+
+# ---- sources ----------------------------------------------------------------------------------
+
+
+def find_files(cfg: Config) -> tuple[str, list[str]]:
+    """The kind ("parquet", "jsonl", "text") and the sorted paths of the local input files."""
+    if cfg.input == "stdlib":
+        root = sysconfig.get_path("stdlib")
+        paths = glob.glob(os.path.join(glob.escape(root), "**", "*.py"), recursive=True)
+        parts = {path: os.path.relpath(path, root).split(os.sep) for path in paths}
+        skip = re.compile(r".*-packages|__pycache__|tests?|.*_tests?")
+        paths = [p for p in paths if not any(skip.fullmatch(part) for part in parts[p][:-1])]
+        return "text", sorted(paths, key=parts.get)
+    paths = sorted(p for p in glob.glob(cfg.input, recursive=True) if os.path.isfile(p))
+    if not paths:
+        raise UserError(f"--input={cfg.input!r} matches no file: quote the glob, check the path")
+    kinds = {}
+    for path in paths:
+        extension = next((e for e in KINDS if path.endswith(e)), None)
+        if extension is None:
+            raise UserError(f"cannot tell what {path} is: --input takes {', '.join(KINDS)}")
+        if extension == ".jsonl.zst" and not importlib.util.find_spec("zstandard"):
+            raise UserError(f"{path} needs the zstandard package: pip install zstandard")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"cannot read {path}: check its permissions")
+        kinds[KINDS[extension]] = path
+    if len(kinds) > 1:
+        raise UserError(f"--input mixes {' and '.join(kinds.values())}: take one kind at a time")
+    return kinds.popitem()[0], paths
+
+
+def text_bytes(cfg: Config, kind: str, paths: list[str]) -> int:
+    """About how many bytes of text the files hold, for the time left. Checks parquet headers."""
+    if kind != "parquet":
+        plain = (".jsonl", ".txt", ".py")
+        return sum(os.path.getsize(p) * (1 if p.endswith(plain) else 3) for p in paths)
+    import pyarrow
+    import pyarrow.parquet
+
+    total = 0
+    for path in paths:
+        try:
+            meta = pyarrow.parquet.read_metadata(path)
+        except (pyarrow.ArrowException, OSError) as e:
+            raise cannot_read(path, e) from None
+        names = meta.schema.to_arrow_schema().names
+        if cfg.text_column not in names:
+            raise no_column(cfg.text_column, path, names)
+        for group in map(meta.row_group, range(meta.num_row_groups)):
+            columns = [group.column(i) for i in range(group.num_columns)]
+            sizes = {c.path_in_schema: c.total_uncompressed_size for c in columns}
+            total += sizes.get(cfg.text_column, 0)
+    return total
+
+
+def no_column(name: str, where: str, names: list[str]) -> UserError:
+    return UserError(f"{where} has no column {name!r}: set --text_column; {suggest(name, names)}")
+
+
+def find_source(cfg: Config, meta: dict) -> tuple[str, list[str], int]:
+    """
+    Find the input: its kind, its local files and about how many tokens it holds (0: unknown).
+
+    Notes in meta what it is, so that a run is never taken up again with another input.
+    """
+    if not cfg.input:
+        meta["revision"] = meta.get("revision") or pin_revision(cfg)
+        meta["source"] = f"{cfg.dataset} {cfg.name} {cfg.split} at {meta['revision']}"
+        billions = re.search(r"(\d+)BT", cfg.name)  # sample-10BT holds about 10 billion tokens
+        return "hub", [], int(billions[1]) * 10**9 if billions else 0
+    kind, paths = find_files(cfg)
+    size = text_bytes(cfg, kind, paths)
+    names_and_sizes = [(os.path.basename(p), os.path.getsize(p)) for p in paths]
+    digest = hashlib.sha256(json.dumps(names_and_sizes).encode()).hexdigest()
+    if meta.setdefault("input_digest", digest) != digest:
+        raise UserError(f"the files of --input={cfg.input!r} are not those that {cfg.out_dir} was "
+                        "begun with: put them back, or take another --out_dir")  # fmt: skip
+    python = f"the standard library of Python {sys.version.split()[0]}"
+    meta["source"] = python if cfg.input == "stdlib" else f"{cfg.input} ({len(paths)} files)"
+    return kind, paths, int(size / (1 if cfg.encoding == "bytes" else 4.5))
+
+
+def pin_revision(cfg: Config) -> str:
+    """The commit that a dataset's branch or tag is at now: a run of days must not see it move."""
+    if os.path.isdir(cfg.dataset):
+        return ""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(cfg.dataset, revision=cfg.revision or None, timeout=30).sha
+    except Exception as e:  # no such dataset or revision, no permission, no network
+        raise cannot_read(f"the dataset {cfg.dataset}", e) from None
+
+
+def open_texts(
+    cfg: Config, meta: dict, kind: str, paths: list[str], cache_dir: str
+) -> tuple[Iterator[str], dict, Callable[[], dict]]:
+    """
+    The documents from where meta's last shard ends: (texts, the position of the first, state).
+
+    A position is {"state": the stream's state, or None at its start; "documents": how many to
+    skip from there}; state() tells the present state.
+    """
+    import datasets
+
+    try:
+        stream = open_stream(cfg, kind, paths, meta.get("revision"), cache_dir)
+    except Exception as e:  # no such name, split or file type; the network; a corrupt file
+        raise cannot_read(meta["source"], e) from e
+    position = {"state": None, "documents": 0}
+    if meta["shards"]:
+        position = {key: meta["shards"][-1]["next"][key] for key in position}
+        if meta["datasets"] != datasets.__version__:  # its states may mean something else
+            position = {"state": None, "documents": sum(s["documents"] for s in meta["shards"]) - 1}
+    meta["datasets"] = datasets.__version__
+    if position["state"]:
+        stream.load_state_dict(position["state"])
+    texts = read_texts(cfg, kind, iter(stream), meta["source"])
+    return itertools.islice(texts, position["documents"], None), position, stream.state_dict
+
+
+def open_stream(cfg: Config, kind: str, paths: list[str], revision: str | None, cache_dir: str):
+    """A streaming dataset: rows of the hub's dataset or of the files, or lines of jsonl files."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are ours to tell
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # would stall without a network
+    options = {"split": cfg.split, "streaming": True, "cache_dir": cache_dir}
+    if kind == "hub":
+        name, revision = cfg.name or None, revision or None
+        return datasets.load_dataset(cfg.dataset, name, revision=revision, **options)
+    options |= {"split": "train", "data_files": [glob.escape(os.path.abspath(p)) for p in paths]}
+    if kind == "parquet":  # few rows at a time: a novel is a megabyte
+        return datasets.load_dataset(kind, columns=[cfg.text_column], batch_size=64, **options)
+    options |= {"encoding_errors": "replace"}
+    if kind == "text":
+        return datasets.load_dataset("text", sample_by="document", **options)
+    # jsonl is read as lines and parsed here. The json builder of `datasets` guesses types (a text
+    # like a date becomes one), drops lone surrogates, wants the same keys in every file, and on an
+    # error it reads the whole file anew, whose first documents would come twice.
+    return datasets.load_dataset("text", encoding="utf-8-sig", **options)
+
+
+def read_texts(cfg: Config, kind: str, rows: Iterator[dict], where: str) -> Iterator[str]:
+    """The text of each row; a null is an empty document, and a blank line of jsonl is none."""
+    try:
+        for row in rows:
+            if kind == "jsonl":
+                if not row["text"].strip():
+                    continue
+                row = parse_line(row["text"], where)
+            if cfg.text_column not in row:
+                raise no_column(cfg.text_column, f"a row of {where}", list(row))
+            text = row[cfg.text_column]
+            if text is not None and not isinstance(text, str):
+                what = f"column {cfg.text_column!r} of {where} holds {type(text).__name__}"
+                raise UserError(f"{what}, not text: set --text_column; columns: {', '.join(row)}")
+            yield text or ""
+    except UserError:
+        raise
+    except Exception as e:  # whatever datasets, pyarrow, a decompressor or the network raise
+        raise cannot_read(where, e) from e
+
+
+def parse_line(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not JSON ({e}): repair the line {line[:60]!r}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object: repair the line {line[:60]!r}")
+    return row
+
+
+def cannot_read(where: str, e: Exception) -> UserError:
+    reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
+    cure = "check the input and the network, then run the same command again: it goes on"
+    return UserError(f"cannot read {where} ({reason[:300]}): {cure}")
+
+
+def make_batches(
+    texts: Iterator[str], position: dict, state: Callable[[], dict]
+) -> Iterator[tuple[dict, list[str]]]:
+    """
+    Group documents into batches of about BATCH_CHARS, each with the position of its first one.
+
+    `position` is that of the first document of all, state() tells the stream's present state.
+    """
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text) + 100
+        if size >= BATCH_CHARS:
+            yield position, batch
+            position, batch, size = {"state": state(), "documents": 0}, [], 0
+    if batch:
+        yield position, batch
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def save(path: str, *parts: bytes) -> None:
+    """Write a file that has its name only when it is complete and on disk."""
+    try:
+        with open(path + ".tmp", "wb") as f:
+            for part in parts:
+                f.write(part)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+        if os.name == "posix":  # the new name is on disk only when the folder is
+            folder = os.open(os.path.dirname(path), os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise UserError(
+            f"cannot write {path} ({e.strerror}): make room or check the folder, then run the "
+            "same command again: it goes on from the last complete shard"
+        ) from None
+
+
+def save_meta(out_dir: str, meta: dict) -> None:
+    save(os.path.join(out_dir, "meta.json"), (json.dumps(meta, indent=1) + "\n").encode())
+
+
+def load_meta(out_dir: str) -> dict | None:
+    path = os.path.join(out_dir, "meta.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {path} ({e}): delete {out_dir} and start again") from None
+
+
+def shard_name(index: int) -> str:
+    return f"fineweb_{'train' if index else 'val'}_{index:06d}.bin"
+
+
+def save_shard(out_dir: str, index: int, tokens: np.ndarray) -> dict:
+    """Write tokens (n,) uint16 as shard `index`; returns its name, token count and sha256."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    parts = header.tobytes(), memoryview(tokens.astype("<u2", copy=False)).cast("B")
+    save(os.path.join(out_dir, shard_name(index)), *parts)
+    digest = hashlib.sha256(parts[0])
+    digest.update(parts[1])
+    return {"name": shard_name(index), "tokens": len(tokens), "sha256": digest.hexdigest()}
+
+
+def shard_files(out_dir: str) -> list[str]:
+    found = [glob.glob(f"*_{part}_*.bin", root_dir=out_dir) for part in ("val", "train")]
+    return sorted(found[0] + found[1], key=lambda name: name.rsplit("_", 1)[1])
+
+
+# ---- the run ----------------------------------------------------------------------------------
+
+
+def prepare(cfg: Config) -> None:
+    """Tokenize the input into cfg.out_dir, going on where an earlier run was interrupted."""
+    start = time.monotonic()
+    meta = begin(cfg)
+    if meta["complete"]:
+        print(f"{cfg.out_dir} is finished already, nothing to do")
+        return
+    kind, paths, estimate = find_source(cfg, meta)
+    encoding = load_encoding(cfg.encoding)
+    meta |= {"vocab_size": encoding.n_vocab, "eot": encoding.eot_token}
+    eot = encoding.eot_token
+    lengths = np.zeros(encoding.n_vocab, dtype=np.int64)  # bytes of text in each token
+    for piece in encoding.token_byte_values():
+        lengths[encoding.encode_single_token(piece)] = len(piece)
+    shards = meta["shards"]
+    done = sum(shard["tokens"] for shard in shards)
+    limit = cfg.max_tokens or sys.maxsize
+    if shards:
+        print(f"going on after {shards[-1]['name']}: {done:,} tokens are done")
+
+    workers = cfg.workers or cores()
+    # spawn on every platform: the same everywhere, and no lock or thread is inherited by a fork
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        pool = ProcessPoolExecutor(workers, context, start_worker, (cfg.encoding,))
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        for _ in range(workers):  # they start while this process imports datasets
+            pool.submit(encode_batch, [])
+        cache_dir = stack.enter_context(tempfile.TemporaryDirectory())
+        texts, position, state = open_texts(cfg, meta, kind, paths, cache_dir)
+        save_meta(cfg.out_dir, meta)
+        batches = make_batches(texts, position, state)
+        bar = stack.enter_context(progress(done, cfg.max_tokens or estimate))
+
+        at = shards[-1]["next"]["tokens"] if shards else 0  # of the first document, already done
+        shard = np.empty(max(cfg.val_tokens, cfg.shard_tokens), dtype=np.uint16)
+        filled = documents = size = 0
+
+        def finish_shard(position: dict | None) -> None:
+            nonlocal filled, documents, size
+            entry = save_shard(cfg.out_dir, len(shards), shard[:filled])
+            shards.append(entry | {"documents": documents, "bytes": size, "next": position})
+            filled = documents = size = 0
+
+        for position, tokens in encode_in_order(pool, workers, batches):
+            starts = np.flatnonzero(tokens == eot)  # ordinary encodings never hold this token
+            while at < len(tokens) and done < limit:
+                capacity = cfg.shard_tokens if shards else cfg.val_tokens
+                n = min(len(tokens) - at, capacity - filled, limit - done)
+                piece = tokens[at : at + n]
+                shard[filled : filled + n] = piece
+                filled, at, done = filled + n, at + n, done + n
+                documents += int((piece == eot).sum())
+                size += int(lengths[piece].sum())
+                bar.update(n)
+                if filled == capacity:
+                    # the next shard starts within the last document that has begun, or at its end
+                    last = int(np.searchsorted(starts, at)) - 1
+                    last_document = position["documents"] + last
+                    skip = {"documents": last_document, "tokens": int(at - starts[last])}
+                    finish_shard(position | skip)
+                    save_meta(cfg.out_dir, meta)
+            at = 0
+            if done == limit:
+                break
+        if filled:
+            finish_shard(None)
+    if len(shards) < 2:
+        remove_all(cfg.out_dir, meta)
+        raise UserError(
+            f"the input has only {done:,} tokens and --val_tokens={cfg.val_tokens} leaves no "
+            f"training shard: set --val_tokens={max(1, done // 10)} or give more text"
+        )
+    meta["complete"] = True
+    save_meta(cfg.out_dir, meta)
+    print_table(cfg.out_dir, meta, time.monotonic() - start)
+
+
+def begin(cfg: Config) -> dict:
+    """meta.json of cfg.out_dir, or a new one; refuses flags other than those it was begun with."""
+    flags = {key: value for key, value in asdict(cfg).items() if key not in FREE_FLAGS}
+    meta = load_meta(cfg.out_dir)
+    if meta is None:
+        if shard_files(cfg.out_dir):
+            raise UserError(f"{cfg.out_dir} has shards but no meta.json: take another --out_dir")
+        return {"encoding": cfg.encoding, "vocab_size": 0, "eot": 0, "source": "", "shards": [],
+                "complete": False, "flags": flags}  # fmt: skip
+    for key, value in flags.items():
+        if (old := meta["flags"].get(key)) != value:
+            raise UserError(f"{cfg.out_dir} was begun with --{key}={old}, not --{key}={value}: "
+                            "give the same flags, or another --out_dir")  # fmt: skip
+    known = {shard["name"] for shard in meta["shards"]} | {shard_name(len(meta["shards"]))}
+    if strange := [name for name in shard_files(cfg.out_dir) if name not in known]:
+        raise UserError(f"{cfg.out_dir}/{strange[0]} is not of this run: move it away")
+    for i, shard in enumerate(meta["shards"]):
+        path = os.path.join(cfg.out_dir, shard["name"])
+        if not os.path.isfile(path) or os.path.getsize(path) != shard_bytes(shard["tokens"]):
+            print(f"{path} is missing or cut: making it and what follows again")
+            meta["shards"], meta["complete"] = meta["shards"][:i], False
+            break
+    return meta
+
+
+def shard_bytes(tokens: int) -> int:
+    return 4 * HEADER_INTS + 2 * tokens
+
+
+def remove_all(out_dir: str, meta: dict) -> None:
+    for name in [*(shard["name"] for shard in meta["shards"]), "meta.json"]:
+        os.remove(os.path.join(out_dir, name))
+
+
+def cores() -> int:
+    """The cores this process may use; Windows cannot wait for more than 61 processes."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return min(os.cpu_count() or 1, 61)
+
+
+def progress(done: int, total: int, unit: str = "tok"):
+    """A bar with tokens, tokens/s and time left; in a log file one line a minute at most."""
+    from tqdm import tqdm
+
+    interval = 0.5 if sys.stderr.isatty() else 60
+    return tqdm(total=total or None, initial=done, unit=unit, unit_scale=True,
+                mininterval=interval, maxinterval=interval, dynamic_ncols=True)  # fmt: skip
+
+
+def print_table(out_dir: str, meta: dict, seconds: float | None = None) -> None:
+    shards = meta["shards"]
+    total = {key: sum(s[key] or 0 for s in shards) for key in ("documents", "tokens", "bytes")}
+    print(f"{'shard':<26}{'documents':>12}{'tokens':>16}{'bytes/token':>13}")
+    shown = shards if len(shards) <= 12 else [*shards[:10], None, shards[-1]]
+    for s in [*shown, {"name": f"{len(shards)} shards", **total}]:
+        if s is None:
+            print("...")
+            continue
+        ratio = f"{s['bytes'] / s['tokens']:.3f}" if s["bytes"] else "n/a"
+        print(f"{s['name']:<26}{s['documents']:>12,}{s['tokens']:>16,}{ratio:>13}")
+    print(f"{out_dir} is complete: {meta['source']}, encoding {meta['encoding']}", end="")
+    print(f", {seconds:.1f} s" if seconds else "")
+
+
+# ---- ready-made shards, and checking ----------------------------------------------------------
+
+
+def check_shard(path: str, vocab_size: int, eot: int) -> tuple[dict, list[str]]:
+    """Read one shard whole: its tokens, documents and sha256, and what is wrong with it."""
+    found, wrong = {"tokens": 0, "documents": 0}, []
+    try:
+        with open(path, "rb") as f:
+            head = f.read(4 * HEADER_INTS)
+            digest = hashlib.sha256(head)
+            if len(head) < 4 * HEADER_INTS:
+                return found, ["shorter than a header"]
+            magic, version, count = (int(i) for i in np.frombuffer(head, "<i4")[:3])
+            if (magic, version) != (MAGIC, VERSION):
+                return found, [f"not a shard: magic {magic}, version {version}"]
+            while data := f.read(1 << 22):
+                digest.update(data)
+                ids = np.frombuffer(data[: len(data) // 2 * 2], "<u2")
+                if (ids >= vocab_size).any() and not any("id" in w for w in wrong):
+                    at = int(np.argmax(ids >= vocab_size))
+                    where = found["tokens"] + at
+                    wrong.append(f"token {where:,} is id {ids[at]}, vocabulary {vocab_size:,}")
+                found["tokens"] += len(ids)
+                found["documents"] += int((ids == eot).sum())
+    except OSError as e:
+        return found, [f"cannot be read ({e.strerror})"]
+    if os.path.getsize(path) != shard_bytes(count):
+        size, needed = os.path.getsize(path), shard_bytes(count)
+        wrong.append(f"{size:,} bytes, but its header's {count:,} tokens need {needed:,}")
+    return found | {"sha256": digest.hexdigest()}, wrong
+
+
+def verify(folder: str) -> None:
+    """Re-read every shard against meta.json (GPT-2 without one); UserError if any is wrong."""
+    meta, names = load_meta(folder), shard_files(folder)
+    wrong = []
+    if meta is None:
+        meta = {"vocab_size": 50257, "eot": 50256, "source": "no meta.json", "encoding": "gpt2",
+                "shards": [{"name": name} for name in names], "complete": True}  # fmt: skip
+        numbers = [int(n.rsplit("_", 1)[1].split(".")[0]) for n in names]
+        gaps = set(range(max(numbers, default=0))) - set(numbers)
+        wrong += [f"{folder}: shard {i} is missing" for i in sorted(gaps)]
+    listed = [shard["name"] for shard in meta["shards"]]
+    if not listed:
+        raise UserError(f"{folder} has no shards: check the path")
+    strange = [name for name in names if name not in listed]
+    wrong += [f"{os.path.join(folder, name)}: not in meta.json" for name in strange]
+    for shard in meta["shards"]:
+        path = os.path.join(folder, shard["name"])
+        found, problems = check_shard(path, meta["vocab_size"], meta["eot"])
+        for key, value in found.items():
+            if shard.setdefault(key, value) != value:
+                problems.append(f"{key} {value}, but meta.json says {shard[key]}")
+        shard.setdefault("bytes", None)
+        wrong += [f"{path}: {problem}" for problem in problems]
+    if not meta["complete"]:
+        wrong.append(f"{folder}: unfinished, run its command again")
+    if wrong:
+        print("\n".join(wrong))
+        raise UserError(f"{len(wrong)} things are wrong in {folder}, listed above")
+    print_table(folder, meta)
+
+
+def main() -> None:
+    cfg, given = configure(Config, sys.argv[1:])
+    for mode in ("verify", "pretokenized"):
+        if strange := given - {mode, "out_dir"} if getattr(cfg, mode) else set():
+            raise UserError(f"--{mode} does not go with --{min(strange)}: leave one of them out")
+    if cfg.verify:
+        return verify(cfg.verify)
+    if cfg.input and (strange := given & {"dataset", "name", "split", "revision"}):
+        raise UserError(f"--input does not go with --{min(strange)}: leave one of them out")
+    cfg.val_tokens = cfg.val_tokens or cfg.shard_tokens
+    for name in ("shard_tokens", "val_tokens"):
+        if not 1 <= getattr(cfg, name) < 2**31:
+            raise UserError(f"--{name} must be from 1 to 2,147,483,647, the header's limit")
+    for name in ("max_tokens", "workers", "pretokenized"):
+        if getattr(cfg, name) < 0:
+            raise UserError(f"--{name} must not be negative")
+    if 0 < cfg.max_tokens <= cfg.val_tokens:
+        raise UserError(f"--max_tokens={cfg.max_tokens} leaves nothing to train on after "
+                        f"--val_tokens={cfg.val_tokens}: raise one or lower the other")  # fmt: skip
+    import filelock
+
+    try:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        with filelock.FileLock(os.path.join(cfg.out_dir, ".lock"), timeout=0):
+            prepare(cfg)
+    except filelock.Timeout:
+        raise UserError(f"another run is writing to {cfg.out_dir}: wait for it") from None
+    except KeyboardInterrupt:
+        raise UserError("stopped: run the same command again, it goes on from there") from None
+    except OSError as e:
+        raise UserError(f"cannot use {cfg.out_dir} ({e}): take another --out_dir") from None
+
+
+if __name__ == "__main__":
+    run(main)
