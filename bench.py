@@ -1,0 +1,363 @@
+"""
+Time FFNs, decoding, whole training steps and the loader; every figure is a ratio of one run.
+
+    python bench.py                                    # forward and backward of every FFN
+    python bench.py --mode=decode --ffn=swiglu,sparseglu,spark
+    python bench.py --mode=step --n_layer=32 --n_head=8 --n_embd=512 --ffn_hidden=2048
+
+Contenders take turns, one call each a round, every other round backwards, so that all of them
+share the machine's moods; before each call the caches are swept, as another layer's weights would
+in a model. Times are medians over the rounds; ratios are medians of the rounds' own ratios.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from configurator import UserError, configure, run
+from model import FFNS, ffn_cost, make_ffn
+
+
+@dataclass
+class Config:
+    mode: str = "ffn"  # ffn, decode, step or data
+    ffn: str = ""  # specs, comma-separated; empty: every FFN (step: swiglu)
+    d: int = 0  # width of the model; 0: 768 (decode: 1536)
+    h: int = 0  # hidden width of the FFN; 0: 2048 (decode: 8960)
+    tokens: int = 1024  # per call in mode ffn
+    rounds: int = 15  # timed calls of each contender
+    device: str = ""  # cpu, cuda, cuda:1; empty: cuda if there is one
+    dtype: str = ""  # float32 or bfloat16; empty: bfloat16 on cuda, else float32
+    compile: bool = True  # torch.compile
+    seed: int = 0  # of weights and inputs
+    json: str = ""  # write the rows to this file
+    plot: str = ""  # mode ffn: draw measured and ideal cost over SwiGLU's to this .png
+
+
+# ------------------------------------------------------------------------------------------------
+# Mode ffn: forward and backward of one layer against its matrix products alone
+
+
+def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> dict:
+    d, h, n = cfg.d or 768, cfg.h or 2048, cfg.tokens
+    torch.manual_seed(cfg.seed)
+    x = torch.randn(n, d).to(device, dtype).requires_grad_()
+    dy = torch.randn(n, d).to(device, dtype)
+    calls, layers, peaks, flops = {}, {}, {}, {}
+    for spec in dict.fromkeys([*specs, "swiglu"]):  # swiglu is the yardstick, shown or not
+        say(f"preparing {spec}")
+        layer = layers[spec] = make_ffn(spec, d, h).to(device)
+        forward = autocast(maybe_compile(layer, cfg), device, dtype)
+        leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+        def backward(forward=forward, leaves=leaves):
+            return torch.autograd.grad(forward(x), leaves, dy, allow_unused=True)
+
+        calls[spec, "forward"] = lambda forward=forward: forward(x)
+        calls[spec, "both"] = backward
+        calls[spec, "products"], flops[spec] = products(layer, n, device, dtype)
+        backward()  # compiles
+        peaks[spec] = peak_memory(backward, device)
+    times = measure(calls, cfg.rounds, device)
+
+    rows = []
+    for spec in specs:
+        cost, both = ffn_cost(layers[spec]), times[spec, "both"]
+        seconds = statistics.median(both)
+        rows.append({
+            "ffn": spec,
+            **cost,
+            "forward_ms": 1e3 * statistics.median(times[spec, "forward"]),
+            "both_ms": 1e3 * seconds,
+            "products_ms": 1e3 * statistics.median(times[spec, "products"]),
+            "tok_per_s": n / seconds,
+            "tflops": flops[spec] / seconds / 1e12,
+            "share": ratio(times[spec, "products"], both),
+            "ratio": ratio(both, times["swiglu", "both"]),
+            "spread": spread(both, times["swiglu", "both"]),
+            "peak_mib": peaks[spec] / 2**20,
+        })  # fmt: skip
+    return {"d": d, "h": h, "tokens": n, "rows": rows}
+
+
+def products(
+    layer: nn.Module, n: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable, int]:
+    """The layer's own matrix products, n tokens, forward and backward, and their FLOPs. Shapes,
+    layouts and dtype are the layer's; a frozen weight has no product in the backward pass."""
+    work, flops = [], 0
+    for p in layer.parameters():
+        if p.ndim == 2:
+            w = p.detach().to(dtype)
+            work.append((w, randn(n, w.size(1), like=w), randn(n, w.size(0), like=w), p))
+            flops += 2 * n * w.numel() * (3 if p.requires_grad else 1)
+
+    def call() -> None:
+        for w, x, _, _ in work:
+            x @ w.t()
+        for w, x, dy, p in reversed(work):
+            if p.requires_grad:
+                dy @ w
+                dy.t() @ x if w.is_contiguous() else x.t() @ dy  # the gradient in w's layout
+
+    return call, flops
+
+
+# ------------------------------------------------------------------------------------------------
+# Mode decode: one token, reading the weights of the selected neurons only
+
+
+@torch.no_grad()
+def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> dict:
+    d, h = cfg.d or 1536, cfg.h or 8960
+    torch.manual_seed(cfg.seed)
+    x = torch.randn(1, d).to(device, dtype)
+    # Where the number of selected neurons varies, it is a dynamic shape inside one graph.
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    # Kernels of microseconds need CUDA graphs to be seen behind the time of their launches.
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    calls, layers = {}, {}
+    for spec in dict.fromkeys([*specs, "swiglu"]):
+        say(f"preparing {spec}")
+        layer = layers[spec] = make_ffn(spec, d, h).to(device, dtype).eval()
+        one = maybe_compile(getattr(layer, "decode", layer.forward), cfg, mode)
+        calls[spec] = lambda one=one: one(x)
+        calls[spec]()
+    times = measure(calls, cfg.rounds, device)
+
+    rows, dense = [], ffn_cost(layers["swiglu"])["active_flops"]
+    for spec in specs:
+        cost, seconds = ffn_cost(layers[spec]), statistics.median(times[spec])
+        read = cost["active_flops"] // 2 * dtype.itemsize  # a weight is one multiply and one add
+        rows.append({
+            "ffn": spec,
+            **cost,
+            "path": "decode" if hasattr(layers[spec], "decode") else "forward",
+            "ms": 1e3 * seconds,
+            "read_mib": read / 2**20,
+            "gb_per_s": read / seconds / 1e9,
+            "speedup": ratio(times["swiglu"], times[spec]),
+            "spread": spread(times["swiglu"], times[spec]),
+            "ideal": dense / cost["active_flops"],
+        })  # fmt: skip
+    return {"d": d, "h": h, "tokens": 1, "rows": rows}
+
+
+# ------------------------------------------------------------------------------------------------
+# The clock and the scales
+
+
+def measure(calls: dict, rounds: int, device: torch.device) -> dict[object, list[float]]:
+    """Seconds of each call in each round, after two untimed calls of each."""
+    sweep = torch.empty(2**26, device=device)  # 256 MiB, more than any cache
+    for call in calls.values():
+        call(), call()
+    times = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    for i in range(rounds):
+        for name in list(calls)[:: -1 if i % 2 else 1]:
+            sweep.zero_()
+            times[name].append(timed(calls[name], device))
+    gc.enable()
+    return times
+
+
+def timed(call: Callable, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b))
+
+
+def spread(a: list[float], b: list[float]) -> float:
+    """Half the distance between the quartiles of the rounds' ratios: the noise of `ratio`."""
+    if len(a) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles((x / y for x, y in zip(a, b)), n=4)
+    return (high - low) / 2
+
+
+def peak_memory(call: Callable, device: torch.device) -> int:
+    """Bytes of tensors alive at the worst moment of the call, beyond those alive before it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # The CPU's allocator keeps no statistics, but the profiler logs each of its calls.
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    alive = peak = 0
+    for event in events:
+        if event["name"] == "[memory]":
+            alive += event["args"]["Bytes"]
+            peak = max(peak, alive)
+    return peak
+
+
+# ------------------------------------------------------------------------------------------------
+# Small helpers, tables, files
+
+
+def maybe_compile(f: Callable, cfg: Config, mode: str = "default") -> Callable:
+    return torch.compile(f, mode=mode, dynamic=False) if cfg.compile else f
+
+
+def autocast(f: Callable, device: torch.device, dtype: torch.dtype) -> Callable:
+    if dtype == torch.float32:
+        return f
+
+    def under_autocast(*args):
+        with torch.autocast(device.type, dtype):
+            return f(*args)
+
+    return under_autocast
+
+
+def randn(*shape: int, like: Tensor) -> Tensor:
+    return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+COLUMNS = {  # key of a row -> heading, format
+    "ffn": ("ffn", "s"),
+    "path": ("path", "s"),
+    "params": ("params", ",d"),
+    "flops": ("FLOPs/token", ",d"),
+    "active_flops": ("active", ",d"),
+    "forward_ms": ("fwd ms", ".2f"),
+    "both_ms": ("fwd+bwd ms", ".2f"),
+    "ms": ("ms", ".3f"),
+    "read_mib": ("read MiB", ".1f"),
+    "gb_per_s": ("GB/s", ".1f"),
+    "tok_per_s": ("tokens/s", ",.0f"),
+    "tflops": ("TFLOP/s", ".3f"),
+    "share": ("share of ceiling", ".3f"),
+    "ratio": ("x swiglu", ".3f"),
+    "speedup": ("speedup", ".2f"),
+    "spread": ("+-", ".3f"),
+    "ideal": ("ideal", ".2f"),
+    "peak_mib": ("peak MiB", ",.1f"),
+}
+
+
+def table(rows: list[dict]) -> str:
+    keys = [key for key in COLUMNS if any(key in row for row in rows)]
+    lines = [[COLUMNS[key][0] for key in keys]]
+    for row in rows:
+        lines.append(["n/a" if row[k] is None else format(row[k], COLUMNS[k][1]) for k in keys])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = []
+    for first, *rest in lines:
+        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:]))]
+        text.append("  ".join(cells))
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def plot(result: dict, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = sorted(result["rows"], key=lambda row: row["ratio"])
+    dense = ffn_cost(make_ffn("swiglu", result["d"], result["h"]))["flops"]
+    fig, ax = plt.subplots(figsize=(7, 0.6 + 0.34 * len(rows)), layout="constrained")
+    ax.barh([row["ffn"] for row in rows], [row["ratio"] for row in rows], color="0.75")
+    for key, marker, label in (("flops", "|", "FLOPs executed"), ("active_flops", "x", "ideal")):
+        ax.scatter([row[key] / dense for row in rows], range(len(rows)),
+                   marker=marker, s=60, color="k", label=label, zorder=3)  # fmt: skip
+    ax.axvline(1, color="k", lw=0.6)
+    where = f"{result['d']} x {result['h']}, {result['device']}, {result['dtype']}"
+    ax.set_xlabel(f"over SwiGLU's, forward + backward; bar: time ({where})")
+    ax.legend(frameon=False)
+    fig.savefig(path, dpi=150)
+
+
+def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype, str]:
+    """The device, the dtype of the products, the device's name. Raises UserError."""
+    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device is cpu or cuda, not {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is cpu or cuda, not {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device={name}, but this machine or build of torch has no such GPU")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    wanted = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if wanted not in dtypes:
+        raise UserError(f"--dtype is float32 or bfloat16, not {wanted!r}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        return device, dtypes[wanted], torch.cuda.get_device_name(device)
+    return device, dtypes[wanted], f"CPU, {torch.get_num_threads()} threads"
+
+
+MODES = {"ffn": bench_ffn, "decode": bench_decode}
+
+
+def main() -> None:
+    cfg, _ = configure(Config, sys.argv[1:])
+    if cfg.mode not in MODES:
+        raise UserError(f"--mode is {', '.join(MODES)}, not {cfg.mode!r}")
+    for name in ("d", "h", "tokens", "rounds"):
+        if getattr(cfg, name) < (0 if name in "dh" else 1):
+            raise UserError(f"--{name}={getattr(cfg, name)} is too small")
+    if cfg.plot and cfg.mode != "ffn":
+        raise UserError("--plot draws the table of --mode=ffn only")
+    specs = cfg.ffn.split(",") if cfg.ffn else list(FFNS)
+    for path in filter(None, (cfg.json, cfg.plot)):
+        if not Path(path).resolve().parent.is_dir():
+            raise UserError(f"cannot write {path}: its folder does not exist")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes about itself
+    device, dtype, name = pick_device(cfg)
+    torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked for on a GPU
+    torch._dynamo.config.recompile_limit = 64  # specs of one class share its code
+
+    result = {"mode": cfg.mode, "device": name, "dtype": str(dtype)[6:], "torch": torch.__version__}
+    result |= {"compile": cfg.compile, "rounds": cfg.rounds}
+    result |= MODES[cfg.mode](cfg, specs, device, dtype)
+    about = {k: v for k, v in result.items() if k != "rows"}
+    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    print(table(result["rows"]))
+    if cfg.json:
+        Path(cfg.json).write_text(json.dumps(result, indent=1) + "\n")
+    if cfg.plot:
+        plot(result, cfg.plot)
+
+
+if __name__ == "__main__":
+    run(main)
