@@ -185,12 +185,7 @@ def encode_in_order(
 def find_files(cfg: Config) -> tuple[str, list[str]]:
     """The kind ("parquet", "jsonl", "text") and the sorted paths of the local input files."""
     if cfg.input == "stdlib":
-        root = sysconfig.get_path("stdlib")
-        paths = glob.glob(os.path.join(glob.escape(root), "**", "*.py"), recursive=True)
-        parts = {path: os.path.relpath(path, root).split(os.sep) for path in paths}
-        skip = re.compile(r".*-packages|__pycache__|tests?|.*_tests?")
-        paths = [p for p in paths if not any(skip.fullmatch(part) for part in parts[p][:-1])]
-        return "text", sorted(paths, key=parts.get)
+        return "text", stdlib_files()
     paths = sorted(p for p in glob.glob(cfg.input, recursive=True) if os.path.isfile(p))
     if not paths:
         raise UserError(f"--input={cfg.input!r} matches no file: quote the glob, check the path")
@@ -207,6 +202,16 @@ def find_files(cfg: Config) -> tuple[str, list[str]]:
     if len(kinds) > 1:
         raise UserError(f"--input mixes {' and '.join(kinds.values())}: take one kind at a time")
     return kinds.popitem()[0], paths
+
+
+def stdlib_files() -> list[str]:
+    """The sources of the running Python's standard library, without packages and tests, sorted."""
+    skip = re.compile(r".*-packages|__pycache__|tests?|.*_tests?")
+    paths = []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = [name for name in folders if not skip.fullmatch(name)]
+        paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    return sorted(paths, key=lambda path: path.split(os.sep))
 
 
 def text_bytes(cfg: Config, kind: str, paths: list[str]) -> int:
@@ -306,20 +311,30 @@ def open_stream(cfg: Config, kind: str, paths: list[str], revision: str | None, 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are ours to tell
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # would stall without a network
-    options = {"split": cfg.split, "streaming": True, "cache_dir": cache_dir}
+    datasets.config.HF_DATASETS_CACHE = cache_dir  # it leaves lock files even when it streams
+    datasets.config.TORCH_AVAILABLE = False  # would import torch, for seconds and for nothing
+    options = {"split": cfg.split, "streaming": True}
     if kind == "hub":
         name, revision = cfg.name or None, revision or None
         return datasets.load_dataset(cfg.dataset, name, revision=revision, **options)
-    options |= {"split": "train", "data_files": [glob.escape(os.path.abspath(p)) for p in paths]}
+    options["split"] = "train"
+    if kind == "text":
+        return datasets.IterableDataset.from_generator(read_files, gen_kwargs={"paths": paths})
+    options["data_files"] = [glob.escape(os.path.abspath(path)) for path in paths]
     if kind == "parquet":  # few rows at a time: a novel is a megabyte
         return datasets.load_dataset(kind, columns=[cfg.text_column], batch_size=64, **options)
-    options |= {"encoding_errors": "replace"}
-    if kind == "text":
-        return datasets.load_dataset("text", sample_by="document", **options)
     # jsonl is read as lines and parsed here. The json builder of `datasets` guesses types (a text
     # like a date becomes one), drops lone surrogates, wants the same keys in every file, and on an
     # error it reads the whole file anew, whose first documents would come twice.
-    return datasets.load_dataset("text", encoding="utf-8-sig", **options)
+    encoding = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
+    return datasets.load_dataset("text", **encoding, **options)
+
+
+def read_files(paths: list[str]) -> Iterator[dict]:
+    """One file, one document, to the byte: carriage returns stay, invalid UTF-8 is replaced."""
+    for path in paths:
+        with open(path, "rb") as f:
+            yield {"text": f.read().decode("utf-8", "replace")}
 
 
 def read_texts(cfg: Config, kind: str, rows: Iterator[dict], where: str) -> Iterator[str]:
