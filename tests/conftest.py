@@ -1,0 +1,10 @@
+"""What all tests share. One thread each: two pytest workers with two OpenMP threads apiece on two
+cores spend most of their time spinning."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for every subprocess

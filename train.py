@@ -1,0 +1,952 @@
+"""
+Train a Qwen3-style language model whose FFN is picked by a flag, on shards of tokens.
+
+    python train.py config/smoke.py                                  # any machine, two minutes
+    torchrun --nproc_per_node=8 train.py --ffn=sparseglu             # the full run
+
+The file is one story from top to bottom: flags, data, schedule, optimizer, evaluation, checkpoint,
+and main() with the loop. Step n is the state after n updates. Batches are a pure function of
+(data_seed, step) and weights of (seed, name), so two runs that differ in --ffn see the same tokens
+from the same start, on any number of GPUs, resumed or not.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from configurator import UserError, configure, run, suggest
+from model import GPT, GPTConfig, ffn_cost
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+
+
+@dataclass
+class Config:
+    # where things are
+    out_dir: str = ""  # folder of the run; empty: out/{ffn}-s{seed}
+    data_dir: str = "data/fineweb"  # folder of token shards
+    prepare: str = ""  # arguments for prepare_fineweb.py, run when data_dir has no shards
+    init_from: str = "scratch"  # scratch, resume, or auto: resume if there is a checkpoint
+    eval_only: bool = False  # evaluate (and sample) once, then stop
+    # how often, in steps
+    eval_interval: int = 50  # validation, besides step 0 and the end
+    val_tokens: int = 10_485_760  # tokens of validation, or all that fit
+    log_interval: int = 10  # a line of progress and a row in log.jsonl
+    save_interval: int = 100  # a checkpoint, besides the end
+    # model: the papers' "134M"
+    n_layer: int = 32  # layers
+    n_head: int = 8  # attention heads
+    n_kv_head: int = 8  # key-value heads; fewer than n_head: grouped-query attention
+    n_embd: int = 512  # width
+    block_size: int = 2048  # tokens per sequence
+    ffn: str = "swiglu"  # spec of the FFN, e.g. sparseglu or asg:threshold=neuron; see model.py
+    ffn_hidden: int = 2048  # hidden width of the FFN
+    ffn_match: str = "hidden"  # hidden: keep that width; params: match SwiGLU's parameters
+    tie_embeddings: bool = True  # lm_head shares the embedding's weight
+    # training: the Dynamic Sparse Gating paper's run
+    max_iters: int = 400  # steps
+    batch_size: int = 512  # sequences per step over all ranks
+    micro_batch_size: int = 16  # sequences per device pass
+    learning_rate: float = 6e-4  # at its highest
+    min_lr: float = 6e-5  # at the end of the schedule
+    warmup_iters: int = 40  # steps of linear warm-up
+    lr_decay_iters: int = 0  # step at which the schedule ends; 0: max_iters
+    schedule: str = "cosine"  # cosine, or wsd: constant, then linear over the last 20%
+    weight_decay: float = 0.1  # matrices only
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    optimizer: str = "adamw"  # adamw, or muon for the matrices inside layers
+    seed: int = 0  # of the initial weights
+    data_seed: int = 0  # of the order of the data
+    # machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # autocast type: auto, float32, bfloat16
+    compile: bool = True  # torch.compile
+    # after training
+    wandb_project: str = ""  # also log to this Weights & Biases project
+    sample_tokens: int = 0  # tokens of text to sample at the end
+    prompt: str = ""  # what the sample goes on from; empty: the start of a document
+    temperature: float = 0.8  # of sampling; 0: always the likeliest token
+    top_k: int = 0  # sample among the k likeliest tokens; 0: all
+
+
+# What a resumed run may change; everything else makes it another run.
+CHANGEABLE = set(
+    "out_dir data_dir prepare init_from eval_only eval_interval val_tokens log_interval "
+    "save_interval max_iters micro_batch_size device dtype compile wandb_project sample_tokens "
+    "prompt temperature top_k".split()
+)
+
+
+def check_flags(cfg: Config, world: int) -> None:
+    """Refuse what cannot work before anything is read or allocated."""
+    choices = {
+        "init_from": ["scratch", "resume", "auto"],
+        "schedule": ["cosine", "wsd"],
+        "optimizer": ["adamw", "muon"],
+        "dtype": ["auto", "float32", "bfloat16"],
+    }
+    for name, valid in choices.items():
+        if getattr(cfg, name) not in valid:
+            raise UserError(f"--{name}={getattr(cfg, name)}: {suggest(getattr(cfg, name), valid)}")
+    least = {"eval_interval": 1, "log_interval": 1, "save_interval": 1, "batch_size": 1}
+    least |= {"micro_batch_size": 1, "val_tokens": cfg.block_size}
+    for name, value in vars(cfg).items():
+        if isinstance(value, (int, float)) and value < least.get(name, 0):
+            raise UserError(f"--{name}={value} must be at least {least.get(name, 0)}")
+    for name in ("beta1", "beta2"):
+        if getattr(cfg, name) >= 1:
+            raise UserError(f"--{name}={getattr(cfg, name)} must be below 1")
+    if max(cfg.seed, cfg.data_seed) >= 2**32:
+        raise UserError("--seed and --data_seed must be below 2**32")
+    per_pass = world * cfg.micro_batch_size
+    if cfg.batch_size % per_pass:
+        near = max(1, cfg.batch_size // per_pass) * per_pass
+        raise UserError(
+            f"--batch_size={cfg.batch_size} is not a multiple of ranks x micro_batch_size = {world} x "
+            f"{cfg.micro_batch_size}: try --batch_size={near} or another --micro_batch_size"
+        )
+
+
+def pick_device(cfg: Config, local_rank: int, local_world: int) -> torch.device:
+    """The device of this rank. Raises UserError if there is none such."""
+    n_cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    name = cfg.device
+    if name == "auto":
+        name = "cuda" if n_cuda else "mps" if mps else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device={name} is unknown: auto, cpu, cuda, cuda:N or mps")
+    if name == "mps" and not mps:
+        raise UserError("--device=mps needs macOS on Apple silicon: try --device=auto")
+    if name.startswith("cuda"):
+        index = int(name[5:] or 0) if local_world == 1 else local_rank
+        if index >= n_cuda:
+            raise UserError(
+                f"--device={cfg.device} with {local_world} ranks here, and {n_cuda} CUDA GPUs: "
+                "lower --nproc_per_node or use --device=cpu"
+            )
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return torch.device(name)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data: shards -> windows -> batches
+
+HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1
+
+
+class Shard(NamedTuple):
+    path: str
+    tokens: int
+
+
+class Data(NamedTuple):
+    train: list[Shard]
+    val: list[Shard]
+    encoding: str
+    n_vocab: int  # of the encoding: ids are below it
+
+
+def open_data(data_dir: str, block_size: int) -> Data:
+    """Find and check every shard of a folder: name, header, size, numbering, meta.json."""
+    make = f"make it with: python prepare_fineweb.py --out_dir={data_dir}"
+    meta_path = os.path.join(data_dir, "meta.json")
+    meta = {"encoding": "gpt2", "vocab_size": 50257}  # what public shards come without
+    listed = None
+    try:
+        if os.path.exists(meta_path):
+            with open(meta_path, encoding="utf-8") as f:
+                meta = json.load(f)
+            listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]}
+            if not meta["complete"]:
+                raise UserError(f"{data_dir} is not finished: run its prepare_fineweb.py line again")
+        encoding, n_vocab = str(meta["encoding"]), int(meta["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{meta_path} cannot be read ({e!r}): {make}") from None
+    splits = {}
+    for split in ("train", "val"):
+        paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), f"*_{split}_*.bin")))
+        if not paths:
+            raise UserError(f"no {split} shards in {data_dir}: {make}")
+        shards = [check_shard(path, listed) for path in paths]
+        numbers = [int(re.findall(r"\d+", path)[-1]) for path in paths]
+        for before, after in zip(numbers, numbers[1:]):
+            if after != before + 1:
+                raise UserError(f"{data_dir} lacks {split} shard {before + 1}: {make}")
+        for name in sorted(set(listed or ()) - {os.path.basename(path) for path in paths}):
+            if f"_{split}_" in name:
+                raise UserError(f"{data_dir} lacks {name}, which meta.json lists: {make}")
+        if sum((shard.tokens - 1) // block_size for shard in shards) < 1:
+            raise UserError(
+                f"the {split} shards of {data_dir} have no window of block_size + 1 = "
+                f"{block_size + 1} tokens: lower --block_size or prepare more data"
+            )
+        splits[split] = shards
+    return Data(splits["train"], splits["val"], encoding, n_vocab)
+
+
+def check_shard(path: str, listed: dict[str, int] | None) -> Shard:
+    """Read a shard's header and hold it against its size on disk and meta.json."""
+    again = "delete it and run prepare_fineweb.py again"
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as f:
+            header = np.frombuffer(f.read(HEADER_BYTES), "<i4")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}): {again}") from None
+    except ValueError:  # not a whole number of int32
+        header = np.zeros(0)
+    if header.size < 256 or header[0] != MAGIC:
+        raise UserError(f"{path}: not a token shard (magic number {MAGIC} missing): {again}")
+    if header[1] != VERSION:
+        raise UserError(
+            f"{path}: shard version {header[1]}, not {VERSION} (7 is Llama 3's 32-bit tokens): {again}"
+        )
+    tokens = int(header[2])
+    if tokens < 1 or size != HEADER_BYTES + 2 * tokens:
+        raise UserError(
+            f"{path}: header says {tokens:,} tokens, the file holds "
+            f"{(size - HEADER_BYTES) / 2:,.1f}: {again}"
+        )
+    name = os.path.basename(path)
+    if not re.search(r"_\d+\.bin$", name):
+        raise UserError(f"{path}: a shard's name ends in its number, e.g. _000001.bin: rename it")
+    if listed is not None and listed.get(name) != tokens:
+        raise UserError(f"{path}: not the shard that meta.json lists (another encoding?): {again}")
+    return Shard(path, tokens)
+
+
+def names_and_counts(shards: list[Shard]) -> list[list]:
+    return [[os.path.basename(shard.path), shard.tokens] for shard in shards]
+
+
+@functools.lru_cache(maxsize=32)
+def permutation(n: int, *seed: int) -> np.ndarray:
+    """Of range(n). RandomState: its stream is frozen, the newer Generator's is not."""
+    return np.random.RandomState(seed).permutation(n)
+
+
+def window_counts(shards: list[Shard], block_size: int) -> np.ndarray:
+    """Windows of each shard: window i is tokens [i * block_size, (i + 1) * block_size]."""
+    return np.array([(shard.tokens - 1) // block_size for shard in shards])
+
+
+def locate(counts: np.ndarray, samples: np.ndarray, data_seed: int) -> list[tuple[int, int]]:
+    """The (shard, window) of each training sample: sample g is window g mod W of epoch g // W, an
+    epoch being a permutation of the shards, then of the windows within each."""
+    found = []
+    for g in samples.tolist():
+        epoch, w = divmod(g, int(counts.sum()))
+        order = permutation(len(counts), data_seed, epoch)
+        ends = counts[order].cumsum()
+        place = int(ends.searchsorted(w, side="right"))
+        shard = int(order[place])
+        windows = permutation(int(counts[shard]), data_seed, epoch, shard)
+        found.append((shard, int(windows[w - ends[place]])))  # from the end: ends[place] > w
+    return found
+
+
+def read_windows(
+    shards: list[Shard], places: list[tuple[int, int]], block_size: int, n_vocab: int
+) -> Tensor:
+    """(n, block_size + 1) int64 tokens, checked. pread, as a shard that shrinks under a memory map
+    kills the process. Raises UserError naming the shard."""
+    batch = np.empty((len(places), block_size + 1), np.int64)
+    files: dict[int, int] = {}
+    try:
+        for row, (s, window) in enumerate(places):
+            if s not in files:
+                files[s] = os.open(shards[s].path, os.O_RDONLY)
+            size = 2 * (block_size + 1)
+            raw = os.pread(files[s], size, HEADER_BYTES + 2 * block_size * window)
+            if len(raw) < size:
+                raise UserError(f"{shards[s].path} shrank during the run: restore it, then resume")
+            batch[row] = np.frombuffer(raw, "<u2")
+            if batch[row].max() >= n_vocab:
+                raise UserError(
+                    f"{shards[s].path}: token id {batch[row].max()} in window {window}, but the "
+                    f"encoding has ids below {n_vocab}: prepare this shard again"
+                )
+    except OSError as e:
+        raise UserError(
+            f"{shards[s].path}: cannot be read ({e.strerror}): restore it, then resume"
+        ) from None
+    finally:
+        for fd in files.values():
+            os.close(fd)
+    return torch.from_numpy(batch)
+
+
+def prepare_data(cfg: Config, local_rank: int) -> None:
+    """Run prepare_fineweb.py if data_dir is not there yet; the other local ranks wait for it."""
+    from filelock import FileLock  # torch depends on it
+
+    def ready() -> bool:
+        try:
+            with open(os.path.join(cfg.data_dir, "meta.json"), encoding="utf-8") as f:
+                return bool(json.load(f)["complete"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return bool(glob.glob(os.path.join(glob.escape(cfg.data_dir), "*_train_*.bin")))
+
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_fineweb.py")
+    command = [sys.executable, script, *shlex.split(cfg.prepare), f"--out_dir={cfg.data_dir}"]
+    while not ready():
+        if local_rank == 0:
+            os.makedirs(os.path.dirname(os.path.abspath(cfg.data_dir)), exist_ok=True)
+            with FileLock(os.path.abspath(cfg.data_dir) + ".lock"):
+                if not ready() and subprocess.run(command).returncode:
+                    raise UserError("preparing the data failed, see above")
+        else:
+            time.sleep(0.5)  # ends at the latest when rank 0 does: torchrun ends all with one
+
+
+# ------------------------------------------------------------------------------------------------
+# Schedule, optimizer, one step
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """Of the update that leads from step to step + 1."""
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    if step >= cfg.lr_decay_iters:
+        return cfg.min_lr
+    if cfg.schedule == "wsd":
+        left = min(1.0, (cfg.lr_decay_iters - step) / max(1, 0.2 * cfg.lr_decay_iters))
+    else:
+        done = (step - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
+        left = 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
+
+
+def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
+    """Fused AdamW; with --optimizer=muon the matrices inside layers go to Muon. Weight decay is for
+    matrices only."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = [
+        name
+        for name, p in params.items()
+        if cfg.optimizer == "muon" and name.startswith("model.layers.") and p.ndim == 2
+    ]
+    rest = [p for name, p in params.items() if name not in muon]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (cfg.beta1, cfg.beta2)
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)]
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(
+                [params[name] for name in muon],
+                lr=cfg.learning_rate,
+                weight_decay=cfg.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return optimizers
+
+
+def check_gradients(model: GPT, optimizers: list[torch.optim.Optimizer]) -> list[str]:
+    """After a backward pass: every trainable parameter has a gradient and is in an optimizer, else
+    UserError by name. Returns the names of the frozen ones."""
+    optimized = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad and (p.grad is None or id(p) not in optimized):
+            why = "receives no gradient" if p.grad is None else "is in no optimizer"
+            raise UserError(f"{name} {why}: use it in forward, or freeze it with requires_grad_(False)")
+    return [name for name, p in model.named_parameters() if not p.requires_grad]
+
+
+def train_step(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    batches: list[Tensor],
+    cfg: Config,
+    step: int,
+    failed: Tensor,
+    autocast=nullcontext,
+) -> tuple[Tensor, Tensor]:
+    """
+    One update of model (DDP, compiled or plain) on this rank's batches, (micro, T + 1) each.
+
+    Returns loss (mean over all ranks) and gradient norm before clipping, scalars on the device.
+    `failed` holds the first step whose loss or gradient was not finite (0: none), is updated in
+    place, and from then on no weight moves. Nothing here waits for the device, but for Muon.
+    """
+    total = torch.zeros((), device=failed.device)
+    for i, batch in enumerate(batches):
+        if isinstance(model, DDP):
+            model.require_backward_grad_sync = i == len(batches) - 1
+        with autocast():
+            _, loss = model(batch[:, :-1], batch[:, 1:])
+        loss = loss / len(batches)
+        loss.backward()
+        total += loss.detach()
+    if isinstance(model, DDP):
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
+
+    lr = learning_rate(step, cfg)
+    params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    norm = nn.utils.get_total_norm([p.grad for p in params])
+    finite = torch.isfinite(total) & torch.isfinite(norm)
+    failed.copy_(torch.where((failed == 0) & ~finite, step + 1, failed))
+    divisor = (norm / cfg.grad_clip).clamp(min=1) if cfg.grad_clip else torch.ones_like(norm)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if optimizer.defaults.get("fused"):  # clips and skips on the device by these two
+            optimizer.grad_scale, optimizer.found_inf = divisor, (failed > 0).float()
+            optimizer.step()
+        elif not failed:  # Muon: waits for the device
+            torch._foreach_div_([p.grad for p in optimizer.param_groups[0]["params"]], divisor)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+# Dense bfloat16 FLOP/s by the vendors' data sheets. What is not here prints n/a, not an A100's.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bfloat16 FLOP/s of a device, for MFU; None if unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((f for key, f in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, cfg: Config, device: torch.device, autocast) -> float:
+    """Mean loss in nats per token over the first val_tokens // block_size windows, in order, split
+    over all ranks: the same number whatever the layout."""
+    T, micro = cfg.block_size, cfg.micro_batch_size
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    counts = window_counts(data.val, T)
+    places = [(s, i) for s, count in enumerate(counts) for i in range(count)]
+    places = places[: cfg.val_tokens // T]
+    losses, weights = [torch.zeros((), device=device)], [0]
+    model.eval()
+    for first in range(rank * micro, len(places), world * micro):
+        tokens = read_windows(data.val, places[first : first + micro], T, data.n_vocab)
+        # One shape for all batches, so that torch.compile sees one: rows of padding, not counted.
+        batch = torch.full((micro, T + 1), -100)
+        batch[: len(tokens)] = tokens
+        x, y = batch[:, :-1].clamp(min=0).to(device), batch[:, 1:].to(device)
+        with autocast():
+            losses.append(model(x, y)[1])
+        weights.append(len(tokens) * T)
+    model.train()
+    weight = torch.tensor(weights, dtype=torch.float64)
+    both = torch.stack([(torch.stack(losses).cpu().double() * weight).sum(), weight.sum()])
+    if dist.is_initialized():
+        dist.all_reduce(both)
+    return float(both[0] / both[1])
+
+
+@torch.no_grad()
+def active_fraction(model: GPT, data: Data, device: torch.device, autocast) -> float | None:
+    """Share of hidden units that a sparse FFN uses, over all layers, on the first validation
+    window; None for a dense FFN."""
+    active: list[Tensor] = []
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda ffn, args: active.append(ffn.active(args[0])))
+        for layer in model.model.layers
+        if hasattr(layer.mlp, "active")
+    ]
+    if not hooks:
+        return None
+    counts = window_counts(data.val, model.config.block_size)
+    first = [(int(counts.argmax() if counts[0] == 0 else 0), 0)]
+    tokens = read_windows(data.val, first, model.config.block_size, data.n_vocab)
+    with autocast():
+        model.model(tokens[:, :-1].to(device))
+    for hook in hooks:
+        hook.remove()
+    return float(torch.stack(active).mean())
+
+
+def sample(model: GPT, cfg: Config, data: Data, device: torch.device, autocast) -> str:
+    """Text that goes on from --prompt, and the speed; or why there is none."""
+    from prepare_fineweb import load_encoding
+
+    try:
+        encoding = load_encoding(data.encoding)
+    except (UserError, ImportError) as e:
+        return f"no sample: {e}"
+    idx = [encoding.eot_token, *encoding.encode_ordinary(cfg.prompt)]
+    torch.manual_seed(cfg.seed)
+    start = time.perf_counter()
+    with autocast():
+        out = model.generate(
+            torch.tensor([idx], device=device),
+            cfg.sample_tokens,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            n_vocab=data.n_vocab,
+        )
+    text = encoding.decode(out[0, 1:].tolist())
+    speed = cfg.sample_tokens / (time.perf_counter() - start)
+    return f"sample ({cfg.sample_tokens} tokens, {speed:,.0f} tokens/s):\n{text}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoint and log
+
+
+def save_checkpoint(path: str, checkpoint: dict) -> None:
+    """Write a temporary file, sync, rename: there is a whole checkpoint at every moment."""
+    try:
+        with open(path + ".tmp", "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        kept = "the last one is intact" if os.path.exists(path) else "there is none yet"
+        raise UserError(
+            f"cannot save {path} at step {checkpoint['step']} ({str(e).splitlines()[0]}); {kept}: "
+            "make room, then go on with --init_from=auto"
+        ) from None
+
+
+def load_checkpoint(path: str) -> dict:
+    """Raises UserError for a file that is not a checkpoint of this program. Runs no code in it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        keys = {"model", "optimizers", "step", "flags", "shards"}
+        if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
+            raise ValueError("not a checkpoint of train.py")
+        Config(**checkpoint["flags"])
+        return checkpoint
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}: check --out_dir, or --init_from=scratch") from None
+    except Exception as e:  # whatever a damaged or hostile file makes torch.load raise
+        why = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        raise UserError(f"{path} cannot be loaded ({why}): --init_from=scratch starts anew") from None
+
+
+def resume_flags(cfg: Config, given: set[str], saved: dict) -> Config:
+    """Flags not given come from the checkpoint; a given one that would make another run is refused."""
+    for name in sorted(given - CHANGEABLE):
+        if getattr(cfg, name) != saved[name]:
+            raise UserError(
+                f"--{name}={getattr(cfg, name)} differs from the checkpoint's {saved[name]}: leave it "
+                "out to go on, or start another run with another --out_dir"
+            )
+    return Config(**{**saved, **{name: getattr(cfg, name) for name in given & CHANGEABLE}})
+
+
+def write_row(path: str, row: dict, warned: list[str]) -> None:
+    """Append to log.jsonl. A full disk is a warning, once, and leaves no half a row."""
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+    except OSError as e:
+        if not warned:
+            print(f"warning: cannot write {path} ({e.strerror}): going on without", flush=True)
+        warned.append(path)
+        if os.path.exists(path):
+            os.truncate(path, size)
+
+
+def cut_log(path: str, step: int) -> None:
+    """Drop the rows after a step: the resumed run writes them again."""
+    kept = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    continue  # half a row of a run that was killed
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(kept)
+    os.replace(path + ".tmp", path)
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a run was made with, for config.json."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        git = ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "git_commit": git or "unknown",
+        "device": f"{device.type} {name}".strip(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Before the loop
+
+
+def claim_out_dir(cfg: Config, device: torch.device, resumed_step: int | None) -> None:
+    """Make the run's folder and config.json, or fail now and not at the first save. A run from
+    scratch renames what an earlier one left to *.prev; a resumed one cuts the log at its step."""
+    path = functools.partial(os.path.join, cfg.out_dir)
+    try:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        if resumed_step is None:
+            for name in ("config.json", "log.jsonl", "ckpt.pt"):
+                if os.path.exists(path(name)):
+                    os.replace(path(name), path(name + ".prev"))
+        else:
+            cut_log(path("log.jsonl"), resumed_step)
+        with open(path("config.json.tmp"), "w", encoding="utf-8") as f:
+            json.dump({"flags": asdict(cfg), **versions(device)}, f, indent=2)
+        os.replace(path("config.json.tmp"), path("config.json"))
+    except OSError as e:
+        raise UserError(f"cannot write to --out_dir={cfg.out_dir} ({e.strerror}): name another") from None
+
+
+def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None) -> str:
+    """The derived arithmetic of the run."""
+    n, cost = model.param_counts(), ffn_cost(model.model.layers[0].mlp)
+    hidden, target = model.config.hidden, 3 * cfg.n_embd * cfg.ffn_hidden
+    passes = cfg.batch_size // (world * cfg.micro_batch_size)
+    per_step = cfg.batch_size * cfg.block_size
+    tokens, train_tokens = cfg.max_iters * per_step, sum(shard.tokens for shard in data.train)
+    epochs = cfg.max_iters * cfg.batch_size / window_counts(data.train, cfg.block_size).sum()
+    flops = model.flops_per_token()
+    lines = [
+        f"model   {n['layers']:,} parameters in the layers' matrices, {n['total']:,} in all",
+        f"ffn     {cfg.ffn}, hidden {hidden}: {cost['params']:,} parameters, FLOPs/token forward "
+        f"{cost['flops']:,} executed, {cost['active_flops']:,} active (ideal)",
+        f"match   {cost['params']:,} - SwiGLU's {target:,} = {cost['params'] - target:+,} parameters",
+        f"step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x "
+        f"{cfg.block_size} tokens = {per_step:,} tokens",
+        f"run     {cfg.max_iters} steps x {per_step:,} = {tokens:,} tokens = {epochs:.2f} epochs of "
+        f"{train_tokens:,}, {tokens / n['layers']:.2f} per parameter in the layers' matrices",
+        f"flops   6 x {n['matrices']:,} + 6 x {cfg.n_layer} x {cfg.n_embd} x {cfg.block_size} = "
+        f"{flops:,} per token, {flops * tokens:.3g} in all, peak "
+        + (f"{peak / 1e12:.0f} TFLOP/s per device" if peak else "n/a"),
+    ]
+    return "\n".join(line for line in lines if cfg.ffn_match == "params" or line[:5] != "match")
+
+
+def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast, say) -> nn.Module:
+    """One pass forward and backward that changes nothing: compiles, and shows that every parameter
+    gets a gradient. Where torch.compile cannot work, says so and goes on without."""
+    shape = (cfg.micro_batch_size, cfg.block_size)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=model.lm_head.weight.device)
+    start, ready = time.perf_counter(), model
+    if cfg.compile:
+        ready = torch.compile(model, dynamic=False)
+    try:
+        with autocast():
+            ready(tokens, tokens)[1].backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # no C++ compiler, a GPU too old, an FFN that cannot be traced
+        if not cfg.compile:
+            raise
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:100]
+        say(f"compile off: torch.compile does not work here ({why})")
+        model.zero_grad(set_to_none=True)
+        ready = model
+        with autocast():
+            ready(tokens, tokens)[1].backward()
+    if ready is not model:
+        say(f"compile {time.perf_counter() - start:.1f} s")
+    frozen = check_gradients(model, optimizers)
+    if frozen:
+        say(f"frozen  {len(frozen)} parameters get no gradient by design, e.g. {frozen[0]}")
+    model.zero_grad(set_to_none=True)
+    return ready
+
+
+def start_wandb(cfg: Config):
+    """A Weights & Biases run named after out_dir."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb_project needs: pip install wandb") from None
+    name = os.path.basename(os.path.normpath(cfg.out_dir))
+    return wandb.init(project=cfg.wandb_project, name=name, config=asdict(cfg), dir=cfg.out_dir)
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+
+
+def main() -> None:
+    cfg, given = configure(Config, sys.argv[1:])
+    ddp = "RANK" in os.environ  # started by torchrun
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
+
+    # -- flags, the given ones and the checkpoint's
+    check_flags(cfg, world)
+    out_dir = cfg.out_dir or f"out/{cfg.ffn}-s{cfg.seed}"
+    ckpt_path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
+    checkpoint, step = None, 0
+    if cfg.init_from == "resume" or (cfg.init_from == "auto" and os.path.exists(ckpt_path)):
+        checkpoint = load_checkpoint(ckpt_path)
+        step = checkpoint["step"]
+        cfg = resume_flags(cfg, given & CHANGEABLE if cfg.eval_only else given, checkpoint["flags"])
+        check_flags(cfg, world)
+        if step >= cfg.max_iters and not cfg.eval_only:
+            say(f"finished: {ckpt_path} is at step {step} of {cfg.max_iters}")
+            return
+    cfg.out_dir, cfg.lr_decay_iters = out_dir, cfg.lr_decay_iters or cfg.max_iters
+    device = pick_device(cfg, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
+    if bf16 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        say(f"{torch.cuda.get_device_name(device)} has no bfloat16: float32 instead")
+        bf16 = False
+    autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    # -- data
+    if cfg.prepare:
+        prepare_data(cfg, local_rank)
+    data = open_data(cfg.data_dir, cfg.block_size)
+    shards = {"train": names_and_counts(data.train), "val": names_and_counts(data.val)}
+    if checkpoint and checkpoint["shards"] != shards and not cfg.eval_only:
+        raise UserError(f"{cfg.data_dir} has other shards than the checkpoint's run: restore them")
+    counts = window_counts(data.train, cfg.block_size)
+    if counts.sum() < cfg.batch_size:
+        raise UserError(
+            f"{cfg.data_dir} has {counts.sum():,} windows of {cfg.block_size} tokens, fewer than one "
+            f"batch of {cfg.batch_size}: lower --batch_size or prepare more data"
+        )
+
+    # -- model and optimizer
+    shape = {name: value for name, value in vars(cfg).items() if hasattr(GPTConfig, name)}
+    config = GPTConfig(**shape, vocab_size=math.ceil(data.n_vocab / 128) * 128)
+    config.check()
+    if rank == 0 and not cfg.eval_only:
+        claim_out_dir(cfg, device, step if checkpoint else None)
+    if ddp:  # NCCL carries the gradients of GPUs, gloo all that is on the CPU; every wait has an end
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    raw = GPT(config)
+    if checkpoint:
+        raw.load_state_dict(checkpoint["model"])
+    raw.to(device)
+    optimizers = make_optimizers(raw, cfg)
+    if checkpoint and not cfg.eval_only:
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+    checkpoint_step, checkpoint = step if checkpoint else None, None
+    peak = peak_flops(device) if bf16 else None
+    flops, per_step = raw.flops_per_token(), cfg.batch_size * cfg.block_size
+    say(f"device  {device} x {world}, {'bfloat16' if bf16 else 'float32'}")
+    say(describe(raw, cfg, data, world, peak))
+
+    # -- how to stop: a signal to any rank stops all of them after the same step
+    signals: list[float] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        # Under torchrun one Ctrl-C comes twice, from the terminal and from torchrun: count it once.
+        if signals and (not ddp or time.monotonic() - signals[0] > 5):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        signals.append(time.monotonic())
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+
+    def agree(word: int) -> int:
+        """The greatest word of all ranks: 0 go on, 1 stop, 2 an error."""
+        words = torch.tensor(word)
+        if ddp:
+            dist.all_reduce(words, dist.ReduceOp.MAX)
+        return int(words)
+
+    # -- how to log and save
+    wandb = start_wandb(cfg) if cfg.wandb_project and rank == 0 and not cfg.eval_only else None
+    warned: list[str] = []
+    failed = torch.zeros((), device=device)  # first step whose loss or gradient was not finite
+
+    def log(row: dict) -> None:
+        if rank == 0 and not cfg.eval_only:
+            write_row(log_path, row, warned)
+            if wandb:
+                wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def check_finite() -> None:
+        """Waits for the device."""
+        if failed:
+            kept = "no checkpoint was saved yet"
+            if checkpoint_step is not None:
+                kept = f"the last good checkpoint is {ckpt_path} at step {checkpoint_step}"
+            raise UserError(
+                f"step {int(failed)}: loss or gradient is not finite, the weights were not changed; "
+                f"{kept}: lower --learning_rate or look at the FFN"
+            )
+
+    def save() -> None:
+        nonlocal checkpoint_step
+        state = {"model": raw.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+        state |= {"step": step, "flags": asdict(cfg), "shards": shards}
+        if rank == 0:
+            save_checkpoint(ckpt_path, state)
+        checkpoint_step = step
+
+    # -- the loop. Its clock stands still while evaluating, saving and compiling.
+    torch.manual_seed(cfg.seed)
+    first_step, val_loss, stopped = step, math.nan, False
+    total_time = window_time = window_steps = 0
+    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    try:
+        model = raw
+        if not cfg.eval_only:
+            model = compile_and_check(raw, optimizers, cfg, autocast, say)
+            if ddp:
+                model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        mark = time.perf_counter()
+        while True:
+            last = step >= cfg.max_iters or cfg.eval_only
+            fresh = step != checkpoint_step  # a resumed run did these before it stopped
+            evaluate_now = last or (fresh and step % cfg.eval_interval == 0)
+            save_now = fresh and step > 0 and not cfg.eval_only
+            save_now = save_now and (last or step % cfg.save_interval == 0)
+            if evaluate_now or save_now:
+                check_finite()
+                window_time += time.perf_counter() - mark
+                if evaluate_now:
+                    val_loss = evaluate(model, data, cfg, device, autocast)
+                    active = active_fraction(raw, data, device, autocast)
+                    row = {"step": step, "tokens": step * per_step, "val_loss": val_loss}
+                    log(row if active is None else row | {"active": active})
+                    note = "" if active is None else f" | active {active:.1%}"
+                    say(f"{bold}step {step:>6}/{cfg.max_iters} | val  {val_loss:.4f}{note}{plain}")
+                if save_now:
+                    save()
+                mark = time.perf_counter()
+            if last:
+                break
+
+            share = cfg.batch_size // world
+            first = step * cfg.batch_size + rank * share
+            error = ""
+            try:
+                places = locate(counts, np.arange(first, first + share), cfg.data_seed)
+                batch = read_windows(data.train, places, cfg.block_size, data.n_vocab)
+            except UserError as e:
+                error = str(e)
+            word = agree(2 if error else 1 if signals else 0)
+            if word == 2:
+                errors = [error] * world
+                if ddp:
+                    dist.all_gather_object(errors, error)
+                raise UserError(next(e for e in errors if e))
+            if word == 1:
+                check_finite()
+                if fresh:
+                    save()
+                stopped = True
+                break
+
+            if device.type == "cuda":
+                batch = batch.pin_memory()
+            batches = batch.to(device, non_blocking=True).split(cfg.micro_batch_size)
+            loss, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
+            step, window_steps = step + 1, window_steps + 1
+            if step % cfg.log_interval == 0 or step == first_step + 1:
+                check_finite()
+                window_time += time.perf_counter() - mark
+                mark = time.perf_counter()
+                speed, ms = per_step * window_steps / window_time, 1000 * window_time / window_steps
+                mfu = flops * speed / (peak * world) if peak else None
+                row = {"step": step, "tokens": step * per_step, "train_loss": float(loss)}
+                row |= {"lr": learning_rate(step - 1, cfg), "grad_norm": float(norm)}
+                row |= {"step_ms": ms, "tok_per_s": speed, "mfu": mfu}
+                log(row)
+                eta = timedelta(seconds=round((cfg.max_iters - step) * ms / 1000))
+                say(
+                    f"step {step:>6}/{cfg.max_iters} | loss {row['train_loss']:.4f} | lr {row['lr']:.2e}"
+                    f" | norm {row['grad_norm']:6.2f} | {ms:8.1f} ms | {speed:>9,.0f} tok/s"
+                    f" | mfu {f'{mfu:.1%}' if mfu else 'n/a'} | eta {eta}"
+                )
+                total_time, window_time, window_steps = total_time + window_time, 0, 0
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory after step {step}: halve --micro_batch_size") from None
+    except RuntimeError as e:
+        if not ddp or not re.search("gloo|NCCL|onnection|peer|timed out|imeout", str(e)):
+            raise
+        raise UserError(
+            f"another rank is gone, nothing was saved after step {step} ({str(e).splitlines()[0]}): "
+            "go on from the last checkpoint with --init_from=auto"
+        ) from None
+
+    # -- the end
+    total_time += window_time
+    if stopped:
+        say(f"stopped at step {step} of {cfg.max_iters}, saved {ckpt_path}")
+        say(f"go on with: the same command and --init_from=resume --out_dir={out_dir}")
+    else:
+        say(f"\nvalidation loss  {val_loss:.4f} nats per token at step {step}")
+        if step > first_step:
+            speed = (step - first_step) * per_step / total_time
+            say(f"speed            {speed:,.0f} tokens/s over {step - first_step} steps")
+            say(f"log              {log_path}")
+            say(f"checkpoint       {ckpt_path}")
+            say(f"plot             python experiments/compare.py --report {out_dir}")
+        if cfg.sample_tokens and rank == 0:
+            say("\n" + sample(raw, cfg, data, device, autocast))
+    if wandb:
+        wandb.finish()
+    if ddp:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
