@@ -652,7 +652,8 @@ def claim_out_dir(cfg: Config, device: torch.device, resumed_step: int | None) -
             json.dump({"flags": asdict(cfg), **versions(device)}, f, indent=2)
         os.replace(path("config.json.tmp"), path("config.json"))
     except OSError as e:
-        raise UserError(f"cannot write to --out_dir={cfg.out_dir} ({e.strerror}): name another") from None
+        why = f"cannot write to --out_dir={cfg.out_dir} ({e.strerror}): name another"
+        raise UserError(why) from None
 
 
 def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None) -> str:
