@@ -403,8 +403,8 @@ def train_step(
     for i, batch in enumerate(batches):
         if isinstance(model, DDP):
             model.require_backward_grad_sync = i == len(batches) - 1
-        with autocast():
-            _, loss = model(batch[:, :-1], batch[:, 1:])
+        with autocast():  # contiguous: torch.compile would compile anew for other strides
+            _, loss = model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
         loss = loss / len(batches)
         loss.backward()
         total += loss.detach()
@@ -474,9 +474,9 @@ def evaluate(model: nn.Module, data: Data, cfg: Config, device: torch.device, au
         # One shape for all batches, so that torch.compile sees one: rows of padding, not counted.
         batch = torch.full((micro, T + 1), -100)
         batch[: len(tokens)] = tokens
-        x, y = batch[:, :-1].clamp(min=0).to(device), batch[:, 1:].to(device)
+        x, y = batch[:, :-1].clamp(min=0).contiguous(), batch[:, 1:].contiguous()
         with autocast():
-            losses.append(model(x, y)[1])
+            losses.append(model(x.to(device), y.to(device))[1])
         weights.append(len(tokens) * T)
     model.train()
     weight = torch.tensor(weights, dtype=torch.float64)
@@ -777,14 +777,16 @@ def main() -> None:
     if ddp:  # NCCL carries the gradients of GPUs, gloo all that is on the CPU; every wait has an end
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    raw = GPT(config)
-    if checkpoint:
-        raw.load_state_dict(checkpoint["model"])
-    raw.to(device)
+    raw = GPT(config).to(device)
     optimizers = make_optimizers(raw, cfg)
-    if checkpoint and not cfg.eval_only:
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
+    if checkpoint:
+        try:
+            raw.load_state_dict(checkpoint["model"])
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+                optimizer.load_state_dict(state)
+        except Exception as e:  # another vocabulary, or whatever is in a file made elsewhere
+            why = str(e).splitlines()[0][:100]
+            raise UserError(f"{ckpt_path} does not fit this model and data ({why})") from None
     checkpoint_step, checkpoint = step if checkpoint else None, None
     peak = peak_flops(device) if bf16 else None
     flops, per_step = raw.flops_per_token(), cfg.batch_size * cfg.block_size
