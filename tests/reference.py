@@ -150,7 +150,7 @@ def selected(p: Params, x: np.ndarray, k: float, r: int, select: str) -> np.ndar
     return (scores > stat_threshold(scores, k)).astype(np.float64)
 
 
-def hidden(name: str, p: Params, x: np.ndarray, **options) -> np.ndarray:
+def hidden(name: str, p: Params, x: np.ndarray, /, **options) -> np.ndarray:
     """The vector (h,) that down_proj is applied to (not for multiscale and dualgated)."""
     o = options_of(name, options)
     if name == "gelu":
@@ -199,7 +199,7 @@ def hidden(name: str, p: Params, x: np.ndarray, **options) -> np.ndarray:
     raise KeyError(name)
 
 
-def ffn(name: str, p: Params, x: np.ndarray, **options) -> np.ndarray:
+def ffn(name: str, p: Params, x: np.ndarray, /, **options) -> np.ndarray:
     """The output (d,) for one token x (d,)."""
     o = options_of(name, options)
     if name == "multiscale":

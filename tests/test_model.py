@@ -1,0 +1,1300 @@
+"""
+model.py against what others wrote: NumPy references (reference.py), Hugging Face's Qwen3,
+PyTorch's own cross-entropy, gradients by hand, brute force.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference as ref
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import model as model_module
+from configurator import UserError
+from model import FFNS, GPT, GPTConfig, ffn_cost, make_ffn, match_hidden
+
+torch.set_num_threads(1)  # everything here is small, and pytest has a worker per core
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = list(ref.DEFAULTS)
+D, H = 40, 48  # no special relation between them; d >= 32 for sparseglu's default r
+
+
+def product(**choices) -> list[dict]:
+    """All combinations of the given options."""
+    return [dict(zip(choices, row, strict=True)) for row in itertools.product(*choices.values())]
+
+
+HARD_STE = ("hard", "ste")
+CASES: list[tuple[str, dict]] = [(name, {}) for name in NAMES]
+CASES += [("dsg", o) for o in product(g=("neuron", "token"), m=("norm", "none"))]
+CASES += [("asg", o) for o in product(threshold=("global", "neuron"), grad=HARD_STE)]
+CASES += [("asg", o) for o in product(threshold=("fixed",), tau=(0.1, 0.9), grad=HARD_STE)]
+CASES += [("asg", o) for o in product(sparse=(False,), threshold=("neuron", "fixed"))]
+CASES += [
+    ("sparsegated", o)
+    for o in product(k=(0.15, 0.6), split=(True, False), gate=(True, False), grad=HARD_STE)
+]
+CASES += [("dynamicgeglu", o) for o in product(affine=(True, False))]
+CASES += [
+    ("sparseglu", o)
+    for o in product(select=("topk", "stat"), grad=("hard", "ste", "gate"), k=(0.25, 0.7))
+]
+CASES += [("sparseglu", {"r": 5, "p": 3}), ("sparseglu", {"r": 40, "k": 1.0})]
+CASES += [("spark", o) for o in product(k=(0.08, 0.6), r=(7, 33))]
+DECODES = [(n, o) for n, o in CASES if n in ("sparsegated", "sparseglu", "spark")]
+
+
+def spec_of(name: str, options: dict) -> str:
+    return ":".join([name, *(f"{key}={value}" for key, value in options.items())])
+
+
+def case_ids(case) -> str:
+    return spec_of(*case) if isinstance(case, tuple) else repr(case)
+
+
+all_cases = pytest.mark.parametrize("case", CASES, ids=case_ids)
+all_names = pytest.mark.parametrize("name", NAMES)
+
+
+def build(name: str, options: dict, d=D, h=H, dtype=torch.float64, seed=0):
+    """An FFN with every parameter drawn at random, and the same parameters for the reference."""
+    params = ref.draw(name, d, h, seed=seed, **options)
+    ffn = make_ffn(spec_of(name, options), d, h).double()
+    ffn.load_state_dict({key: torch.as_tensor(value) for key, value in params.items()})
+    return ffn.to(dtype), params
+
+
+def inputs(*shape: int, seed=1, dtype=torch.float64) -> torch.Tensor:
+    x = np.random.default_rng(seed).standard_normal(shape)
+    return torch.from_numpy(x).to(dtype)
+
+
+def expected(name: str, options: dict, params: ref.Params, x: torch.Tensor) -> np.ndarray:
+    """The reference, one token at a time."""
+    tokens = x.double().numpy().reshape(-1, x.size(-1))
+    return np.stack([ref.ffn(name, params, t, **options) for t in tokens]).reshape(x.shape)
+
+
+def error(got: torch.Tensor, want: np.ndarray | torch.Tensor) -> float:
+    """The largest difference, relative to the largest value wanted."""
+    got = got.detach().double()
+    want = torch.as_tensor(want).detach().double()
+    assert got.shape == want.shape
+    return ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
+
+
+def hidden_units(ffn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What enters down_proj for one token x (d,): the gradient of output 0 for row 0 of down_proj.
+    Of sparsegated with gate=False only, where the output is nothing but down_proj's."""
+    (grad,) = torch.autograd.grad(ffn(x[None, None])[0, 0, 0], ffn.down_proj.weight)
+    return grad[0]
+
+
+# -- the FFNs against the references -----------------------------------------------------------
+
+
+def test_the_references_cover_every_ffn():
+    assert list(FFNS) == NAMES
+
+
+@all_cases
+def test_ffn_equals_the_reference(case):
+    """Token by token, every parameter random: 1e-11 in float64, 1e-5 in float32."""
+    ffn, params = build(*case)
+    x = inputs(2, 7, D)
+    want = expected(*case, params, x)
+    got = ffn(x)
+    assert got.dtype == torch.float64
+    assert error(got, want) < 1e-11
+    got = ffn.float()(x.float())
+    assert got.dtype == torch.float32
+    assert error(got, want) < 1e-5
+
+
+@all_names
+def test_ffn_equals_the_reference_at_other_sizes(name):
+    """Wider than deep and the reverse, inputs far from unit scale, any number of leading dims."""
+    for d, h, scale in ((64, 16, 3.0), (36, 200, 0.2)):
+        ffn, params = build(name, {}, d, h, seed=d)
+        for x in (inputs(5, d) * scale, inputs(2, 1, 3, d) * scale):
+            assert error(ffn(x), expected(name, {}, params, x)) < 1e-11
+
+
+@all_cases
+def test_parameter_names_and_shapes(case):
+    """Exactly those of the reference's table: an option that makes one useless removes it."""
+    name, options = case
+    for d, h in ((D, H), (64, 16)):
+        ffn = make_ffn(spec_of(name, options), d, h)
+        want = ref.shapes(name, d, h, **options)
+        assert {n: tuple(p.shape) for n, p in ffn.named_parameters()} == want
+        assert set(ffn.state_dict()) == set(want)  # no buffers: they would enter checkpoints
+
+
+@all_cases
+def test_what_is_trained_and_what_is_frozen(case):
+    """Hard masks pass nothing to asg's t and sparseglu's predictor: frozen. The rest gets some."""
+    name, options = case
+    ffn, _ = build(name, options)
+    ffn(inputs(2, 7, D)).square().sum().backward()
+    o = ref.options_of(name, options)
+    frozen = set()
+    if name == "asg" and o["grad"] == "hard" and o["sparse"]:
+        frozen = {"t"} if o["threshold"] != "fixed" else set()
+    if name == "sparseglu" and o["grad"] == "hard":
+        frozen = {n for n, _ in ffn.named_parameters() if n.startswith("predictor.")}
+    assert {n for n, p in ffn.named_parameters() if not p.requires_grad} == frozen
+    for n, p in ffn.named_parameters():
+        assert n in frozen or (p.grad is not None and p.grad.abs().sum() > 0), n
+
+
+def test_scalars_and_own_init():
+    """make_ffn alone: s=0.1, b=0, t=0, scale=1; matrices as nn.Linear draws them."""
+    for spec in ("dsg", "dynamicgeglu"):
+        ffn = make_ffn(spec, D, H)
+        assert (round(ffn.s.item(), 7), ffn.b.item()) == (0.1, 0.0)
+        assert ffn.norm.weight.eq(1).all()
+        assert ffn.norm.bias.eq(0).all()
+    assert make_ffn("asg", D, H).t.item() == 0
+    assert make_ffn("asg:threshold=neuron", D, H).t.eq(0).all()
+    assert make_ffn("multiscale", D, H).scale.eq(1).all()
+    for name in NAMES:
+        torch.manual_seed(0)
+        bound = 1 / math.sqrt(256)
+        weight = make_ffn(name, 256, 64).state_dict()
+        first = next(v for k, v in weight.items() if k.endswith("up_proj.weight") or "key" in k)
+        if name != "spark":  # its up_proj sees d - r inputs
+            assert 0.98 * bound < first.abs().max() <= bound
+
+
+# -- identities ------------------------------------------------------------------------------
+
+
+def twin(spec: str, other: str, rename: dict | None = None, dtype=torch.float32):
+    """Two FFNs; the second one's parameters are copied from the first, by (renamed) name."""
+    torch.manual_seed(0)
+    a, b = make_ffn(spec, D, H).to(dtype), make_ffn(other, D, H).to(dtype)
+    source = {(rename or {}).get(n, n): v for n, v in a.state_dict().items()}
+    b.load_state_dict({n: source[n] for n in b.state_dict()})
+    return a, b
+
+
+X = inputs(3, 5, D, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("grad", ["hard", "ste"])
+def test_sparseglu_with_k_1_is_swiglu(grad):
+    a, b = twin(f"sparseglu:k=1:grad={grad}", "swiglu")
+    assert torch.equal(a(X), b(X))
+
+
+@pytest.mark.parametrize("threshold", ["global", "neuron", "fixed"])
+@pytest.mark.parametrize("grad", ["hard", "ste"])
+def test_asg_without_sparse_weights_is_swiglu(threshold, grad):
+    a, b = twin(f"asg:threshold={threshold}:grad={grad}", "swiglu")
+    nn.init.zeros_(a.sparse_proj.weight)
+    assert torch.equal(a(X), b(X))
+    a, b = twin("asg:sparse=False", "swiglu")
+    assert torch.equal(a(X), b(X))
+
+
+@pytest.mark.parametrize("g", ["neuron", "token"])
+def test_dsg_with_open_gates_is_swiglu(g):
+    a, b = twin(f"dsg:g={g}", "swiglu")
+    with torch.no_grad():
+        a.sparse_gate.weight.zero_()
+        a.sparse_gate.bias.fill_(200)
+        a.b.fill_(200)
+    assert torch.equal(a(X), b(X))
+
+
+def test_dynamicgeglu_without_affine_is_geglu_scaled():
+    """||LN(x)|| is sqrt(d) for every token (up to LN's eps, made small by large inputs)."""
+    a, b = twin("dynamicgeglu:affine=False", "geglu", dtype=torch.float64)
+    with torch.no_grad():
+        a.s.fill_(0.3)
+        a.b.fill_(-1.1)
+    x = inputs(3, 5, D) * 1e4
+    alpha = 1 / (1 + math.exp(1.1 - 0.3 * math.sqrt(D)))
+    torch.testing.assert_close(a(x), alpha * b(x), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("grad", ["hard", "ste"])
+def test_sparsegated_with_all_keys_and_an_open_gate_is_geglu(gate, grad):
+    rename = {"key_proj.weight": "gate_proj.weight", "value_proj.weight": "up_proj.weight"}
+    a, b = twin(f"sparsegated:k=1:gate={gate}:grad={grad}", "geglu", rename)
+    if gate:
+        with torch.no_grad():
+            a.res_norm.weight.zero_()
+            a.res_norm.bias.fill_(200)
+    assert torch.equal(a(X), b(X))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "asg",
+        "asg:threshold=neuron",
+        "asg:threshold=fixed",
+        "sparsegated",
+        "sparsegated:split=False",
+        "sparseglu",
+        "sparseglu:select=stat",
+    ],
+)
+def test_ste_leaves_the_forward_value_bit_for_bit(spec):
+    """M + p - p.detach() is not M in floating point unless p - p is taken first."""
+    torch.manual_seed(0)
+    hard, ste = make_ffn(f"{spec}:grad=hard", D, H), make_ffn(f"{spec}:grad=ste", D, H)
+    ste.load_state_dict(hard.state_dict())
+    x = inputs(20, 20, D, dtype=torch.float32) * 3
+    assert torch.equal(hard(x), ste(x))
+    ste.eval()
+    assert torch.equal(hard(x), ste(x))
+
+
+# -- how many units, and which -----------------------------------------------------------------
+
+COUNTS = [(50, 0.15), (30, 0.15), (64, 0.25), (64, 0.01), (7, 0.5), (48, 0.999), (48, 1.0)]
+
+
+def set_scores(ffn: nn.Module, scores: torch.Tensor) -> None:
+    """Make sparseglu's scores these, whatever x."""
+    with torch.no_grad():
+        ffn.predictor[2].weight.zero_()
+        ffn.predictor[2].bias.copy_(scores)
+
+
+@pytest.mark.parametrize("h, k", COUNTS)
+@pytest.mark.parametrize("grad", ["hard", "ste"])
+def test_sparseglu_keeps_exactly_k_units(h, k, grad):
+    """Ties never add a unit: all scores equal, or a group of equal ones across the boundary."""
+    keep = round(k * h)
+    if keep == 0:
+        pytest.skip("refused, see the errors below")
+    ffn, _ = build("sparseglu", {"k": k, "grad": grad}, D, h)
+    for seed in range(5):
+        x = inputs(D, seed=seed)
+        for scores in (
+            torch.zeros(h),
+            torch.full((h,), -3.7),
+            (torch.arange(h) % 3).float(),
+            (torch.arange(h) >= keep // 2).float(),
+        ):
+            set_scores(ffn, scores)
+            kept = hidden_units(ffn, x) != 0
+            assert kept.sum() == keep
+            assert keep == h or scores[kept].min() >= scores[~kept].max()
+
+
+@pytest.mark.parametrize("h, k", COUNTS)
+@pytest.mark.parametrize("split", [True, False])
+def test_sparsegated_keeps_exactly_k_units(h, k, split):
+    """All keys equal (positive or negative), or three groups of equal ones."""
+    keep = round(k * h)
+    if keep == 0:
+        pytest.skip("refused, see the errors below")
+    ffn, _ = build("sparsegated", {"k": k, "split": split, "gate": False}, D, h)
+    for seed in range(5):
+        x = inputs(D, seed=seed)
+        for row in (torch.zeros(h), torch.arange(h) % 3, (torch.arange(h) >= keep // 2).long()):
+            with torch.no_grad():
+                ffn.key_proj.weight.copy_(inputs(3, D, seed=9)[row.long()] / math.sqrt(D))
+            key = F.gelu(ffn.key_proj(x)).detach()
+            kept = hidden_units(ffn, x) != 0
+            assert kept.sum() == keep
+            assert keep == h or key[kept].min() >= key[~kept].max()
+
+
+def test_selection_is_by_value_not_by_magnitude():
+    """All scores and all keys negative: the smallest magnitudes are the largest values."""
+    ffn, _ = build("sparseglu", {"k": 0.25}, D, 40)
+    scores = -torch.arange(1, 41).double()
+    set_scores(ffn, scores)
+    assert (hidden_units(ffn, inputs(D)) != 0).nonzero().flatten().tolist() == list(range(10))
+
+    ffn, _ = build("sparsegated", {"k": 0.25, "gate": False}, D, 40)
+    x = inputs(D)
+    # Keys from -0.1 to -4: GELU falls to -0.17 at -0.75 and rises again to -0.0001 at -4.
+    with torch.no_grad():
+        z = -torch.linspace(0.1, 4.0, 40, dtype=torch.float64)
+        ffn.key_proj.weight.copy_(z[:, None] * x / x.dot(x))
+    want = set(ref.gelu(z.numpy()).argsort()[-10:].tolist())
+    assert set((hidden_units(ffn, x) != 0).nonzero().flatten().tolist()) == want
+    assert 39 in want
+
+
+@pytest.mark.parametrize("name", ["sparseglu", "sparsegated", "spark", "asg"])
+def test_active_is_the_share_of_units_in_use(name):
+    cases = [o for n, o in CASES if n == name and o.get("sparse", True)]
+    for options in cases:
+        ffn, params = build(name, options)
+        x = inputs(4, 6, D)
+        got = ffn.active(x)
+        assert got.shape == ()
+        assert got.is_floating_point()
+        o = ref.options_of(name, options)
+        used = []
+        for t in x.numpy().reshape(-1, D):
+            if name == "asg":
+                tau = o["tau"] if o["threshold"] == "fixed" else ref.sigmoid(params["t"])
+                used.append(np.abs(params["sparse_proj.weight"] @ t) > tau)
+            else:
+                used.append(ref.hidden(name, params, t, **options) != 0)
+        assert got.item() == pytest.approx(np.mean(used), abs=1e-6), options
+
+
+@pytest.mark.parametrize("d, share", [(512, 0.27), (768, 0.37), (128, 0.03)])
+def test_how_much_asg_passes_at_init_depends_on_d_alone(d, share):
+    """The paper says 35%. Whatever h, t = 0 and N(0, 0.02) leave this share at this d."""
+    for h in (64, 512):
+        config = GPTConfig(n_layer=1, n_head=2, n_kv_head=2, n_embd=d, vocab_size=8, block_size=8)
+        config.ffn, config.ffn_hidden = "asg", h
+        x = inputs(500, d, dtype=torch.float32)
+        x = x / x.square().mean(-1, keepdim=True).sqrt()
+        got = GPT(config).model.layers[0].mlp.active(x).item()
+        assert got == pytest.approx(share, abs=0.01)
+        assert got == pytest.approx(math.erfc(0.5 / (0.02 * math.sqrt(2 * d))), abs=0.006)
+
+
+# -- in a lower precision ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_predictor_stays_out_of_autocast(dtype):
+    """bfloat16 scores would pick other units than float32 ones."""
+    torch.manual_seed(0)
+    ffn = make_ffn("sparseglu", 64, 512)
+    with torch.no_grad():
+        ffn.predictor[2].weight.mul_(0.01)
+        ffn.predictor[2].bias.fill_(8.0)  # where bfloat16 has steps of 1/32
+    for x in inputs(8, 64, dtype=dtype):
+        want = hidden_units(ffn, x.float()) != 0
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = hidden_units(ffn, x) != 0
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("threshold", ["global", "neuron"])
+def test_asg_threshold_stays_out_of_autocast(threshold):
+    """tau = 0.4999 is 0.5 in bfloat16, and |z| = 0.5 would not pass."""
+    ffn = make_ffn(f"asg:threshold={threshold}", 32, 64)
+    with torch.no_grad():
+        ffn.sparse_proj.weight.zero_()
+        ffn.sparse_proj.weight[:, 0] = 0.5
+        ffn.t.fill_(math.log(0.4999 / 0.5001))
+        x = torch.ones(1, 1, 32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert ffn.active(x) == 1
+        ffn.t.fill_(math.log(0.5001 / 0.4999))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert ffn.active(x) == 0
+
+
+@pytest.mark.parametrize("name", ["dsg", "dynamicgeglu"])
+def test_norm2_stays_out_of_autocast(name):
+    """With s = 50 the rounding of a bfloat16 norm (steps of 0.125 at 22) would flip the gate."""
+    ffn, _ = build(name, {}, 512, 64, dtype=torch.float32)
+    x = inputs(1, 40, 512, dtype=torch.float32)
+    with torch.no_grad():
+        ffn.s.fill_(50.0)
+        ffn.b.copy_(-50 * ffn.norm(x).norm(dim=-1).median())
+        want = ffn(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = ffn(x)
+    assert error(got, want) < 0.03
+
+
+@all_names
+def test_autocast_output_is_close(name):
+    """bfloat16 autocast works for every FFN, with float32 and bfloat16 inputs, and backward."""
+    torch.manual_seed(0)
+    ffn = make_ffn(name, 64, 64)
+    x = inputs(2, 9, 64, dtype=torch.float32).bfloat16()
+    want = ffn(x.float())
+    for given in (x, x.float()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = ffn(given)
+        if name != "sparsegated":  # which picks by bfloat16 keys
+            assert error(got, want) < 0.05
+        got.float().sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in ffn.parameters() if p.grad is not None)
+
+
+# -- gradients -----------------------------------------------------------------------------------
+
+SMOOTH = [(n, o) for n, o in CASES if o.get("grad") != "ste" and o.get("r") in (None, 7, 33, 40)]
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=case_ids)
+def test_gradients_by_finite_differences(case):
+    """x and every trained parameter, in float64; the drawn inputs are away from ties."""
+    name, options = case
+    d, h = 8, 16
+    options = dict(options)
+    if name == "sparseglu":
+        options |= {"r": 5, "p": 6}
+    if name == "spark":
+        options |= {"r": {None: 4, 7: 3, 33: 6}[options.get("r")]}
+    ffn, _ = build(name, options, d, h)
+    params = {n: p.detach().requires_grad_() for n, p in ffn.named_parameters() if p.requires_grad}
+    x = inputs(3, d).requires_grad_()
+
+    def output(x, *values):
+        return torch.func.functional_call(ffn, dict(zip(params, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(output, (x, *params.values()), eps=1e-6, atol=1e-7)
+
+
+def add(grads: dict, name: str, value) -> None:
+    grads[name] = grads.get(name, 0.0) + value
+
+
+def silu_slope(z):
+    s = ref.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def gelu_slope(z):
+    return ref.gelu(z) / z + z * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+
+
+def sparseglu_ste(p, x, c, o, grads):
+    """hidden = SiLU(g) * u * (M + q - const), q = sigmoid(score): dM/dscore = q (1 - q)."""
+    r = o["r"]
+    g, u = p["gate_proj.weight"] @ x, p["up_proj.weight"] @ x
+    z = p["predictor.0.weight"] @ x[:r] + p["predictor.0.bias"]
+    a = np.maximum(z, 0)
+    q = ref.sigmoid(p["predictor.2.weight"] @ a + p["predictor.2.bias"])
+    mask = ref.selected(p, x, o["k"], r, o["select"])
+    dh = p["down_proj.weight"].T @ c
+    dg, du = dh * u * mask * silu_slope(g), dh * ref.silu(g) * mask
+    ds = dh * ref.silu(g) * u * q * (1 - q)
+    dz = (p["predictor.2.weight"].T @ ds) * (z > 0)
+    add(grads, "down_proj.weight", np.outer(c, ref.silu(g) * u * mask))
+    add(grads, "gate_proj.weight", np.outer(dg, x))
+    add(grads, "up_proj.weight", np.outer(du, x))
+    add(grads, "predictor.2.weight", np.outer(ds, a))
+    add(grads, "predictor.2.bias", ds)
+    add(grads, "predictor.0.weight", np.outer(dz, x[:r]))
+    add(grads, "predictor.0.bias", dz)
+    dx = p["gate_proj.weight"].T @ dg + p["up_proj.weight"].T @ du
+    dx[:r] += p["predictor.0.weight"].T @ dz
+    return dx
+
+
+def asg_ste(p, x, c, o, grads):
+    """hidden = SiLU(g) * u + z * (M + q - const), q = sigmoid((|z| - tau) / 0.1)."""
+    g, u, z = (p[f"{n}_proj.weight"] @ x for n in ("gate", "up", "sparse"))
+    tau = o["tau"] if o["threshold"] == "fixed" else ref.sigmoid(p["t"])
+    q = ref.sigmoid((np.abs(z) - tau) / 0.1)
+    slope = q * (1 - q) / 0.1
+    mask = np.abs(z) > tau
+    dh = p["down_proj.weight"].T @ c
+    dg, du = dh * u * silu_slope(g), dh * ref.silu(g)
+    dz = dh * (mask + z * slope * np.sign(z))
+    add(grads, "down_proj.weight", np.outer(c, ref.silu(g) * u + z * mask))
+    add(grads, "gate_proj.weight", np.outer(dg, x))
+    add(grads, "up_proj.weight", np.outer(du, x))
+    add(grads, "sparse_proj.weight", np.outer(dz, x))
+    if o["threshold"] != "fixed":
+        dt = -dh * z * slope * tau * (1 - tau)
+        add(grads, "t", dt if o["threshold"] == "neuron" else dt.sum())
+    pairs = (("gate", dg), ("up", du), ("sparse", dz))
+    return sum(p[f"{n}_proj.weight"].T @ dn for n, dn in pairs)
+
+
+def sparsegated_ste(p, x, c, o, grads):
+    """hidden = topk(K) * V; forward the cut keys, backward dK = dhidden * V for all of them."""
+    z = p["key_proj.weight"] @ x
+    key = ref.gelu(z)
+    kept = key * ref.top(key, o["k"])
+    value = p["value_proj.weight"] @ x if o["split"] else np.ones_like(z)
+    dh = p["down_proj.weight"].T @ c
+    dz = dh * value * gelu_slope(z)
+    add(grads, "down_proj.weight", np.outer(c, kept * value))
+    add(grads, "key_proj.weight", np.outer(dz, x))
+    dx = p["key_proj.weight"].T @ dz
+    if o["split"]:
+        add(grads, "value_proj.weight", np.outer(dh * kept, x))
+        dx += p["value_proj.weight"].T @ (dh * kept)
+    return dx
+
+
+BY_HAND = [
+    (sparseglu_ste, ("sparseglu", {"grad": "ste", "r": 5, "p": 7})),
+    (sparseglu_ste, ("sparseglu", {"grad": "ste", "r": 5, "p": 7, "select": "stat"})),
+    (asg_ste, ("asg", {"grad": "ste"})),
+    (asg_ste, ("asg", {"grad": "ste", "threshold": "neuron"})),
+    (asg_ste, ("asg", {"grad": "ste", "threshold": "fixed", "tau": 0.7})),
+    (sparsegated_ste, ("sparsegated", {"grad": "ste", "gate": False, "k": 0.3})),
+    (sparsegated_ste, ("sparsegated", {"grad": "ste", "gate": False, "split": False})),
+]
+
+
+@pytest.mark.parametrize("by_hand, case", BY_HAND, ids=lambda v: getattr(v, "__name__", None))
+def test_straight_through_gradients_by_hand(by_hand, case):
+    name, options = case
+    ffn, params = build(name, options)
+    o = ref.options_of(name, options)
+    x, c = inputs(6, D).requires_grad_(), inputs(6, D, seed=2)
+    (ffn(x) * c).sum().backward()
+    grads: dict = {}
+    rows = zip(x.detach().numpy(), c.numpy(), strict=True)
+    dx = np.stack([by_hand(params, xi, ci, o, grads) for xi, ci in rows])
+    assert error(x.grad, dx) < 1e-11
+    assert set(grads) == set(params)
+    for n, p in ffn.named_parameters():
+        assert error(p.grad, grads[n]) < 1e-11, n
+
+
+def test_gate_by_hand_is_the_ste_gradient_at_the_kept_units_only():
+    """sparseglu grad=gate: cut units give their scores no gradient, ste gives them one."""
+    for grad, reach in (("gate", "kept"), ("ste", "all")):
+        ffn, params = build("sparseglu", {"grad": grad})
+        x = inputs(D)
+        ffn(x[None, None]).sum().backward()
+        kept = torch.from_numpy(ref.selected(params, x.numpy(), 0.25, 32, "topk")) > 0
+        has = ffn.predictor[2].bias.grad != 0
+        assert torch.equal(has, kept if reach == "kept" else torch.ones_like(kept))
+
+
+# -- decode --------------------------------------------------------------------------------------
+
+
+def test_which_ffns_decode():
+    have = {n for n in NAMES if hasattr(make_ffn(n, D, H), "decode")}
+    assert have == {"sparsegated", "sparseglu", "spark"}
+
+
+@torch.no_grad()
+def assert_decodes(ffn: nn.Module, d: int, tol: float, dtype) -> None:
+    for shape in ((1, 1, d), (4, 1, d), (1, 3, d)):
+        x = inputs(*shape, seed=shape[0], dtype=dtype)
+        want, got = ffn(x), ffn.decode(x)
+        assert got.dtype == want.dtype
+        scale = want.abs().max().clamp(min=1e-30)
+        assert got.shape == want.shape
+        assert ((got - want).abs().max() / scale).item() < tol
+
+
+@pytest.mark.parametrize("case", DECODES, ids=case_ids)
+def test_decode_is_forward(case):
+    """For one and for a few tokens, and again after each way in which weights change in place."""
+    ffn, _ = build(*case)
+    assert_decodes(ffn, D, 1e-12, torch.float64)
+    other, params = build(*case, dtype=torch.float32, seed=5)
+    ffn = ffn.float()
+    assert_decodes(ffn, D, 3e-6, torch.float32)
+    ffn.load_state_dict(other.state_dict())
+    assert_decodes(ffn, D, 3e-6, torch.float32)
+    x = inputs(1, 1, D, dtype=torch.float32)
+    with torch.no_grad():
+        assert error(ffn.decode(x), expected(*case, params, x)) < 1e-5  # the new weights
+        for p in ffn.parameters():
+            p.add_(0.3 * torch.sin(torch.arange(p.numel())).view(p.shape))
+    assert_decodes(ffn, D, 3e-6, torch.float32)
+    optimizer = torch.optim.AdamW([p for p in ffn.parameters() if p.requires_grad], lr=0.1)
+    ffn(inputs(2, 3, D, dtype=torch.float32)).sum().backward()
+    optimizer.step()
+    assert_decodes(ffn, D, 3e-6, torch.float32)
+    # a state dict of plain row-major tensors, taken over as they are
+    plain = {n: v.detach().clone(memory_format=torch.contiguous_format) for n, v in params_of(ffn)}
+    ffn.load_state_dict(plain, assign=True)
+    assert_decodes(ffn, D, 3e-6, torch.float32)
+    assert_decodes(copy.deepcopy(ffn), D, 3e-6, torch.float32)
+
+
+def params_of(ffn: nn.Module):
+    return list(ffn.named_parameters())
+
+
+@pytest.mark.parametrize("h", [16, 48, 100, 1000])
+@pytest.mark.parametrize("grad", ["hard", "gate"])
+def test_decode_when_a_threshold_selects_none_or_all(h, grad):
+    """A threshold's number of units varies from token to token: none and all are two of them."""
+    for dtype in (torch.float32, torch.float64):
+        # sparseglu: equal scores are never over their own mean
+        ffn, _ = build("sparseglu", {"select": "stat", "grad": grad, "k": 0.3}, D, h, dtype)
+        for value in (0.0, 0.1, -3.3, 7.7):
+            set_scores(ffn, torch.full((h,), value, dtype=dtype))
+            assert_decodes(ffn, D, 3e-6, dtype)
+        # half of the scores far over the mean, and all but one
+        for few in (h // 2, 1):
+            set_scores(ffn, (torch.arange(h) >= few).to(dtype))
+            assert_decodes(ffn, D, 3e-6, dtype)
+        # spark: no gate weights, no unit; a quantile below every gate, all units
+        ffn, _ = build("spark", {"k": 0.3}, D, h, dtype)
+        nn.init.zeros_(ffn.gate_proj.weight)
+        x = inputs(1, 3, D, dtype=dtype)
+        assert ffn.active(x) == 0
+        assert ffn.decode(x).abs().max() == 0
+        assert_decodes(ffn, D, 3e-6, dtype)
+        ffn, _ = build("spark", {"k": 1 - 1e-9}, D, h, dtype)
+        assert ffn.active(x) == 1
+        assert_decodes(ffn, D, 3e-6, dtype)
+
+
+def test_equal_scores_select_nothing_with_a_threshold():
+    """`>` and not `>=`: with zero weights all scores are 0 and so are mean and deviation."""
+    ffn, _ = build("sparseglu", {"select": "stat"})
+    set_scores(ffn, torch.zeros(H))
+    assert ffn(inputs(1, 3, D)).abs().max() == 0
+    assert ffn.active(inputs(1, 3, D)) == 0
+
+
+@pytest.mark.parametrize("case", DECODES, ids=case_ids)
+def test_decode_with_tied_scores(case):
+    """Forward and decode break a tie the same way."""
+    name, options = case
+    ffn, _ = build(name, options, dtype=torch.float32)
+    with torch.no_grad():
+        if name == "sparseglu":
+            set_scores(ffn, (torch.arange(H) % 2).float())
+        else:
+            layer = ffn.key_proj if name == "sparsegated" else ffn.gate_proj
+            layer.weight.copy_(layer.weight[torch.arange(H) % 2])
+    assert_decodes(ffn, D, 3e-6, torch.float32)
+
+
+# -- compiled ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+def test_compiled_is_eager():
+    """All 13 and the main options in one graph (no breaks), outputs and gradients in float32."""
+    cases = [(n, {}) for n in NAMES]
+    cases += [("sparseglu", {"select": "stat", "grad": "ste"}), ("sparseglu", {"grad": "gate"})]
+    cases += [("asg", {"grad": "ste", "threshold": "neuron"}), ("sparsegated", {"grad": "ste"})]
+    ffns = nn.ModuleList(build(*case, dtype=torch.float32)[0] for case in cases)
+    x = inputs(2, 8, D, dtype=torch.float32).requires_grad_()
+
+    def outputs(x):
+        return torch.stack([ffn(x) for ffn in ffns])
+
+    c = inputs(len(cases), 2, 8, D, seed=3, dtype=torch.float32)
+    results = []
+    for run in (outputs, torch.compile(outputs, dynamic=False, fullgraph=True)):
+        ffns.zero_grad()
+        x.grad = None
+        y = run(x)
+        (y * c).sum().backward()
+        grads = {n: p.grad for n, p in ffns.named_parameters() if p.grad is not None}
+        results.append((y.detach(), grads | {"x": x.grad}))
+    (eager, eager_grads), (compiled, compiled_grads) = results
+    for case, a, b in zip(cases, eager, compiled, strict=True):
+        assert error(b, a) < 1e-5, case
+    assert compiled_grads.keys() == eager_grads.keys()
+    for n, g in eager_grads.items():
+        assert error(compiled_grads[n], g) < 2e-5, n
+
+
+# -- specs ---------------------------------------------------------------------------------------
+
+BAD_SPECS = [  # (spec, d, h, what the one line must say)
+    ("swiglo", 64, 64, ["swiglo", "did you mean swiglu?", *NAMES]),
+    ("", 64, 64, NAMES),
+    ("SwiGLU", 64, 64, ["SwiGLU", *NAMES]),
+    ("swiglu ", 64, 64, NAMES),
+    ("__init__", 64, 64, NAMES),
+    ("asg:treshold=neuron", 64, 64, ["did you mean threshold?", "sparse", "grad", "tau"]),
+    ("asg:threshold=neurons", 64, 64, ["did you mean neuron?", "global", "fixed"]),
+    ("asg:threshold=", 64, 64, ["global", "neuron", "fixed"]),
+    ("asg:grad=gate", 64, 64, ["hard", "ste"]),
+    ("asg:sparse=maybe", 64, 64, ["sparse", "True or False", "maybe"]),
+    ("sparsegated:k=many", 64, 64, ["k", "number", "many"]),
+    ("sparsegated:k=nan", 64, 64, ["k", "nan"]),
+    ("sparsegated:gate", 64, 64, ["gate", "option=value"]),
+    ("sparseglu:grad=soft", 64, 64, ["hard", "ste", "gate"]),
+    ("sparseglu:select=top", 64, 64, ["did you mean topk?", "stat"]),
+    ("sparseglu:r=1.5", 64, 64, ["r", "whole number"]),
+    ("sparseglu:k=0.5:k=0.5", 64, 64, ["once"]),
+    ("sparseglu:k=0.5:", 64, 64, ["select"]),
+    ("sparseglu:d=3", 64, 64, ["option 'd'", "select"]),
+    ("sparseglu:self=3", 64, 64, ["option 'self'"]),
+    ("dsg:g=layer", 64, 64, ["neuron", "token"]),
+    ("dsg:m=None", 64, 64, ["norm", "none"]),
+    ("swiglu:k=1", 64, 64, ["swiglu", "'k'"]),
+    ("multiscale", 64, 66, ["66", "4"]),
+    ("dualgated", 64, 65, ["65"]),
+    ("sparsegated:k=0", 64, 64, ["k"]),
+    ("sparsegated:k=1.01", 64, 64, ["k"]),
+    ("sparseglu:k=-0.5", 64, 64, ["k"]),
+    ("sparseglu:k=2", 64, 64, ["k"]),
+    ("sparseglu:k=0.001", 64, 64, ["k"]),
+    ("sparseglu", 16, 64, ["r", "32", "16"]),
+    ("sparseglu:r=0", 64, 64, ["r"]),
+    ("sparseglu:p=0", 64, 64, ["p"]),
+    ("spark:k=1", 64, 64, ["k"]),
+    ("spark:k=0", 64, 64, ["k"]),
+    ("spark:r=64", 64, 64, ["r"]),
+    ("spark:r=-1", 64, 64, ["r"]),
+    ("swiglu", 0, 64, ["d"]),
+    ("swiglu", 64, 0, ["h"]),
+    ("swiglu,geglu", 64, 64, NAMES),
+]
+
+
+@pytest.mark.parametrize(
+    "spec, d, h, says", BAD_SPECS, ids=[f"{s}@{h}" for s, _, h, _ in BAD_SPECS]
+)
+def test_a_bad_spec_is_one_line_with_the_cure(spec, d, h, says):
+    with pytest.raises(UserError) as e:
+        make_ffn(spec, d, h)
+    text = str(e.value)
+    assert "\n" not in text
+    assert all(word in text for word in says), text
+
+
+def test_a_new_idea_is_a_class_and_a_line(monkeypatch):
+    """Spec, options, cost, match, init, training and generation need nothing more."""
+
+    class Mine(nn.Module):
+        def __init__(self, d: int, h: int, *, power: int = 2, flat: bool = False):
+            super().__init__()
+            self.up_proj = nn.Linear(d, h, bias=False)
+            self.down_proj = nn.Linear(h, d, bias=False)
+            self.gain = nn.Parameter(torch.full((h,), 0.5))
+            self.power, self.flat = power, flat
+
+        def forward(self, x):
+            return self.down_proj(F.relu(self.up_proj(x)) ** self.power * self.gain)
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    ffn = make_ffn("mine:power=3:flat=True", 16, 32)
+    assert (ffn.power, ffn.flat) == (3, True)
+    cost = {"params": 2 * 16 * 32 + 32, "flops": 4 * 16 * 32, "active_flops": 4 * 16 * 32}
+    assert ffn_cost(ffn) == cost
+    assert match_hidden("mine", 64, 128) == 192
+    with pytest.raises(UserError, match="did you mean mine"):
+        make_ffn("mime", 16, 32)
+    gpt = GPT(small(ffn="mine"))
+    assert gpt.model.layers[0].mlp.gain.eq(0.5).all()  # its own scalar stays
+    assert torch.equal(gpt.model.embed_tokens.weight, GPT(small()).model.embed_tokens.weight)
+    gpt(tokens(2, 9), tokens(2, 9))[1].backward()
+    assert all(p.grad is not None for p in gpt.parameters())
+    assert gpt.generate(tokens(1, 3), 4).shape == (1, 7)
+
+
+# -- costs ---------------------------------------------------------------------------------------
+
+
+def cost_by_hand(name: str, d: int, h: int, **options) -> tuple[int, int]:
+    """(FLOPs executed, FLOPs ideally needed) per token: 2 per weight of each matrix product."""
+    o = ref.options_of(name, options)
+    dh = 2 * d * h
+    if name in ("gelu", "relu2"):
+        return 2 * dh, 2 * dh
+    if name == "dsg":
+        full = 3 * dh + (dh if o["g"] == "neuron" else 2 * d)
+        return full, full
+    if name == "asg":
+        return (4 * dh, 4 * dh) if o["sparse"] else (3 * dh, 3 * dh)
+    if name == "sparsegated":
+        keep, res = 2 * d * round(o["k"] * h), 2 * d * d * o["gate"]
+        return (2 + o["split"]) * dh + res, dh + (1 + o["split"]) * keep + res
+    if name == "sparseglu":
+        predictor = 2 * (o["r"] * o["p"] + o["p"] * h)
+        return 3 * dh + predictor, 3 * 2 * d * round(o["k"] * h) + predictor
+    if name == "spark":
+        r, keep = o["r"] or d // 2, round(o["k"] * h)
+        return 2 * dh, 2 * r * h + 2 * (d - r) * keep + 2 * d * keep
+    return 3 * dh, 3 * dh
+
+
+@all_cases
+def test_costs_by_hand(case):
+    name, options = case
+    for d, h in ((D, H), (64, 256)):
+        cost = ffn_cost(make_ffn(spec_of(name, options), d, h))
+        params = sum(math.prod(s) for s in ref.shapes(name, d, h, **options).values())
+        flops, active = cost_by_hand(name, d, h, **options)
+        assert cost == {"params": params, "flops": flops, "active_flops": active}
+        assert all(type(v) is int for v in cost.values())
+
+
+@pytest.mark.parametrize(
+    "spec, d, h, ratio",
+    [  # the ideal cost of each, in units of SwiGLU's
+        ("dsg", 512, 2048, 4 / 3),
+        ("asg", 512, 2048, 4 / 3),
+        ("sparsegated", 512, 2048, (1 + 2 * 0.15) / 3 + 512 / (3 * 2048)),
+        ("sparsegated:k=0.5", 1536, 8960, (1 + 2 * 0.5) / 3 + 1536 / (3 * 8960)),
+        ("sparseglu", 1536, 8960, 1 / 3.8),
+        ("spark", 1536, 8960, 1 / 4.8),
+        ("gelu", 512, 2048, 2 / 3),
+    ],
+)
+def test_ideal_cost_relative_to_swiglu(spec, d, h, ratio):
+    with torch.device("meta"):
+        cost, base = ffn_cost(make_ffn(spec, d, h)), ffn_cost(make_ffn("swiglu", d, h))
+    assert cost["active_flops"] / base["active_flops"] == pytest.approx(ratio, rel=0.01)
+
+
+MATCHES = [*NAMES, "dsg:g=token", "asg:sparse=False", "sparsegated:split=False:k=0.5"]
+MATCHES += ["sparsegated:gate=False", "dsg:m=none", "sparseglu:p=8", "spark:r=8"]
+
+
+@pytest.mark.parametrize("spec", MATCHES)
+def test_match_hidden_by_brute_force(spec):
+    """A multiple of 8, and no other multiple of 8 comes closer to SwiGLU's parameters."""
+    for d, hidden in ((64, 256), (48, 72), (96, 100)):
+        with torch.device("meta"):
+            target = ffn_cost(make_ffn("swiglu", d, hidden))["params"]
+            widths = range(8, 2 * hidden + 64, 8)
+            params = {h: ffn_cost(make_ffn(spec, d, h))["params"] for h in widths}
+        got = match_hidden(spec, d, hidden)
+        assert got % 8 == 0
+        assert abs(params[got] - target) == min(abs(p - target) for p in params.values())
+    assert match_hidden("swiglu", 64, 256) == 256
+
+
+def test_a_model_matched_by_parameters():
+    for spec in ("gelu", "asg", "sparseglu"):
+        gpt = GPT(small(ffn=spec, ffn_match="params"))
+        width = gpt.model.layers[1].mlp.up_proj.weight.size(0)
+        assert width == match_hidden(spec, 32, 64) != 64
+        assert GPT(small(ffn=spec)).model.layers[1].mlp.up_proj.weight.size(0) == 64
+
+
+# -- the decoder ---------------------------------------------------------------------------------
+
+
+def small(**changes) -> GPTConfig:
+    shape = {"block_size": 48, "vocab_size": 101, "n_layer": 2, "n_head": 4, "n_kv_head": 2}
+    return GPTConfig(**(shape | {"n_embd": 32, "ffn_hidden": 64} | changes))
+
+
+def tokens(*shape: int, seed=0, vocab=101) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, vocab, shape))
+
+
+@torch.no_grad()
+def stir(gpt: nn.Module, seed=0) -> nn.Module:
+    """Weights large enough that attention, gains and positions all show in the logits (at init
+    attention is nearly uniform and a wrong rotary base would pass)."""
+    rng = np.random.default_rng(seed)
+    for _, p in sorted(gpt.named_parameters()):
+        noise = torch.from_numpy(rng.standard_normal(p.shape)).to(p.dtype)
+        if p.ndim >= 2:
+            p.copy_(noise / math.sqrt(p.size(-1)))
+        else:
+            p.add_(0.4 * noise)
+    return gpt
+
+
+def sizes(config: GPTConfig) -> tuple[int, int, int]:
+    """(in matrices of the layers, in the layers, in all), counted here and not by the model."""
+    with torch.device("meta"):
+        gpt = GPT(config)
+    layers = dict(gpt.model.layers.named_parameters())
+    matrices = sum(p.numel() for p in layers.values() if p.ndim == 2)
+    total = {id(p): p.numel() for p in gpt.parameters()}
+    return matrices, sum(p.numel() for p in layers.values()), sum(total.values())
+
+
+def test_the_default_is_the_papers_134m_and_half_the_ffn_its_83m():
+    assert sizes(GPTConfig()) == (134_217_728, 134_254_592, 160_010_752)
+    assert 134_254_592 + 512 == 134_255_104  # with the final norm
+    assert 20 * 134_217_728 == 640 * 2**22
+    assert sizes(GPTConfig(ffn_hidden=1024))[0] == 83_886_080
+    with torch.device("meta"):
+        counts = GPT(GPTConfig()).param_counts()
+    assert (counts["layers"], counts["total"]) == (134_217_728, 160_010_752)
+    untied = sizes(GPTConfig(tie_embeddings=False))
+    assert untied[2] == 160_010_752 + 50304 * 512
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"n_head": 3}, "n_head"),
+        ({"n_head": 32}, "n_embd"),  # a head of one channel cannot be rotated
+        ({"n_kv_head": 3}, "n_kv_head"),
+        ({"n_layer": 0}, "n_layer"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"ffn": "swiglo"}, "did you mean swiglu"),
+        ({"ffn": "multiscale", "ffn_hidden": 63}, "63"),
+        ({"ffn_match": "flops"}, "ffn_match"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes, says):
+    with pytest.raises(UserError, match=says):
+        GPT(small(**changes))
+
+
+def hugging_face(tie: bool, n_kv_head: int):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=n_kv_head,
+        head_dim=8,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        max_position_embeddings=48,
+        tie_word_embeddings=tie,
+        attention_bias=False,
+    )
+    torch.manual_seed(0)
+    return transformers.Qwen3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_hugging_face_qwen3_gives_the_same_logits(tie, n_kv_head):
+    """The state dict loads strictly, ours into theirs and theirs into ours; logits within 1e-4."""
+    idx = tokens(2, 48)
+    config = small(tie_embeddings=tie, n_kv_head=n_kv_head)
+    ours, theirs = stir(GPT(config)), hugging_face(tie, n_kv_head)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    with torch.no_grad():
+        a, b = ours(idx)[0], theirs(idx).logits
+    assert b.abs().max() > 1
+    assert (a - b).abs().max() < 1e-4
+
+    theirs, ours = stir(hugging_face(tie, n_kv_head), seed=7), GPT(config)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    with torch.no_grad():
+        c, d = ours(idx)[0], theirs(idx).logits
+    assert (c - d).abs().max() < 1e-4
+    assert (c - a).abs().max() > 0.1  # these are other weights
+
+
+@all_names
+def test_later_tokens_never_change_earlier_logits(name):
+    gpt = stir(GPT(small(ffn=name)))
+    idx = tokens(2, 20)
+    changed = idx.clone()
+    changed[:, 13] = (changed[:, 13] + 1) % 101
+    with torch.no_grad():
+        a, b = gpt(idx)[0], gpt(changed)[0]
+    torch.testing.assert_close(a[:, :13], b[:, :13], rtol=0, atol=1e-5)
+    assert all((a[:, t] - b[:, t]).abs().max() > 1e-3 for t in range(13, 20))
+    with torch.no_grad():  # nor does the length, or what else is in the batch
+        torch.testing.assert_close(gpt(idx[:1, :9])[0], a[:1, :9], rtol=0, atol=1e-5)
+
+
+def test_forward_returns_logits_or_loss():
+    gpt = GPT(small())
+    logits, loss = gpt(tokens(2, 9))
+    assert logits.shape == (2, 9, 101)
+    assert loss is None
+    loss = gpt(tokens(2, 9), tokens(2, 9, seed=1))[1]
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(math.log(101), abs=0.1)
+
+
+# -- loss ----------------------------------------------------------------------------------------
+
+
+def plain_loss(gpt, idx, targets):
+    return F.cross_entropy(gpt(idx)[0].flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize(
+    "vocab, shape", [(101, (3, 17)), (50257, (2, 230)), (50257, (1, 1))], ids=lambda v: str(v)
+)
+def test_loss_and_gradients_equal_cross_entropy(tie, vocab, shape):
+    """Sizes that are no multiple of anything; some targets ignored; the loss scaled as with
+    accumulation, and two backward passes summed."""
+    size = {"n_embd": 8, "n_head": 2, "n_kv_head": 1, "n_layer": 1, "block_size": 256}
+    gpt = stir(GPT(small(vocab_size=vocab, tie_embeddings=tie, **size)))
+    idx, targets = tokens(*shape, vocab=vocab), tokens(*shape, seed=1, vocab=vocab)
+    if targets.numel() > 9:
+        targets[0, 3:9] = -100
+        targets[:, -1] = -100
+    plain = plain_loss(gpt, idx, targets)
+    (0.37 * plain).backward()
+    want = {n: p.grad.clone() for n, p in gpt.named_parameters()}
+    gpt.zero_grad()
+    loss = gpt(idx, targets)[1]
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    with torch.no_grad():
+        assert gpt(idx, targets)[1].item() == pytest.approx(plain.item(), rel=1e-6)
+    (0.12 * loss).backward()
+    (0.25 * gpt(idx, targets)[1]).backward()
+    assert {n for n, p in gpt.named_parameters() if p.grad is not None} == set(want)
+    for n, p in gpt.named_parameters():
+        assert error(p.grad, want[n]) < 2e-5, n
+
+
+def test_loss_gradients_in_float64():
+    """The same to the last digits: no constant of the backward pass is rounded to float32."""
+    gpt = stir(GPT(small())).double()
+    idx, targets = tokens(3, 11), tokens(3, 11, seed=1)
+    targets[1, 2:5] = -100
+    plain_loss(gpt, idx, targets).backward()
+    want = {n: p.grad.clone() for n, p in gpt.named_parameters()}
+    gpt.zero_grad()
+    gpt(idx, targets)[1].backward()
+    for n, p in gpt.named_parameters():
+        assert error(p.grad, want[n]) < 1e-11, n
+
+
+def test_a_batch_without_targets_costs_nothing_and_is_finite():
+    """The padded last batch of an evaluation may be all -100 on a rank."""
+    gpt = GPT(small())
+    targets = torch.full((2, 9), -100)
+    loss = gpt(tokens(2, 9), targets)[1]
+    assert loss.item() == 0
+    loss.backward()
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in gpt.parameters())
+    with torch.no_grad():
+        assert gpt(tokens(2, 9), targets)[1].item() == 0
+
+
+def test_loss_under_autocast():
+    """bfloat16 matrices, but log-sum-exp and mean in float32: within 1% of the float32 loss."""
+    gpt = stir(GPT(small()))
+    idx, targets = tokens(4, 40), tokens(4, 40, seed=1)
+    want = gpt(idx, targets)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gpt(idx, targets)[1]
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(want.item(), rel=0.01)
+    got.backward()
+    assert all(p.grad.dtype == torch.float32 for p in gpt.parameters())
+
+
+# -- initial weights -----------------------------------------------------------------------------
+
+
+@all_names
+def test_initial_values(name):
+    """N(0, 0.02), down to the residual stream by 1/sqrt(2 n_layer); biases 0, gains 1."""
+    config = small(ffn=name, n_layer=3, n_embd=64, ffn_hidden=128, vocab_size=500)
+    draws = set()
+    for n, p in GPT(config).named_parameters():
+        assert p.dtype == torch.float32
+        assert p.device.type == "cpu"
+        if p.ndim == 2:
+            std = 0.02 / math.sqrt(6) if n.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            slack = 5 * std / math.sqrt(2 * p.numel())
+            assert p.std().item() == pytest.approx(std, abs=slack), n
+            assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), n
+            assert p.abs().max() > 2.5 * std, n  # normal, not uniform
+            draws.add(p.detach()[0, :8].mul(0.02 / std).round(decimals=6).numpy().tobytes())
+        elif n.endswith(".bias") or n.endswith((".b", ".t")):
+            assert p.eq(0).all(), n
+        elif n.endswith(".s"):
+            assert p.item() == pytest.approx(0.1), n
+        else:
+            assert p.eq(1).all(), n  # norm gains, multiscale's scale
+    matrices = sum(p.ndim == 2 for p in GPT(config).parameters())
+    assert len(draws) == matrices  # no two parameters share their numbers
+
+
+def test_shared_weights_are_the_same_bits_in_every_variant():
+    """Equal name and shape, equal bits: a comparison starts all variants from the same point."""
+    base = dict(GPT(small()).named_parameters())
+    specs = [*NAMES, "asg:threshold=neuron:grad=ste", "dsg:g=token", "sparseglu:select=stat:k=0.5"]
+    for spec in specs:
+        gpt = dict(GPT(small(ffn=spec)).named_parameters())
+        shared = [n for n in gpt if n in base and gpt[n].shape == base[n].shape]
+        assert {n for n in base if ".mlp." not in n} <= set(shared)
+        assert all(torch.equal(gpt[n], base[n]) for n in shared), spec
+        mlp = [n for n in shared if n.startswith("model.layers.0.mlp.")]
+        few = {"multiscale": 0, "dualgated": 0, "sparsegated": 1, "spark": 1, "gelu": 2, "relu2": 2}
+        assert len(mlp) == few.get(spec, 3)
+    # two variants share also what the baseline lacks
+    a, b = (dict(GPT(small(ffn=s)).named_parameters()) for s in ("sparseglu", "sparseglu:k=0.5"))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    # more layers change no weight of the first ones but for the scale of residual writers
+    deep = dict(GPT(small(n_layer=4)).named_parameters())
+    assert all(torch.equal(deep[n], base[n]) for n in base if "o_proj" not in n and "down" not in n)
+
+
+def test_seed_and_nothing_else_decides_the_weights():
+    a = GPT(small(seed=3)).state_dict()
+    torch.manual_seed(99)
+    torch.rand(7)
+    np.random.seed(5)
+    b = GPT(small(seed=3)).state_dict()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    c = GPT(small(seed=4)).state_dict()
+    assert all(not torch.equal(a[n], c[n]) for n in a if a[n].ndim == 2)
+
+
+def test_tied_and_untied_embeddings_start_equal():
+    tied, untied = GPT(small()), GPT(small(tie_embeddings=False))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    assert torch.equal(tied.model.embed_tokens.weight, untied.model.embed_tokens.weight)
+    assert not torch.equal(untied.lm_head.weight, untied.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "dsg", "sparseglu"])
+def test_building_a_model_leaves_random_states_alone(name):
+    torch.manual_seed(1)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    GPT(small(ffn=name))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_building_a_model_leaves_the_gpus_random_state_alone():
+    torch.cuda.manual_seed(1)
+    before = torch.cuda.get_rng_state()
+    GPT(small())
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def digest(gpt: nn.Module) -> str:
+    whole = hashlib.sha256()
+    for _, p in sorted(gpt.state_dict().items()):
+        whole.update(p.numpy().tobytes())
+    return whole.hexdigest()
+
+
+def test_another_process_gives_the_same_weights_and_importing_does_nothing(tmp_path):
+    """Never hash(), which differs per process; no global set, nothing heavy imported, no file."""
+    code = """
+import json, sys, torch
+from hashlib import sha256
+state = torch.get_rng_state()
+import model
+assert torch.equal(torch.get_rng_state(), state)
+config = model.GPTConfig(48, 101, 2, 4, 2, 32, "sparseglu", 64, seed=11)
+whole = sha256()
+for _, p in sorted(model.GPT(config).state_dict().items()):
+    whole.update(p.numpy().tobytes())
+heavy = [m for m in ("tiktoken", "datasets", "transformers", "matplotlib", "wandb", "pandas")
+         if m in sys.modules]
+print(json.dumps([whole.hexdigest(), str(torch.get_default_dtype()),
+                  torch.cuda.is_initialized(), torch.get_float32_matmul_precision(), heavy]))
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "123"}
+    env["PYTHONDONTWRITEBYTECODE"] = "1"
+    run = [sys.executable, "-c", code]
+    out = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    assert out.returncode == 0, out.stderr
+    want = digest(GPT(small(ffn="sparseglu", seed=11)))
+    assert json.loads(out.stdout) == [want, "torch.float32", False, "highest", []]
+    assert not any(tmp_path.iterdir())
+
+
+@all_names
+def test_every_trained_parameter_gets_a_gradient_in_the_model(name):
+    gpt = GPT(small(ffn=name))
+    gpt(tokens(2, 20), tokens(2, 20, seed=1))[1].backward()
+    for n, p in gpt.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, n
+    assert all(p.requires_grad for n, p in gpt.named_parameters() if ".mlp." not in n)
+
+
+# -- generate ------------------------------------------------------------------------------------
+
+GENERATE = ["swiglu", "sparseglu:k=0.3", "sparseglu:select=stat:grad=gate", "sparsegated", "spark"]
+
+
+@pytest.mark.parametrize("spec", GENERATE)
+@pytest.mark.parametrize("prompt", [1, 16, 40])
+def test_greedy_with_a_cache_is_greedy_without(spec, prompt):
+    """Also across block_size = 16, and from a prompt that is longer than it."""
+    gpt = stir(GPT(small(ffn=spec, block_size=16, tie_embeddings=False)))
+    idx = tokens(2, prompt)
+    cached = gpt.generate(idx, 40, temperature=0.0)
+    assert cached.shape == (2, prompt + 40)
+    assert torch.equal(cached[:, :prompt], idx)
+    assert torch.equal(cached, gpt.generate(idx, 40, temperature=0.0, use_cache=False))
+    assert torch.equal(cached, gpt.generate(idx, 40, temperature=1.0, top_k=1))
+    assert len(set(cached[:, prompt:].flatten().tolist())) > 2  # it does not repeat one token
+
+
+def test_greedy_takes_the_largest_logit_of_forward():
+    gpt = stir(GPT(small()))
+    idx = tokens(3, 4)
+    want = idx
+    for _ in range(30):
+        with torch.no_grad():
+            new = gpt(want)[0][:, -1].argmax(-1, keepdim=True)
+        want = torch.cat((want, new), 1)
+    assert torch.equal(gpt.generate(idx, 30, temperature=0.0), want)
+
+
+def test_generating_past_block_size_still_reads_the_recent_tokens():
+    """Another token near the end of a long prompt changes what follows; one long gone does not."""
+    gpt = stir(GPT(small(block_size=16)))
+    idx = tokens(1, 40)
+    recent, old = idx.clone(), idx.clone()
+    recent[0, -2] = (recent[0, -2] + 1) % 101
+    old[0, 3] = (old[0, 3] + 1) % 101
+    base = gpt.generate(idx, 20, temperature=0.0)[0, 40:]
+    assert not torch.equal(gpt.generate(recent, 20, temperature=0.0)[0, 40:], base)
+    assert torch.equal(gpt.generate(old, 20, temperature=0.0)[0, 40:], base)
+
+
+def test_sampling_is_reproducible_by_seed():
+    gpt = stir(GPT(small(block_size=16)))
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(gpt.generate(tokens(2, 5), 30, temperature=1.3, top_k=20))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("temperature, top_k, n_vocab", [(1.0, 0, 0), (2.5, 0, 90), (0.7, 5, 0)])
+def test_sampling_follows_the_softmax(temperature, top_k, n_vocab):
+    """4,000 draws of the next token against the probabilities written out."""
+    gpt = stir(GPT(small()))
+    n = 4000
+    torch.manual_seed(0)
+    idx = tokens(1, 6)
+    drawn = gpt.generate(idx.expand(n, -1), 1, temperature, top_k, n_vocab=n_vocab)[:, -1]
+    with torch.no_grad():
+        z = gpt(idx)[0][0, -1].double().numpy()
+    if n_vocab:
+        z[n_vocab:] = -np.inf
+    if top_k:
+        z[z < np.sort(z)[-top_k]] = -np.inf
+    p = np.exp((z - z.max()) / temperature)
+    p /= p.sum()
+    share = np.bincount(drawn.numpy(), minlength=101) / n
+    assert (share[p == 0] == 0).all()
+    assert (np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / n) + 1e-9 + 2 / n).all()
+
+
+def test_generate_does_not_train_and_needs_no_gradient():
+    gpt = GPT(small())
+    gpt.generate(tokens(1, 3), 3)
+    assert all(p.grad is None for p in gpt.parameters())
+    assert gpt.training
+    assert gpt.generate(tokens(1, 3), 0).shape == (1, 3)
+
+
+# -- FLOPs of the model --------------------------------------------------------------------------
+
+
+def test_flops_per_token_by_hand():
+    """6 x parameters in matrices, lm_head included, + 6 x n_layer x n_embd x T."""
+    for tie in (True, False):
+        config = small(tie_embeddings=tie)
+        attention = 2 * 32 * 32 + 2 * 32 * 16
+        matrices = 2 * (attention + 3 * 32 * 64) + 101 * 32
+        assert GPT(config).flops_per_token() == 6 * matrices + 6 * 2 * 32 * 48
+        assert model_module.GPT(config).param_counts()["matrices"] == matrices
