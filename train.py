@@ -686,12 +686,13 @@ def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast, say) 
     gets a gradient. Where torch.compile cannot work, says so and goes on without."""
     shape = (cfg.micro_batch_size, cfg.block_size)
     tokens = torch.zeros(shape, dtype=torch.int64, device=model.lm_head.weight.device)
+    targets = torch.zeros_like(tokens)  # not tokens itself: the compiled graph would demand that
     start, ready = time.perf_counter(), model
     if cfg.compile:
         ready = torch.compile(model, dynamic=False)
     try:
         with autocast():
-            ready(tokens, tokens)[1].backward()
+            ready(tokens, targets)[1].backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # no C++ compiler, a GPU too old, an FFN that cannot be traced
@@ -702,7 +703,7 @@ def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast, say) 
         model.zero_grad(set_to_none=True)
         ready = model
         with autocast():
-            ready(tokens, tokens)[1].backward()
+            ready(tokens, targets)[1].backward()
     if ready is not model:
         say(f"compile {time.perf_counter() - start:.1f} s")
     frozen = check_gradients(model, optimizers)
