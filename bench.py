@@ -41,6 +41,7 @@ class Config:
     device: str = ""  # cpu, cuda, cuda:1; empty: cuda if there is one
     dtype: str = ""  # float32 or bfloat16; empty: bfloat16 on cuda, else float32
     compile: bool = True  # torch.compile
+    layers: int = 3  # mode decode: as many of each in a row, compiled as one; times are per layer
     seed: int = 0  # of weights and inputs
     json: str = ""  # write the rows to this file
     plot: str = ""  # mode ffn: draw measured and ideal cost over SwiGLU's to this .png
@@ -131,15 +132,22 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
     calls, layers = {}, {}
     for spec in dict.fromkeys([*specs, "swiglu"]):
         say(f"preparing {spec}")
-        layer = layers[spec] = make_ffn(spec, d, h).to(device, dtype).eval()
-        one = maybe_compile(getattr(layer, "decode", layer.forward), cfg, mode)
+        stack = [make_ffn(spec, d, h).to(device, dtype).eval() for _ in range(cfg.layers)]
+        layers[spec] = stack[0]
+
+        def token(x: Tensor, stack=stack) -> Tensor:
+            for layer in stack:
+                x = x + getattr(layer, "decode", layer.forward)(x)
+            return x
+
+        one = maybe_compile(token, cfg, mode)
         calls[spec] = lambda one=one: one(x)
         calls[spec]()
     times = measure(calls, cfg.rounds, device)
 
     rows, dense = [], ffn_cost(layers["swiglu"])["active_flops"]
     for spec in specs:
-        cost, seconds = ffn_cost(layers[spec]), statistics.median(times[spec])
+        cost, seconds = ffn_cost(layers[spec]), statistics.median(times[spec]) / cfg.layers
         read = cost["active_flops"] // 2 * dtype.itemsize  # a weight is one multiply and one add
         rows.append({
             "ffn": spec,
@@ -152,7 +160,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
             "spread": spread(times["swiglu"], times[spec]),
             "ideal": dense / cost["active_flops"],
         })  # fmt: skip
-    return {"d": d, "h": h, "tokens": 1, "rows": rows}
+    return {"d": d, "h": h, "tokens": 1, "layers": cfg.layers, "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -333,7 +341,7 @@ def main() -> None:
     cfg, _ = configure(Config, sys.argv[1:])
     if cfg.mode not in MODES:
         raise UserError(f"--mode is {', '.join(MODES)}, not {cfg.mode!r}")
-    for name in ("d", "h", "tokens", "rounds"):
+    for name in ("d", "h", "tokens", "rounds", "layers"):
         if getattr(cfg, name) < (0 if name in "dh" else 1):
             raise UserError(f"--{name}={getattr(cfg, name)} is too small")
     if cfg.plot and cfg.mode != "ffn":
