@@ -50,6 +50,7 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl",
          ".txt": "text", ".py": "text"}  # fmt: skip
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
+DOWNLOAD_ATTEMPTS = 5  # without getting any further
 EOT = "<|endoftext|>"
 BATCH_CHARS = 1 << 18
 
@@ -121,11 +122,10 @@ LONG_SPACE = re.compile(rf"{SPACE}{{999,}}(?={SPACE}[^{SPACE[1:]})")
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     """The ordinary encoding of one text, (n,) uint16: "<|endoftext|>" in it is plain text."""
     try:
-        try:
-            ids = encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-        except UnicodeEncodeError:  # lone surrogates, which encode_ordinary replaces
-            ids = encoding.encode_ordinary(text)
-        return np.asarray(ids, dtype=np.uint16)
+        ids = encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        return ids.astype(np.uint16)
+    except UnicodeEncodeError:  # a lone surrogate becomes U+FFFD, as encode_ordinary has it
+        return encode(encoding, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     except ValueError:
         # tiktoken's regex gives up on some 10^5 blanks before a word. GPT-2's pattern cuts such a
         # run before its last blank, so the text can be cut there first without any difference.
@@ -155,8 +155,15 @@ def exit_with_parent() -> None:
 def encode_batch(texts: list[str]) -> np.ndarray:
     """Documents -> one (n,) uint16 array: each is end-of-text, then its encoding."""
     eot = np.array([worker_encoding.eot_token], dtype=np.uint16)
-    parts = [part for text in texts for part in (eot, encode(worker_encoding, text))]
-    return np.concatenate(parts) if parts else eot[:0]
+    parts = [eot[:0]]
+    for text in texts:
+        try:
+            parts += eot, encode(worker_encoding, text)
+        except Exception as e:
+            raise UserError(
+                f"cannot tokenize the document that begins {text[:60]!r} ({e}): take it out"
+            ) from None
+    return np.concatenate(parts)
 
 
 def encode_in_order(
@@ -186,7 +193,8 @@ def find_files(cfg: Config) -> tuple[str, list[str]]:
     """The kind ("parquet", "jsonl", "text") and the sorted paths of the local input files."""
     if cfg.input == "stdlib":
         return "text", stdlib_files()
-    paths = sorted(p for p in glob.glob(cfg.input, recursive=True) if os.path.isfile(p))
+    found = glob.glob(os.path.expanduser(cfg.input), recursive=True)
+    paths = sorted(filter(os.path.isfile, found))
     if not paths:
         raise UserError(f"--input={cfg.input!r} matches no file: quote the glob, check the path")
     kinds = {}
@@ -281,10 +289,10 @@ def open_texts(
     cfg: Config, meta: dict, kind: str, paths: list[str], cache_dir: str
 ) -> tuple[Iterator[str], dict, Callable[[], dict]]:
     """
-    The documents from where meta's last shard ends: (texts, the position of the first, state).
+    The documents, beginning with the last one of meta's shards: (texts, position, state).
 
-    A position is {"state": the stream's state, or None at its start; "documents": how many to
-    skip from there}; state() tells the present state.
+    A position is where a document is: {"state": the stream's state, or None at its start;
+    "documents": how many to skip from there}. state() is the stream's present state.
     """
     import datasets
 
@@ -292,16 +300,21 @@ def open_texts(
         stream = open_stream(cfg, kind, paths, meta.get("revision"), cache_dir)
     except Exception as e:  # no such name, split or file type; the network; a corrupt file
         raise cannot_read(meta["source"], e) from e
-    position = {"state": None, "documents": 0}
-    if meta["shards"]:
-        position = {key: meta["shards"][-1]["next"][key] for key in position}
-        if meta["datasets"] != datasets.__version__:  # its states may mean something else
-            position = {"state": None, "documents": sum(s["documents"] for s in meta["shards"]) - 1}
-    meta["datasets"] = datasets.__version__
-    if position["state"]:
-        stream.load_state_dict(position["state"])
+
+    def state() -> dict:
+        return {"version": datasets.__version__, "stream": stream.state_dict()}
+
+    shards = meta["shards"]
+    begun = sum(shard["documents"] for shard in shards)
+    position = {"state": None, "documents": max(begun - 1, 0)}
+    resume = meta.get("resume")
+    saved = resume["position"]["state"] if resume and resume["shards"] == len(shards) else None
+    # a state spares reading all that comes before, but only its own version can tell it
+    if saved and saved["version"] == datasets.__version__:
+        stream.load_state_dict(saved["stream"])
+        position = resume["position"]
     texts = read_texts(cfg, kind, iter(stream), meta["source"])
-    return itertools.islice(texts, position["documents"], None), position, stream.state_dict
+    return itertools.islice(texts, position["documents"], None), position, state
 
 
 def open_stream(cfg: Config, kind: str, paths: list[str], revision: str | None, cache_dir: str):
@@ -403,13 +416,7 @@ def save(path: str, *parts: bytes) -> None:
         with open(path + ".tmp", "wb") as f:
             for part in parts:
                 f.write(part)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-        if os.name == "posix":  # the new name is on disk only when the folder is
-            folder = os.open(os.path.dirname(path), os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        replace_durably(path + ".tmp", path)
     except OSError as e:
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
@@ -417,6 +424,17 @@ def save(path: str, *parts: bytes) -> None:
             f"cannot write {path} ({e.strerror}): make room or check the folder, then run the "
             "same command again: it goes on from the last complete shard"
         ) from None
+
+
+def replace_durably(source: str, path: str) -> None:
+    """Rename once the bytes are on disk, and return once the new name is."""
+    with open(source, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(source, path)
+    if os.name == "posix":
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def save_meta(out_dir: str, meta: dict) -> None:
@@ -464,8 +482,8 @@ def prepare(cfg: Config) -> None:
     if meta["complete"]:
         print(f"{cfg.out_dir} is finished already, nothing to do")
         return
-    kind, paths, estimate = find_source(cfg, meta)
     encoding = load_encoding(cfg.encoding)
+    kind, paths, estimate = find_source(cfg, meta)
     meta |= {"vocab_size": encoding.n_vocab, "eot": encoding.eot_token}
     eot = encoding.eot_token
     lengths = np.zeros(encoding.n_vocab, dtype=np.int64)  # bytes of text in each token
@@ -491,14 +509,15 @@ def prepare(cfg: Config) -> None:
         batches = make_batches(texts, position, state)
         bar = stack.enter_context(progress(done, cfg.max_tokens or estimate))
 
-        at = shards[-1]["next"]["tokens"] if shards else 0  # of the first document, already done
+        # the first document is the last one begun: `at` of its tokens are in the shards already
+        at = shards[-1]["cut"] if shards else 0
         shard = np.empty(max(cfg.val_tokens, cfg.shard_tokens), dtype=np.uint16)
         filled = documents = size = 0
 
-        def finish_shard(position: dict | None) -> None:
+        def finish_shard(cut: int) -> None:
             nonlocal filled, documents, size
             entry = save_shard(cfg.out_dir, len(shards), shard[:filled])
-            shards.append(entry | {"documents": documents, "bytes": size, "next": position})
+            shards.append(entry | {"documents": documents, "bytes": size, "cut": cut})
             filled = documents = size = 0
 
         for position, tokens in encode_in_order(pool, workers, batches):
@@ -511,25 +530,26 @@ def prepare(cfg: Config) -> None:
                 filled, at, done = filled + n, at + n, done + n
                 documents += int((piece == eot).sum())
                 size += int(lengths[piece].sum())
+                bar.total = max(bar.total, done) if bar.total else None
                 bar.update(n)
                 if filled == capacity:
-                    # the next shard starts within the last document that has begun, or at its end
-                    last = int(np.searchsorted(starts, at)) - 1
-                    last_document = position["documents"] + last
-                    skip = {"documents": last_document, "tokens": int(at - starts[last])}
-                    finish_shard(position | skip)
+                    last = int(np.searchsorted(starts, at)) - 1  # the last document begun
+                    finish_shard(cut=int(at - starts[last]))
+                    first = {"documents": position["documents"] + last}
+                    meta["resume"] = {"shards": len(shards), "position": position | first}
                     save_meta(cfg.out_dir, meta)
             at = 0
             if done == limit:
                 break
         if filled:
-            finish_shard(None)
+            finish_shard(cut=0)
     if len(shards) < 2:
         remove_all(cfg.out_dir, meta)
         raise UserError(
             f"the input has only {done:,} tokens and --val_tokens={cfg.val_tokens} leaves no "
             f"training shard: set --val_tokens={max(1, done // 10)} or give more text"
         )
+    meta.pop("resume", None)
     meta["complete"] = True
     save_meta(cfg.out_dir, meta)
     print_table(cfg.out_dir, meta, time.monotonic() - start)
@@ -551,13 +571,21 @@ def begin(cfg: Config) -> dict:
     known = {shard["name"] for shard in meta["shards"]} | {shard_name(len(meta["shards"]))}
     if strange := [name for name in shard_files(cfg.out_dir) if name not in known]:
         raise UserError(f"{cfg.out_dir}/{strange[0]} is not of this run: move it away")
+    keep_sound_shards(cfg.out_dir, meta)
+    return meta
+
+
+def keep_sound_shards(out_dir: str, meta: dict) -> None:
+    """Drop from meta the first shard that is missing or cut, and those after it."""
     for i, shard in enumerate(meta["shards"]):
-        path = os.path.join(cfg.out_dir, shard["name"])
+        path = os.path.join(out_dir, shard["name"])
         if not os.path.isfile(path) or os.path.getsize(path) != shard_bytes(shard["tokens"]):
             print(f"{path} is missing or cut: making it and what follows again")
+            for later in meta["shards"][i:]:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(out_dir, later["name"]))
             meta["shards"], meta["complete"] = meta["shards"][:i], False
             break
-    return meta
 
 
 def shard_bytes(tokens: int) -> int:
@@ -632,6 +660,83 @@ def check_shard(path: str, vocab_size: int, eot: int) -> tuple[dict, list[str]]:
     return found | {"sha256": digest.hexdigest()}, wrong
 
 
+def download(cfg: Config) -> None:
+    """Get the ready-made validation shard and training shards 1 to cfg.pretokenized."""
+    from huggingface_hub import hf_hub_url
+
+    meta = load_meta(cfg.out_dir)
+    if meta is None and shard_files(cfg.out_dir):
+        raise UserError(f"{cfg.out_dir} has shards but no meta.json: take another --out_dir")
+    meta = meta or {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256, "source": PRETOKENIZED,
+                    "shards": [], "complete": False, "flags": {"pretokenized": 0}}  # fmt: skip
+    if "pretokenized" not in meta["flags"]:
+        raise UserError(f"{cfg.out_dir} was not begun with --pretokenized: take another --out_dir")
+    if meta["flags"]["pretokenized"] > cfg.pretokenized:
+        raise UserError(f"{cfg.out_dir} was begun with --pretokenized="
+                        f"{meta['flags']['pretokenized']}: give at least that")  # fmt: skip
+    meta["flags"]["pretokenized"] = cfg.pretokenized  # more of the same is welcome
+    keep_sound_shards(cfg.out_dir, meta)
+    if len(meta["shards"]) == cfg.pretokenized + 1 and meta["complete"]:
+        print(f"{cfg.out_dir} is finished already, nothing to do")
+        return
+    meta["complete"] = False
+    for i in range(len(meta["shards"]), cfg.pretokenized + 1):
+        path = os.path.join(cfg.out_dir, shard_name(i))
+        try:
+            fetch(hf_hub_url(PRETOKENIZED, shard_name(i), repo_type="dataset"), path + ".tmp")
+            found, wrong = check_shard(path + ".tmp", meta["vocab_size"], meta["eot"])
+            if wrong:
+                raise UserError(f"{shard_name(i)} arrived damaged ({wrong[0]}): run this again")
+            replace_durably(path + ".tmp", path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(path + ".tmp")
+        # bytes of text per token would need the tokenizer, which shards do not
+        meta["shards"].append({"name": shard_name(i), **found, "bytes": None})
+        meta["complete"] = i == cfg.pretokenized
+        save_meta(cfg.out_dir, meta)
+    print_table(cfg.out_dir, meta)
+
+
+def fetch(url: str, path: str) -> None:
+    """
+    Download url into path, going on where a connection broke.
+
+    hf_hub_download would try for ever where a server breaks off and cannot go on: any byte that
+    comes resets its count. Here only getting further than ever before does.
+    """
+    import requests
+    from huggingface_hub.utils import build_hf_headers
+
+    failures = furthest = 0
+    with open(path, "wb") as f, progress(0, 0, "B") as bar:
+        while True:
+            headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+            headers |= {"Range": f"bytes={f.tell()}-"} if f.tell() else {}
+            try:
+                with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+                    if response.status_code in (401, 403, 404):
+                        raise UserError(f"the hub has no {url}: lower --pretokenized")
+                    response.raise_for_status()
+                    if response.status_code != 206:  # not the rest, but all of it
+                        f.seek(0)
+                        f.truncate()
+                        bar.total = int(response.headers.get("Content-Length", 0)) or None
+                    for chunk in response.iter_content(1 << 16):
+                        f.write(chunk)
+                        bar.update(f.tell() - bar.n)
+                    if f.tell() < (bar.total or 0):
+                        raise requests.ConnectionError(f"only {f.tell():,} of {bar.total:,} bytes")
+                    return
+            except requests.RequestException as e:
+                failures = 1 if f.tell() > furthest else failures + 1
+                furthest = max(furthest, f.tell())
+                if failures == DOWNLOAD_ATTEMPTS:
+                    raise UserError(f"cannot download {url} ({type(e).__name__}: {str(e)[:200]}): "
+                                    "check the network, then run this again") from None  # fmt: skip
+                time.sleep(0.5 * 2**failures)
+
+
 def verify(folder: str) -> None:
     """Re-read every shard against meta.json (GPT-2 without one); UserError if any is wrong."""
     meta, names = load_meta(folder), shard_files(folder)
@@ -687,7 +792,7 @@ def main() -> None:
     try:
         os.makedirs(cfg.out_dir, exist_ok=True)
         with filelock.FileLock(os.path.join(cfg.out_dir, ".lock"), timeout=0):
-            prepare(cfg)
+            (download if cfg.pretokenized else prepare)(cfg)
     except filelock.Timeout:
         raise UserError(f"another run is writing to {cfg.out_dir}: wait for it") from None
     except KeyboardInterrupt:

@@ -1,0 +1,1024 @@
+"""prepare_fineweb.py from outside: every byte of the shards against independent references."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+
+import prepare_fineweb  # noqa: E402
+from configurator import UserError  # noqa: E402
+
+# Everything that a text can be. JSON can carry lone surrogates, parquet cannot.
+NASTY = [
+    "plain words, and more of them", "", "x", " ", "\n\n\n", "a<|endoftext|>b", "<|endoftext|>",
+    "lone \ud800 and \udfff", "a pair \ud83d\ude00 as two", "\U0001f600 é 日本語 \u2028 \x00 \x85",
+    "carriage\r\nreturn\r", "2020-01-01", "  blanks   then\t\ttabs  ", "'s 've don't 12345", "",
+    "word " * 300, "é" * 500, "\ufeffbom", "last",
+]  # fmt: skip
+DROP_SURROGATES = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in NASTY]
+
+
+# ---- helpers ----------------------------------------------------------------------------------
+
+
+def command(*flags: str, batch_chars: int | None = None) -> list[str]:
+    if batch_chars is None:
+        return [sys.executable, str(ROOT / "prepare_fineweb.py"), *flags]
+    code = f"import prepare_fineweb as p; p.BATCH_CHARS = {batch_chars}; p.run(p.main)"
+    return [sys.executable, "-c", code, *flags]
+
+
+def prep(*flags: object, env: dict | None = None, batch_chars: int | None = None, **kw):
+    """Run the script in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    line = command(*map(str, flags), batch_chars=batch_chars)
+    return subprocess.run(line, capture_output=True, text=True, env=env, timeout=120, **kw)
+
+
+def fails(result: subprocess.CompletedProcess, *needles: str) -> None:
+    """Exit code 1 and one line that says these things, no traceback."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    lines = [re.split("\r", line)[-1] for line in result.stderr.splitlines()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert lines[-1] == errors[0]
+    assert "Traceback" not in result.stderr
+    for needle in needles:
+        assert needle in errors[0]
+
+
+def works(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def in_process(monkeypatch, *flags: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare_fineweb.py", *map(str, flags)])
+    prepare_fineweb.main()
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.bin"), key=lambda p: p.name.rsplit("_", 1)[1])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+
+
+def stream(folder: Path) -> list[int]:
+    """All tokens of a folder, read by the format's definition and checked against meta.json."""
+    tokens: list[int] = []
+    meta = json.loads((folder / "meta.json").read_text())
+    paths = shard_paths(folder)
+    assert [s["name"] for s in meta["shards"]] == [p.name for p in paths]
+    assert meta["complete"] is True
+    for i, (path, entry) in enumerate(zip(paths, meta["shards"], strict=True)):
+        assert path.name == f"fineweb_{'train' if i else 'val'}_{i:06d}.bin"
+        data = path.read_bytes()
+        header = [int.from_bytes(data[j : j + 4], "little") for j in range(0, 1024, 4)]
+        count = (len(data) - 1024) // 2
+        assert header == [20240520, 1, count] + [0] * 253
+        here = [data[j] + 256 * data[j + 1] for j in range(1024, len(data), 2)]
+        assert (entry["tokens"], entry["documents"]) == (count, here.count(meta["eot"]))
+        assert entry["sha256"] == hashlib.sha256(data).hexdigest()
+        tokens += here
+    assert set(files(folder)) == {p.name for p in paths} | {"meta.json"}
+    return tokens
+
+
+def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
+    """One object a line; other keys come, go and change type, and some lines are blank."""
+    lines = [json.dumps({key: t, **({"extra": [i, {"a": i}, "s"][i % 3]} if i % 2 else {})}) + "\n"
+             for i, t in enumerate(texts)]  # fmt: skip
+    data = "\n".join(lines[:3]).encode() + "".join(lines[3:]).encode()
+    opener = gzip.open if path.suffix == ".gz" else open
+    if path.suffix == ".zst":
+        data = pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+    with opener(path, "wb") as f:
+        f.write(data)
+    return path
+
+
+def write_parquet(path: Path, texts: list[str], rows: int = 7, column: str = "text") -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"id": list(range(len(texts))), column: texts})
+    pyarrow.parquet.write_table(table, path, row_group_size=rows)
+    return path
+
+
+def bytes_stream(texts: list[str]) -> list[int]:
+    """What the bytes encoding must give."""
+    return [token for text in texts for token in (256, *text.encode())]
+
+
+def llmc_files(documents: list[list[int]], shard_size: int) -> dict[str, bytes]:
+    """
+    The shards that llm.c's dev/data/fineweb.py writes for these tokenized documents, its loop kept
+    (modded-nanogpt's is the same). It cannot carry a document over a whole shard.
+    """
+    out: dict[str, bytes] = {}
+
+    def write_datafile(tokens: np.ndarray) -> None:
+        header = np.zeros(256, dtype=np.int32)
+        header[0], header[1], header[2] = 20240520, 1, len(tokens)
+        split = "val" if len(out) == 0 else "train"
+        name = f"fineweb_{split}_{len(out):06d}.bin"
+        out[name] = header.tobytes() + np.array(tokens, dtype=np.uint16).tobytes()
+
+    buffer, count = np.empty((shard_size,), dtype=np.uint16), 0
+    for tokens in documents:
+        if count + len(tokens) < shard_size:
+            buffer[count : count + len(tokens)] = tokens
+            count += len(tokens)
+        else:
+            remainder = shard_size - count
+            buffer[count : count + remainder] = tokens[:remainder]
+            write_datafile(buffer)
+            buffer[0 : len(tokens) - remainder] = tokens[remainder:]
+            count = len(tokens) - remainder
+    if count != 0:
+        write_datafile(buffer[:count])
+    return out
+
+
+@pytest.fixture
+def gpt2(tmp_path, monkeypatch):
+    """The real GPT-2 encoding, from a copy of the tokenizer files."""
+    if not (SHARED / "tiktoken_cache").is_dir():
+        pytest.skip("needs the GPT-2 tokenizer files of ../shared/tiktoken_cache")
+    shutil.copytree(SHARED / "tiktoken_cache", tmp_path / "tiktoken")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+    import tiktoken
+
+    return tiktoken.get_encoding("gpt2")
+
+
+def english(name: str) -> list[str]:
+    path = SHARED / "data" / name
+    if not path.is_file():
+        pytest.skip(f"needs the text of ../shared/data/{name}")
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+
+
+def some_texts(seed: int, n: int, longest: int) -> list[str]:
+    rng = random.Random(seed)
+    words = ["law", "é", "日本", "the", "\n", "of", "12", "<|endoftext|>", "\U0001f600", "un-"]
+    sizes = [rng.choice([0, 1, 5, longest // 4, longest]) for _ in range(n)]
+    return [" ".join(rng.choices(words, k=rng.randint(0, size))) for size in sizes]
+
+
+# ---- exact ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers, shard_tokens, val_tokens", [(1, 97, 5), (3, 1000, 300)])
+def test_nasty_documents_bytes(tmp_path, workers, shard_tokens, val_tokens):
+    """Every kind of text, documents over many shards, any number of workers: exact bytes."""
+    write_jsonl(tmp_path / "a.jsonl", NASTY[:9])
+    write_jsonl(tmp_path / "b.jsonl", NASTY[9:])
+    out = tmp_path / "out"
+    works(prep(f"--input={tmp_path}/*.jsonl", "--encoding=bytes", f"--out_dir={out}",
+               f"--workers={workers}", f"--shard_tokens={shard_tokens}",
+               f"--val_tokens={val_tokens}", batch_chars=300))  # fmt: skip
+    assert stream(out) == bytes_stream(DROP_SURROGATES)
+    counts = [s["tokens"] for s in json.loads((out / "meta.json").read_text())["shards"]]
+    assert counts[0] == val_tokens
+    assert set(counts[1:-1]) <= {shard_tokens}
+    assert counts[-1] <= shard_tokens
+
+
+def test_shards_of_a_few_tokens(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", ["", "a", "", "bcdefghijkl", "", ""])
+    for size in (1, 2, 5):
+        out = tmp_path / f"out{size}"
+        in_process(monkeypatch, f"--input={tmp_path}/a.jsonl", "--encoding=bytes", "--workers=1",
+                   f"--out_dir={out}", f"--shard_tokens={size}")  # fmt: skip
+        assert stream(out) == bytes_stream(["", "a", "", "bcdefghijkl", "", ""])
+
+
+def test_nasty_documents_gpt2(tmp_path, gpt2):
+    """GPT-2: token for token [50256] + encode_ordinary, with every kind of text."""
+    write_jsonl(tmp_path / "a.jsonl", NASTY)
+    out = tmp_path / "out"
+    works(prep(f"--input={tmp_path}/a.jsonl", f"--out_dir={out}", "--shard_tokens=100",
+               "--val_tokens=30", "--workers=2", batch_chars=300))  # fmt: skip
+    expected = [token for text in NASTY for token in (50256, *gpt2.encode_ordinary(text))]
+    assert stream(out) == expected
+    meta = json.loads((out / "meta.json").read_text())
+    assert (meta["vocab_size"], meta["eot"], meta["encoding"]) == (50257, 50256, "gpt2")
+    # bytes of text are counted exactly, although tokens cut characters and shards cut documents
+    assert sum(s["bytes"] for s in meta["shards"]) == sum(len(t.encode()) for t in DROP_SURROGATES)
+
+
+def test_same_files_as_llmc(tmp_path, monkeypatch):
+    """Shards are byte for byte llm.c's, also where a document ends exactly with a shard."""
+    texts = some_texts(0, 40, 60) + ["y" * 99, "z" * 399]
+    documents = [bytes_stream([t]) for t in texts]
+    total = sum(map(len, documents[:20]))
+    write_parquet(tmp_path / "a.parquet", texts)
+    for i, size in enumerate([total, 500, sum(map(len, documents))]):
+        out = tmp_path / f"out{i}"
+        expected = llmc_files(documents, size)
+        flags = [f"--input={tmp_path}/a.parquet", "--encoding=bytes", f"--out_dir={out}",
+                 f"--shard_tokens={size}", "--workers=1"]  # fmt: skip
+        if len(expected) == 1:
+            with pytest.raises(UserError, match=f"--val_tokens={size // 10} "):
+                in_process(monkeypatch, *flags)
+            continue
+        in_process(monkeypatch, *flags)
+        made = files(out)
+        made.pop("meta.json")
+        assert made == expected
+
+
+def test_max_tokens_cuts_the_stream(tmp_path, monkeypatch):
+    """max_tokens is the length of the whole stream, validation included."""
+    texts = some_texts(1, 30, 50)
+    write_parquet(tmp_path / "a.parquet", texts)
+    for limit in (31, 60, 65):
+        out = tmp_path / f"out{limit}"
+        in_process(monkeypatch, f"--input={tmp_path}/a.parquet", "--encoding=bytes", "--workers=1",
+                   "--shard_tokens=30", f"--max_tokens={limit}", f"--out_dir={out}")  # fmt: skip
+        assert stream(out) == bytes_stream(texts)[:limit]
+
+
+def test_sources(tmp_path, monkeypatch):
+    """parquet, jsonl, jsonl.gz, jsonl.zst, txt and py give the same documents in sorted order."""
+    texts = DROP_SURROGATES
+    for i, part in enumerate((texts[:8], texts[8:])):
+        write_parquet(tmp_path / f"{i}.parquet", part)
+        for end in ("jsonl", "jsonl.gz", "jsonl.zst"):
+            write_jsonl(tmp_path / f"{i}.{end}", part, key="body [x]" if end == "jsonl" else "text")
+    for i, text in enumerate(texts):  # odd names too
+        (tmp_path / f"{i:02d} [a]*.txt").write_bytes(text.encode())
+        (tmp_path / f"{i:02d}.py").write_bytes(text.encode())
+    for end in ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt", "py"):
+        out = tmp_path / f"out_{end}"
+        flags = ["--text_column=body [x]"] if end == "jsonl" else []
+        in_process(monkeypatch, f"--input={tmp_path}/*.{end}", "--encoding=bytes", "--workers=1",
+                   "--shard_tokens=1000", f"--out_dir={out}", *flags)  # fmt: skip
+        assert stream(out) == bytes_stream(texts), end
+
+
+def test_invalid_utf8_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"ab\xff\xfe\xc3(\r\n")
+    out = tmp_path / "out"
+    in_process(monkeypatch, f"--input={tmp_path}/a.txt", "--encoding=bytes", f"--out_dir={out}",
+               "--shard_tokens=3", "--workers=1")  # fmt: skip
+    assert stream(out) == bytes_stream([b"ab\xff\xfe\xc3(\r\n".decode("utf-8", "replace")])
+
+
+def test_stdlib(tmp_path):
+    """The smoke run's data: the library's own sources in order, no tests, no packages, no cache."""
+    out, home = tmp_path / "out", tmp_path / "home"
+    home.mkdir()
+    env = {"HOME": str(home), "HF_HOME": str(home / "hf")}
+    printed = works(prep("--input=stdlib", "--encoding=bytes", f"--out_dir={out}",
+                         "--val_tokens=100000", "--shard_tokens=1000000", "--max_tokens=2500000",
+                         env=env))  # fmt: skip
+    tokens = stream(out)
+    assert len(tokens) == 2_500_000
+    root = Path(sysconfig.get_path("stdlib"))
+    at = 0
+    for path in prepare_fineweb.stdlib_files():
+        part = bytes_stream([path_text(Path(path))])[: len(tokens) - at]
+        assert tokens[at : at + len(part)] == part, path
+        at += len(part)
+        assert not {"test", "tests", "site-packages"} & set(Path(path).relative_to(root).parts)
+    assert at == len(tokens)
+    assert "bytes/token" in printed
+    assert not any(home.iterdir())  # nothing is cached behind the user's back
+
+
+def path_text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", "replace")
+
+
+def test_fineweb_token_counts(tmp_path, monkeypatch, gpt2):
+    """FineWeb's own token_count agrees in 291 of these 300 rows, as its README says."""
+    texts = english("fineweb_head.parquet")
+    import pyarrow.parquet
+
+    column = pyarrow.parquet.read_table(SHARED / "data/fineweb_head.parquet")["token_count"]
+    out = tmp_path / "out"
+    in_process(monkeypatch, f"--input={SHARED}/data/fineweb_head.parquet", f"--out_dir={out}",
+               "--shard_tokens=50000", "--workers=1")  # fmt: skip
+    tokens = stream(out)
+    starts = [i for i, t in enumerate(tokens) if t == 50256] + [len(tokens)]
+    counts = [b - a - 1 for a, b in zip(starts, starts[1:], strict=False)]
+    assert len(counts) == len(texts) == 300
+    assert sum(a == b for a, b in zip(counts, column.to_pylist(), strict=True)) == 291
+    assert gpt2.decode(tokens[1 : starts[1]]) == texts[0]
+
+
+@pytest.mark.slow
+def test_novels(tmp_path, gpt2):
+    """Documents of 280,000 tokens over many shards, against encode_ordinary."""
+    texts = english("english_novels.parquet")
+    out = tmp_path / "out"
+    works(prep(f"--input={SHARED}/data/english_novels.parquet", f"--out_dir={out}",
+               "--shard_tokens=100000"))  # fmt: skip
+    data = b"".join(path.read_bytes()[1024:] for path in shard_paths(out))
+    expected = np.concatenate([[50256, *gpt2.encode_ordinary(text)] for text in texts])
+    np.testing.assert_array_equal(np.frombuffer(data, "<u2"), expected)
+
+
+# ---- encodings --------------------------------------------------------------------------------
+
+
+def test_bytes_encoding_is_the_bytes_in_linear_time():
+    """30 MB in one line: exact, and no slower per byte than a small text."""
+    encoding = prepare_fineweb.load_encoding("bytes")
+    assert (encoding.n_vocab, encoding.eot_token, encoding.name) == (257, 256, "bytes")
+    text = ("x" * 91 + "é日 \U0001f600") * 300_000
+    start = time.perf_counter()
+    tokens = prepare_fineweb.encode(encoding, text)
+    assert time.perf_counter() - start < 30
+    assert tokens.dtype == np.uint16
+    assert tokens.astype(np.uint8).tobytes() == text.encode()
+    assert encoding.decode_bytes(tokens[:200].tolist()) == text.encode()[:200]
+
+
+@pytest.mark.parametrize("end", ["x", "\nx", "\u00a0é"])
+def test_long_blanks(gpt2, monkeypatch, end):
+    """tiktoken itself gives up on these; the cut that helps makes no difference where it can."""
+    huge = "a" + " " * 1_000_000 + end
+    with pytest.raises(ValueError, match="stack"):
+        gpt2.encode_to_numpy(huge)
+    assert gpt2.decode(prepare_fineweb.encode(gpt2, huge).tolist()) == huge
+    surrogate = prepare_fineweb.encode(gpt2, huge + "\ud800")
+    assert gpt2.decode(surrogate.tolist()) == huge + "\ufffd"
+
+    # the same cut at small sizes, against tiktoken: make the uncut text fail
+    class Fails:
+        def __getattr__(self, name):
+            def method(text, **kwargs):
+                if prepare_fineweb.LONG_SPACE.search(text):
+                    raise ValueError("stack")
+                return getattr(gpt2, name)(text, **kwargs)
+
+            return method
+
+    pattern = prepare_fineweb.LONG_SPACE.pattern.replace("{999,}", "{3,}")
+    monkeypatch.setattr(prepare_fineweb, "LONG_SPACE", re.compile(pattern))
+    rng = random.Random(0)
+    alphabet = " \n\t\u00a0\u3000\x1c\r" * 4 + "ab1é'.日"
+    for _ in range(3000):
+        text = "".join(rng.choices(alphabet, k=rng.randint(0, 40)))
+        assert prepare_fineweb.encode(Fails(), text).tolist() == gpt2.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", ["a" * 10**6, " " * 10**6, "0!" * 500_000, "日" * 10**6])
+def test_pathological_documents_do_not_hang(gpt2, text):
+    start = time.perf_counter()
+    tokens = prepare_fineweb.encode(gpt2, text)
+    assert time.perf_counter() - start < 20
+    assert gpt2.decode(tokens.tolist()) == text
+
+
+# ---- interruptions ----------------------------------------------------------------------------
+
+
+def truncate(folder: Path, shards: int) -> None:
+    """The folder as a kill right after this many shards would have left it."""
+    meta = json.loads((folder / "meta.json").read_text())
+    for entry in meta["shards"][shards:]:
+        (folder / entry["name"]).unlink()
+    meta |= {"shards": meta["shards"][:shards], "complete": False}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("end", ["parquet", "jsonl.gz", "txt"])
+def test_resume_at_any_shard(tmp_path, monkeypatch, capsys, end):
+    """From every kind of boundary (within a document, a batch, a file) to identical files."""
+    texts = some_texts(2, 90, 40)
+    for i in range(3):
+        part = texts[30 * i : 30 * i + 30]
+        if end == "txt":
+            for j, text in enumerate(part):
+                (tmp_path / f"{i}{j:02d}.txt").write_bytes(text.encode())
+        else:
+            (write_parquet if end == "parquet" else write_jsonl)(tmp_path / f"{i}.{end}", part)
+    flags = [f"--input={tmp_path}/*.{end}", "--encoding=bytes", "--shard_tokens=97", "--workers=1"]
+    monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", 700)
+    whole = tmp_path / "whole"
+    in_process(monkeypatch, *flags, f"--out_dir={whole}")
+    assert stream(whole) == bytes_stream(texts)
+    expected = files(whole)
+    count = len(expected) - 1
+    # left as a kill right after shard k would have: with the position that meta.json then held
+    saved: dict[int, str] = {}
+    save_meta = prepare_fineweb.save_meta
+
+    def record(out_dir: str, meta: dict) -> None:
+        saved[len(meta["shards"])] = json.dumps(meta)
+        save_meta(out_dir, meta)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_fineweb, "save_meta", record)
+        in_process(monkeypatch, *flags, f"--out_dir={tmp_path / 'again'}")
+    states = {str(json.loads(text).get("resume")) for text in saved.values()}
+    assert len(states) == count  # each its own, and the finished one none
+    for k in sorted(random.Random(3).sample(range(count), 6)):
+        out = tmp_path / f"from{k}"
+        shutil.copytree(whole, out)
+        truncate(out, k)
+        (out / "meta.json").write_text(saved[k])
+        in_process(monkeypatch, *flags, f"--out_dir={out}")
+        assert files(out) == expected, k
+    # another version of datasets: its states are not trusted, the documents are counted instead
+    truncate(out, count // 2)
+    text = re.sub(r'"version": "[^"]*"', '"version": "0"', saved[count // 2])
+    assert text != saved[count // 2]
+    (out / "meta.json").write_text(text.replace('"shard_idx": ', '"shard_idx": 1'))
+    in_process(monkeypatch, *flags, f"--out_dir={out}")
+    assert files(out) == expected
+
+
+def wait_for(condition, process: subprocess.Popen, what: str) -> None:
+    for _ in range(6000):
+        if condition() or process.poll() is not None:
+            return
+        time.sleep(0.01)
+    raise AssertionError(what)
+
+
+def kill_and_resume(tmp_path: Path, kills: int, seed: int) -> None:
+    """Kill -9 at random moments, from before the first shard on, until a run gets through."""
+    psutil = pytest.importorskip("psutil")
+    texts = some_texts(seed, 400, 400)
+    for i in range(2):
+        write_parquet(tmp_path / f"{i}.parquet", texts[200 * i : 200 * i + 200])
+    flags = [f"--input={tmp_path}/*.parquet", "--encoding=bytes", "--shard_tokens=1999",
+             "--val_tokens=501", "--workers=2"]  # fmt: skip
+    works(prep(*flags, f"--out_dir={tmp_path}/whole", batch_chars=3000))
+    expected = files(tmp_path / "whole")
+    out, rng = tmp_path / "out", random.Random(seed)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    total, first = len(expected) - 1, None
+
+    def shards() -> int:
+        return len(list(out.glob("*.bin"))) if out.is_dir() else 0
+
+    for number in range(kills):
+        target = total * number // kills
+        process = subprocess.Popen(command(*flags, f"--out_dir={out}", batch_chars=3000), env=env,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+        wait_for(lambda target=target: shards() > target, process, "no shards come")
+        time.sleep(rng.random() * 0.03)
+        children = psutil.Process(process.pid).children() if process.poll() is None else []
+        process.send_signal(signal.SIGKILL)
+        _, err = process.communicate()
+        assert process.returncode in (-9, 0), err.decode()
+        # whatever has a final name is complete, and is what it will be in the end
+        for path in out.glob("*.bin"):
+            assert path.read_bytes() == expected[path.name]
+        meta = json.loads((out / "meta.json").read_text())
+        assert meta["complete"] in (False, process.returncode == 0)
+        if first is None:
+            first = (out / "fineweb_val_000000.bin").stat().st_ino
+        psutil.wait_procs(children, timeout=20)
+        assert not [c for c in children if c.is_running()], "workers outlive a killed parent"
+    works(prep(*flags, f"--out_dir={out}", batch_chars=3000))
+    (out / "fineweb_val_000000.bin").stat()
+    assert (out / "fineweb_val_000000.bin").stat().st_ino == first  # it went on, not anew
+    left = {name: data for name, data in files(out).items() if not name.endswith(".tmp")}
+    assert left == expected
+    assert set(files(out)) == set(expected)
+    assert "finished already" in works(prep(*flags, f"--out_dir={out}"))
+    assert files(out) == expected
+
+
+def test_kill_and_resume(tmp_path):
+    """Kill -9, run again: identical files, nothing half-written under a final name."""
+    kill_and_resume(tmp_path, kills=3, seed=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_kill_and_resume_often(tmp_path, seed):
+    kill_and_resume(tmp_path, kills=8, seed=10 + seed)
+
+
+def test_begun_folders(tmp_path, monkeypatch):
+    """Other flags or inputs on a begun folder are refused by name; free flags are not."""
+    write_parquet(tmp_path / "a.parquet", some_texts(5, 40, 40))
+    write_parquet(tmp_path / "other.parquet", some_texts(5, 40, 40))
+    out = tmp_path / "out"
+    base = {"input": f"{tmp_path}/a.parquet", "encoding": "bytes", "shard_tokens": 97,
+            "out_dir": out, "workers": 1}  # fmt: skip
+
+    def go(**changes):
+        return in_process(monkeypatch, *(f"--{k}={v}" for k, v in {**base, **changes}.items()))
+
+    go()
+    before = files(out)
+    others = {"input": f"{tmp_path}/other.parquet", "encoding": "gpt2", "shard_tokens": 98,
+              "val_tokens": 96, "max_tokens": 500, "text_column": "id"}  # fmt: skip
+    for begun in ("finished", "unfinished"):
+        for key, value in others.items():
+            with pytest.raises(UserError, match=f"--{key}="):
+                go(**{key: value})
+        assert files(out) == before, begun
+        truncate(out, 3)
+        before = files(out)
+    with pytest.raises(UserError, match="not begun with --pretokenized"):
+        in_process(monkeypatch, "--pretokenized=1", f"--out_dir={out}")
+    write_parquet(tmp_path / "a.parquet", some_texts(6, 41, 40))
+    with pytest.raises(UserError, match="not those that"):
+        go()
+    write_parquet(tmp_path / "a.parquet", some_texts(5, 40, 40))
+    go(workers=2, val_tokens=97)  # its default, spelt out
+    assert stream(out) == bytes_stream(some_texts(5, 40, 40))
+
+    # a shard that went missing or was cut is made again, with what follows
+    before = files(out)
+    os.truncate(out / "fineweb_train_000003.bin", 1100)
+    go()
+    assert files(out) == before
+
+    # shards of unknown origin are never overwritten
+    (out / "meta.json").unlink()
+    with pytest.raises(UserError, match="no meta.json"):
+        go()
+    (out / "meta.json").write_bytes(before["meta.json"])
+    (out / "fineweb_train_000999.bin").write_bytes(b"mine")
+    with pytest.raises(UserError, match="000999.bin is not of this run"):
+        go()
+
+
+def test_two_runs_at_once(tmp_path, monkeypatch):
+    """The second is refused in one line, and the lock dies with its holder."""
+    filelock = pytest.importorskip("filelock")
+    write_parquet(tmp_path / "a.parquet", some_texts(5, 40, 40))
+    out = tmp_path / "out"
+    out.mkdir()
+    flags = [f"--input={tmp_path}/a.parquet", "--encoding=bytes", "--shard_tokens=97",
+             f"--out_dir={out}", "--workers=1"]  # fmt: skip
+    with filelock.FileLock(out / ".lock"):
+        fails(prep(*flags), "another run")
+    in_process(monkeypatch, *flags)
+
+
+def test_no_space_left(tmp_path):
+    """A write that fails: one line, no half shard, complete ones kept, and it goes on later."""
+    texts = some_texts(7, 60, 200)
+    write_parquet(tmp_path / "a.parquet", texts)
+    out = tmp_path / "out"
+    flags = [f"--input={tmp_path}/a.parquet", "--encoding=bytes", "--shard_tokens=9000",
+             "--val_tokens=2000", f"--out_dir={out}", "--workers=1"]  # fmt: skip
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
+
+    fails(prep(*flags, preexec_fn=limit), "fineweb_train_000001.bin", "run the same command")
+    assert set(files(out)) == {"fineweb_val_000000.bin", "meta.json"}
+    assert "going on after fineweb_val_000000.bin" in works(prep(*flags))
+    assert stream(out) == bytes_stream(texts)
+
+
+# ---- errors -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_parquet(folder / "good.parquet", some_texts(8, 20, 40))
+    data = (folder / "good.parquet").read_bytes()
+    (folder / "header.parquet").write_bytes(b"not parquet")
+    (folder / "body.parquet").write_bytes(data[:4] + b"\xff" * 200 + data[204:])
+    write_jsonl(folder / "good.jsonl", ["a", "b"])
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b"\n')
+    (folder / "list.jsonl").write_text('["a"]\n')
+    (folder / "number.jsonl").write_text('{"text": 5}\n')
+    write_jsonl(folder / "cut.jsonl.gz", some_texts(8, 200, 40))
+    gz = (folder / "cut.jsonl.gz").read_bytes()
+    (folder / "cut.jsonl.gz").write_bytes(gz[: len(gz) // 2])
+    (folder / "what.csv").write_text("text\n")
+    ext = folder / "plugin" / "tiktoken_ext"
+    ext.mkdir(parents=True)
+    (ext / "huge.py").write_text(
+        "def huge():\n    ranks = {bytes([i]): i for i in range(256)}\n"
+        "    ranks |= {(b'%05x' % i): i for i in range(256, 65_600)}\n"
+        "    return dict(name='huge', pat_str='.+', mergeable_ranks=ranks,\n"
+        "                special_tokens={'<|endoftext|>': 65_600})\n"
+        "ENCODING_CONSTRUCTORS = {'huge': huge}\n"
+    )
+    return folder
+
+
+ERRORS = {
+    "no match": (["--input={d}/*.nothing"], ["matches no file"]),
+    "unknown kind": (["--input={d}/what.csv"], ["what.csv", ".parquet"]),
+    "mixed kinds": (["--input={d}/good.*"], ["good.jsonl", "good.parquet"]),
+    "parquet column": (["--input={d}/good.parquet", "--text_column=txt"], ["'txt'", "mean text?"]),
+    "jsonl column": (["--input={d}/good.jsonl", "--text_column=txt"], ["'txt'", "mean text?"]),
+    "not text": (["--input={d}/good.parquet", "--text_column=id"], ["holds int", "--text_column"]),
+    "number": (["--input={d}/number.jsonl"], ["holds int", "--text_column"]),
+    "parquet header": (["--input={d}/header.parquet"], ["header.parquet"]),
+    "parquet body": (["--input={d}/body.parquet"], ["body.parquet"]),
+    "bad json": (["--input={d}/bad.jsonl"], ["not JSON", "b"]),
+    "json list": (["--input={d}/list.jsonl"], ["not a JSON object"]),
+    "cut gzip": (["--input={d}/cut.jsonl.gz"], ["cut.jsonl.gz"]),
+    "typo": (["--encoding=gpt22"], ["mean gpt2?", "bytes"]),
+    "too large": (["--encoding=o200k_base", "--input={d}/good.parquet"], ["65,536"]),
+    "plugin": (["--encoding=huge", "--input={d}/good.parquet"], ["65,536"]),
+    "no tokenizer": (["--encoding=r50k_base", "--input={d}/good.parquet"], ["TIKTOKEN_CACHE_DIR"]),
+    "no hub": ([], ["HuggingFaceFW/fineweb", "network"]),
+    "too short": (["--input={d}/good.parquet", "--val_tokens=9999999"], ["--val_tokens="]),
+    "max below val": (["--max_tokens=5", "--val_tokens=5"], ["--max_tokens"]),
+    "negative": (["--max_tokens=-5"], ["--max_tokens"]),
+    "zero shard": (["--shard_tokens=0"], ["--shard_tokens"]),
+    "header limit": (["--shard_tokens=2147483648"], ["--shard_tokens"]),
+    "both": (["--input={d}/good.parquet", "--dataset=x"], ["--dataset"]),
+    "verify and": (["--verify=x", "--input=stdlib"], ["--input"]),
+    "pretokenized and": (["--pretokenized=2", "--encoding=bytes"], ["--encoding"]),
+    "no folder": (["--verify=/nowhere/at/all"], ["no shards"]),
+    "out_dir is a file": (["--input=stdlib", "--out_dir={d}/good.jsonl"], ["--out_dir"]),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(tmp_path, monkeypatch, inputs, case):
+    """Each is one line that says what to do, exit code 1, and leaves no shard behind."""
+    flags, needles = ERRORS[case]
+    flags = [flag.format(d=inputs) for flag in flags]
+    for name, value in (("encoding", "bytes"), ("out_dir", tmp_path / "out"), ("workers", 1)):
+        special = case in ("verify and", "pretokenized and", "no folder")
+        if not special and not any(flag.startswith(f"--{name}=") for flag in flags):
+            flags.append(f"--{name}={value}")
+    if case in ("no match", "parquet body", "no hub", "no tokenizer", "plugin"):
+        check = errors_outside
+    else:
+        check = errors_inside
+    check(tmp_path, monkeypatch, inputs, flags, needles)
+    assert not list(tmp_path.glob("**/*.bin*"))
+
+
+def errors_inside(tmp_path, monkeypatch, inputs, flags, needles) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        in_process(monkeypatch, *flags)
+    for needle in needles:
+        assert needle in str(caught.value)
+
+
+def errors_outside(tmp_path, monkeypatch, inputs, flags, needles) -> None:
+    dead = "http://127.0.0.1:9"  # no one listens on the discard port
+    env = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "HF_ENDPOINT": dead,
+           "HTTPS_PROXY": dead, "HTTP_PROXY": dead, "HF_HOME": str(tmp_path / "hf"),
+           "PYTHONPATH": f"{ROOT}{os.pathsep}{inputs / 'plugin'}"}  # fmt: skip
+    fails(prep(*flags, env=env, cwd=tmp_path), *needles)
+
+
+def test_too_short_can_be_put_right(tmp_path, monkeypatch):
+    """The folder of a failed first try does not stand in the way of the right flags."""
+    write_parquet(tmp_path / "a.parquet", some_texts(8, 20, 40))
+    flags = [f"--input={tmp_path}/a.parquet", "--encoding=bytes", "--workers=1",
+             f"--out_dir={tmp_path}/out"]  # fmt: skip
+    length = len(bytes_stream(some_texts(8, 20, 40)))
+    with pytest.raises(UserError, match=f"only {length:,} tokens"):
+        in_process(monkeypatch, *flags, f"--val_tokens={length}")
+    in_process(monkeypatch, *flags, f"--val_tokens={length - 1}")
+    assert stream(tmp_path / "out") == bytes_stream(some_texts(8, 20, 40))
+
+
+def test_zstandard_missing(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install zstandard"):
+        in_process(monkeypatch, f"--input={tmp_path}/a.jsonl.zst", f"--out_dir={tmp_path}/out",
+                   "--encoding=bytes")  # fmt: skip
+
+
+def test_help_and_import():
+    """--help prints each flag's comment; importing costs no heavy library."""
+    text = works(prep("--help"))
+    for name in prepare_fineweb.Config.__dataclass_fields__:
+        line = next(line for line in text.splitlines() if line.startswith(f"  --{name}="))
+        assert re.search(r"\((str|int)\)\s+\w", line), line
+    code = "import sys, prepare_fineweb; print({'datasets', 'tiktoken', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
+
+
+# ---- verify -----------------------------------------------------------------------------------
+
+
+def test_verify(tmp_path, monkeypatch, capsys):
+    """It finds each kind of damage and names the file; a sound folder passes."""
+    write_parquet(tmp_path / "a.parquet", some_texts(9, 60, 40))
+    good = tmp_path / "good"
+    in_process(monkeypatch, f"--input={tmp_path}/a.parquet", "--encoding=bytes",
+               "--shard_tokens=400", f"--out_dir={good}", "--workers=1")  # fmt: skip
+    assert "bytes/token" in works(prep("--verify", good))
+    name = "fineweb_train_000002.bin"
+
+    def damaged(edit) -> str:
+        out = tmp_path / "bad"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(good, out)
+        data = bytearray((out / name).read_bytes())
+        edit(out, data)
+        if (out / name).exists():
+            (out / name).write_bytes(data)
+        capsys.readouterr()
+        with pytest.raises(UserError, match="wrong in"):
+            in_process(monkeypatch, f"--verify={out}")
+        return capsys.readouterr().out
+
+    def edit_meta(out: Path, **changes) -> None:
+        meta = json.loads((out / "meta.json").read_text())
+        meta["shards"][2] |= changes
+        (out / "meta.json").write_text(json.dumps(meta))
+
+    def put(data: bytearray, at: int, value: bytes) -> None:
+        data[at : at + len(value)] = value
+
+    assert f"{name}: sha256" in damaged(lambda out, d: put(d, 1500, b"\x01"))
+    assert f"{name}: sha256" in damaged(lambda out, d: put(d, 900, b"\x01"))  # in the header
+    found = damaged(lambda out, d: put(d, 1024 + 2 * 300, b"\x01\x01"))
+    assert f"{name}: token 300 is id 257" in found
+    assert "not a shard" in damaged(lambda out, d: put(d, 0, b"\x00"))
+    assert "need 1,822" in damaged(lambda out, d: put(d, 8, (399).to_bytes(4, "little")))
+    assert "1,823 bytes" in damaged(lambda out, d: d.pop())
+    assert "shorter than a header" in damaged(lambda out, d: d.clear())
+    assert f"{name}: cannot be read" in damaged(lambda out, d: (out / name).unlink())
+    stray = damaged(lambda out, d: (out / "fineweb_train_000099.bin").write_bytes(b""))
+    assert "000099.bin: not in meta.json" in stray
+    for key, value in {"tokens": 399, "documents": 0, "sha256": "0"}.items():
+        found = damaged(lambda out, d, k=key, v=value: edit_meta(out, **{k: v}))
+        assert f"{name}: {key}" in found
+    assert "unfinished" in damaged(lambda out, d: (truncate(out, 2), (out / name).touch()))
+
+    # without meta.json it is GPT-2's vocabulary, and the numbers must have no gap
+    (good / "meta.json").unlink()
+    works(prep("--verify", good))
+    data = bytearray((good / name).read_bytes())
+    data[1026:1028] = (50257).to_bytes(2, "little")
+    (good / name).write_bytes(data)
+    assert f"{name}: token 1 is id 50257" in prep("--verify", good).stdout
+    (good / name).unlink()
+    result = prep("--verify", good)
+    assert "shard 2 is missing" in result.stdout
+    assert result.returncode == 1
+
+
+# ---- the network ------------------------------------------------------------------------------
+
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as streaming a dataset and downloading its files needs."""
+
+    protocol_version = "HTTP/1.1"
+    files: dict[str, bytes]  # path -> content
+    cut: int  # drop the connection after this many bytes of a .bin file (0: never)
+    ranges = True  # honour Range
+    stuck = False  # never get beyond `cut`
+    log: list[str]
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def answer(self, code: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if self.path.endswith(".bin") and 0 < self.cut < len(body):
+            self.wfile.write(body[: self.cut])
+            self.close_connection = True
+            self.connection.close()
+            return
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        path, have = unquote(self.path.split("?")[0]), self.files
+        self.log.append(f"{self.command} {path} {self.headers.get('Range')}")
+        if found := re.match(r"/api/datasets/[^/]+/[^/]+/tree/[^/]+/?(.*)", path):
+            base = found[1] + "/" if found[1] else ""
+            names = [name for name in have if name.startswith(base)]
+            folders = {base + name[len(base) :].rsplit("/", i)[0] for name in names
+                       for i in range(1, 1 + name[len(base) :].count("/"))}  # fmt: skip
+            rows = [{"type": "directory", "oid": SHA, "size": 0, "path": f} for f in folders]
+            rows += [{"type": "file", "oid": hashlib.sha1(have[n]).hexdigest(), "path": n,
+                      "size": len(have[n])} for n in names]  # fmt: skip
+            if "recursive=true" not in self.path.lower():
+                rows = [row for row in rows if "/" not in row["path"][len(base) :]]
+            return self.answer(200 if names else 404, json.dumps(rows).encode())
+        if found := re.match(r"/api/datasets/([^/]+/[^/]+)(/revision/.*)?$", path):
+            info = {"id": found[1], "sha": SHA, "siblings": [{"rfilename": name} for name in have]}
+            return self.answer(200, json.dumps(info).encode())
+        found = re.match(r"/datasets/[^/]+/[^/]+/resolve/[^/]+/(.*)", path)
+        if not found or found[1] not in have:
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        body = have[found[1]]
+        headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X_Repo_Commit": SHA}
+        part = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if part and self.ranges:
+            start, stop = int(part[1]), min(int(part[2] or len(body)), len(body) - 1) + 1
+            if self.stuck and path.endswith(".bin"):
+                stop = start
+            headers["Content_Range"] = f"bytes {start}-{stop - 1}/{len(body)}"
+            return self.answer(206, body[start:stop], **headers)
+        self.answer(200, body, **headers)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Start a hub on loopback: hub(files, cut=...) -> (its class, environment)."""
+    servers = []
+
+    def start(have: dict[str, bytes], **settings):
+        handler = type("H", (Hub,), {"files": have, "cut": 0, "log": [], **settings})
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "NO_PROXY": "127.0.0.1",
+               "HF_HOME": str(tmp_path / "hf")}  # fmt: skip
+        return handler, env
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def parquet_bytes(texts: list[str]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), buffer, row_group_size=11)
+    return buffer.getvalue()
+
+
+def test_streaming_from_the_hub(tmp_path, hub):
+    """FineWeb's layout, streamed, pinned to a commit, interrupted and taken up again."""
+    texts = some_texts(11, 150, 60)
+    readme = (b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
+              b"    path: data/*/*\n- config_name: sample-10BT\n  data_files:\n"
+              b"  - split: train\n    path: sample/10BT/*\n---\n")  # fmt: skip
+    have = {"README.md": readme, "data/CC-1/0.parquet": parquet_bytes(["other"] * 5)}
+    have |= {f"sample/10BT/{i:03d}.parquet": parquet_bytes(texts[50 * i : 50 * i + 50])
+             for i in range(3)}  # fmt: skip
+    handler, env = hub(have)
+    out = tmp_path / "out"
+    flags = ["--encoding=bytes", "--shard_tokens=1000", f"--out_dir={out}", "--workers=1"]
+    works(prep(*flags, env=env, batch_chars=2000))
+    assert stream(out) == bytes_stream(texts)
+    expected = files(out)
+    meta = json.loads(expected["meta.json"])
+    assert meta["revision"] == SHA
+    assert "resume" not in meta
+    # killed in the last file
+    shutil.rmtree(out)
+    process = subprocess.Popen(command(*flags, batch_chars=2000), env={**os.environ, **env,
+                               "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)  # fmt: skip
+    last = out / meta["shards"][-2]["name"]
+    wait_for(last.exists, process, "no shards come")
+    process.kill()
+    process.wait()
+    handler.log.clear()
+    works(prep(*flags, env=env, batch_chars=2000))
+    assert files(out) == expected
+    read = [line for line in handler.log if "resolve" in line and "000.parquet" in line]
+    assert len(read) == 1, read  # its schema, and not its text again
+    flags = ["--encoding=bytes", "--workers=1"]
+    for wrong, needle in (("--name=sample-9BT", "sample-9BT"), ("--text_column=txt", "mean text?")):
+        fails(prep(wrong, *flags, f"--out_dir={tmp_path}/{needle}", env=env), needle)
+
+
+def ready_made(n: int, tokens: int = 700_000) -> dict[str, bytes]:
+    rng = np.random.default_rng(0)
+    have = {}
+    for i in range(n + 1):
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = 20240520, 1, tokens + i
+        ids = rng.integers(0, 50257, tokens + i).astype("<u2")
+        name = f"fineweb_{'train' if i else 'val'}_{i:06d}.bin"
+        have[name] = header.tobytes() + ids.tobytes()
+    return have
+
+
+def only_shards(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in files(folder).items() if name != "meta.json"}
+
+
+def test_pretokenized(tmp_path, hub):
+    """Downloads that break off mid-file are gone on with; more shards can be added later."""
+    have = ready_made(3)
+    handler, env = hub(have, cut=600_000)
+    out = tmp_path / "out"
+    works(prep("--pretokenized=1", f"--out_dir={out}", env=env))
+    starts = [line.rsplit("=")[1] for line in handler.log if "bytes=" in line]
+    assert len(starts) >= 4  # two in each file: it went on, and from near where it broke
+    assert all(int(start[:-1]) % 600_000 > 530_000 or int(start[:-1]) > 1_100_000 for start in starts)
+    assert only_shards(out) == {k: v for k, v in have.items() if k[-5] in "01"}
+    works(prep("--verify", out))
+    handler.cut = 0
+    handler.log.clear()
+    works(prep("--pretokenized=2", f"--out_dir={out}", env=env))
+    assert [line.split()[1][-10:] for line in handler.log] == ["000002.bin"]
+    assert "finished already" in works(prep("--pretokenized=2", f"--out_dir={out}", env=env))
+    meta = json.loads((out / "meta.json").read_text())
+    assert (meta["complete"], meta["vocab_size"], meta["eot"]) == (True, 50257, 50256)
+    assert [s["sha256"] for s in meta["shards"]] == [
+        hashlib.sha256(have[s["name"]]).hexdigest() for s in meta["shards"]
+    ]
+    fails(prep("--pretokenized=4", f"--out_dir={out}", env=env), "000004.bin", "lower")
+    assert sorted(only_shards(out)) == sorted(have)  # what was there is kept, 3 is added
+
+
+@pytest.mark.parametrize("how", ["no range", "stuck", "id", "magic", "size", "no server"])
+def test_pretokenized_that_cannot_be_had(tmp_path, hub, how):
+    """A clear error, nothing half-written under a final name, sound shards kept."""
+    have = ready_made(1)
+    name = "fineweb_train_000001.bin"
+    data = bytearray(have[name])
+    if how == "id":
+        data[5000:5002] = b"\xff\xff"
+    if how == "magic":
+        data[0] = 0
+    if how == "size":
+        del data[-2:]
+    have[name] = bytes(data)
+    # the validation shard always arrives; the training shard is longer than `cut`
+    cut = len(have["fineweb_val_000000.bin"]) if how in ("no range", "stuck") else 0
+    settings = {"ranges": how != "no range", "stuck": how == "stuck", "cut": cut}
+    if cut:
+        have[name] += bytes(2)
+        have[name] = have[name][:8] + (700_002).to_bytes(4, "little") + have[name][12:]
+    handler, env = hub(have, **settings)
+    if how == "no server":
+        env["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    out = tmp_path / "out"
+    start = time.monotonic()
+    needle = "damaged" if how in ("id", "magic", "size") else "cannot download"
+    fails(prep("--pretokenized=1", f"--out_dir={out}", env=env), needle)
+    assert time.monotonic() - start < 60
+    kept = {} if how == "no server" else {"fineweb_val_000000.bin": have["fineweb_val_000000.bin"]}
+    assert only_shards(out) == kept
+    if how == "stuck":  # the server recovers
+        handler.stuck = False
+        works(prep("--pretokenized=1", f"--out_dir={out}", env=env))
+        assert only_shards(out) == have
+
+
+# ---- large inputs -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_input(tmp_path):
+    """Four times the text, the same peak (parent and workers) to 15%."""
+    texts = english("fineweb_legal.parquet")
+    peaks = []
+    for copies in (1, 4):
+        for i in range(copies):
+            write_parquet(tmp_path / f"{copies}-{i}.parquet", texts, rows=500)
+        code = (
+            "import resource, prepare_fineweb as p; p.main();"
+            "print([resource.getrusage(w).ru_maxrss for w in (0, -1)])"
+        )
+        flags = [f"--input={tmp_path}/{copies}-*.parquet", "--encoding=bytes", "--workers=2",
+                 "--shard_tokens=2000000", f"--out_dir={tmp_path}/{copies}"]  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+        peaks.append(json.loads(done.stdout.splitlines()[-1]))
+    print(peaks)
+    assert peaks[1][0] < 1.15 * peaks[0][0]
+    assert peaks[1][1] < 1.15 * peaks[0][1]
