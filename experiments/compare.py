@@ -1,0 +1,915 @@
+"""
+Is this FFN better than SwiGLU, by how much, how sure, and at what cost? Many runs of train.py, one
+table and one plot.
+
+    python experiments/compare.py config/tiny.py --ffn=geglu,sparseglu,sparseglu:grad=ste --seeds=5
+    python experiments/compare.py --paper=asg config/tiny.py     # every row of that paper's table
+    python experiments/compare.py --report out/*                 # only read finished runs
+
+Any other flag and config file goes to train.py. Run s of every FFN has --seed=s and --data_seed=s,
+so it sees the same tokens from the same shared weights as SwiGLU's run s: differences are paired.
+The same command skips what is done and goes on with what was cut. SwiGLU is always among the rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import mean, median, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from configurator import UserError, configure, run, suggest  # noqa: E402
+from model import GPT, GPTConfig, ffn_cost, parse_spec  # noqa: E402
+
+
+@dataclass
+class Config:
+    ffn: str = ""  # specs, comma-separated
+    paper: str = ""  # rows of these papers' tables: dsg, asg, sparsegated, dynamicgeglu, sparseglu
+    seeds: int = 3  # runs of each: seeds 0 to seeds - 1
+    ffn_match: str = "hidden"  # hidden: SwiGLU's width; params: its parameters; both
+    lr_sweep: str = ""  # learning rates for all alike, comma-separated; the best of each is shown
+    name: str = ""  # runs go to out/{name}; empty: the paper's, else compare
+    jobs: int = 1  # runs side by side
+    detect: float = 0.01  # a difference in nats: how many seeds would show it?
+    report: str = ""  # --report DIR...: read these finished runs, or folders of runs; run nothing
+    out: str = ""  # folder for compare.md, .json, .png; empty: beside the runs
+
+
+# Losses as the papers report them (all by "Aardvark", 2025, on FineWeb). Two baselines are stated,
+# 4.9266 (Dynamic GEGLU) and 4.927; ASG's "no sparse pathway" is stated to equal SwiGLU. Strings:
+# a difference has no more digits than its parts.
+PAPERS = {
+    "dsg": {"swiglu": "4.927", "dsg": "4.935"},
+    "asg": {
+        "swiglu": "4.927",
+        "asg": "5.11",
+        "asg:threshold=fixed:tau=0.1": "5.23",
+        "asg:threshold=neuron": "5.18",
+        "asg:sparse=False": "4.927",
+        "multiscale": "4.792",
+        "dualgated": "4.7926",
+    },
+    "sparsegated": {
+        "swiglu": "4.927",
+        "sparsegated": "5.0902",
+        "sparsegated:split=False": "5.2341",
+        "sparsegated:gate=False": "5.4123",
+        "sparsegated:k=0.5": "5.0321",
+    },
+    "dynamicgeglu": {"swiglu": "4.9266", "dynamicgeglu": "4.9260", "isogmlp": "4.9480"},
+    "sparseglu": {"swiglu": "4.927", "sparseglu": "5.0202", "geglu": "4.8734"},
+}
+
+# Flags that cannot change a loss, and those by which the runs of one comparison may differ.
+NEUTRAL = set(
+    "out_dir init_from prepare eval_only eval_interval log_interval save_interval wandb_project "
+    "sample_tokens prompt temperature top_k".split()
+)
+VARIED = {"ffn", "ffn_match", "seed", "data_seed", "learning_rate", "min_lr"}
+
+
+def meaning(spec: str) -> str:
+    """The same text for two specs that build the same FFN (defaults, order of options)."""
+    cls, options = parse_spec(spec)
+    return f"{cls.__name__} {sorted(((cls.__init__.__kwdefaults__ or {}) | options).items())}"
+
+
+def reported(spec: str) -> tuple[str, str] | None:
+    """The paper that reports on a spec and its difference to that paper's SwiGLU, e.g. +0.18."""
+    for paper, losses in PAPERS.items():
+        for other, loss in losses.items():
+            if other != "swiglu" and meaning(other) == meaning(spec):
+                digits = min(len(text.partition(".")[2]) for text in (loss, losses["swiglu"]))
+                return paper, f"{float(loss) - float(losses['swiglu']):+.{digits}f}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs, planned and on disk
+
+
+@dataclass
+class Run:
+    dir: str
+    flags: dict  # of train.py, resolved
+    made: dict  # the rest of config.json: device, versions
+    rows: list[dict]  # of log.jsonl
+
+    @property
+    def val(self) -> list[dict]:
+        return [row for row in self.rows if "val_loss" in row]
+
+    @property
+    def step(self) -> int:
+        return self.rows[-1]["step"] if self.rows else 0
+
+    @property
+    def done(self) -> bool:
+        last = self.val[-1:]
+        at_end = last and last[0]["step"] == self.flags["max_iters"]
+        return bool(at_end) and math.isfinite(last[0]["val_loss"])
+
+    @property
+    def loss(self) -> float:
+        """At the last step: no other checkpoint is ever picked."""
+        return self.val[-1]["val_loss"]
+
+    @property
+    def speed(self) -> float | None:
+        """Median tokens/s over the run."""
+        return middle([row.get("tok_per_s") for row in self.rows])
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        return self.flags["seed"], self.flags["data_seed"]
+
+    @property
+    def width(self) -> int:
+        return shape(self.flags).hidden
+
+    @property
+    def group(self) -> tuple[str, int]:
+        """What runs of one row of the table share. Matched parameters can mean the same width."""
+        return meaning(self.flags["ffn"]), self.width
+
+
+def shape(flags: dict, **more: int) -> GPTConfig:
+    return GPTConfig(**{k: v for k, v in flags.items() if hasattr(GPTConfig, k)}, **more)
+
+
+def read_run(folder: str) -> Run | None:
+    """A run's config.json and log.jsonl, however far it came; None where there is no run."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            made = json.load(f)
+        flags = asdict(train.Config(**made.pop("flags")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    rows = []
+    try:
+        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
+            for line in f:
+                if line.endswith("}\n"):  # else a run is just writing it, or was killed then
+                    rows.append(json.loads(line))
+    except (OSError, ValueError):
+        pass
+    return Run(folder, flags, made, rows)
+
+
+def middle(values: list[float | None]) -> float | None:
+    """The median of those that are there."""
+    there = [value for value in values if value is not None]
+    return median(there) if there else None
+
+
+def differing(a: dict, b: dict, but: set[str] = NEUTRAL) -> str | None:
+    return next((name for name in a if name not in but and a[name] != b[name]), None)
+
+
+def plan(cfg: Config, base: train.Config) -> list[Run]:
+    """Every run that the flags ask for, in the order of running: all FFNs of a seed before the next
+    seed, so that a slow hour of the machine meets all of them."""
+    specs = [spec for spec in cfg.ffn.split(",") if spec]
+    for paper in filter(None, cfg.paper.split(",")):
+        if paper not in PAPERS:
+            raise UserError(f"--paper={paper}: {suggest(paper, PAPERS)}")
+        specs += PAPERS[paper]
+    if not specs:
+        raise UserError("name the FFNs to compare with SwiGLU: --ffn=geglu,asg or --paper=asg")
+    if cfg.ffn_match not in ("hidden", "params", "both"):
+        raise UserError(f"--ffn_match={cfg.ffn_match}: valid: hidden, params, both")
+    try:
+        rates = [float(text) for text in cfg.lr_sweep.split(",") if text] or [base.learning_rate]
+    except ValueError:
+        raise UserError(f"--lr_sweep={cfg.lr_sweep}: write numbers, as 3e-4,6e-4") from None
+    if min(rates) <= 0:
+        raise UserError(f"--lr_sweep={cfg.lr_sweep}: learning rates are above 0")
+    unique: dict[str, str] = {}
+    for spec in ["swiglu", *specs]:
+        unique.setdefault(meaning(spec), spec)
+    folder, runs = os.path.join("out", cfg.name or cfg.paper or "compare"), []
+    for seed in range(cfg.seeds):
+        for rate in rates:
+            for spec in unique.values():
+                flags = asdict(base) | {"ffn": spec, "seed": seed, "data_seed": seed}
+                flags |= {"init_from": "auto", "learning_rate": rate}
+                flags["min_lr"] = base.min_lr * (rate / base.learning_rate)
+                flags["lr_decay_iters"] = base.lr_decay_iters or base.max_iters
+                same = shape(flags | {"ffn_match": "params"}).hidden == base.ffn_hidden
+                both = ["hidden", "params"] if cfg.ffn_match == "both" else [cfg.ffn_match]
+                for match in ["hidden"] if same or spec == "swiglu" else both:
+                    name = f"{spec}-s{seed}" + ("-params" if match == "params" else "")
+                    name += f"-lr{rate:g}" if cfg.lr_sweep else ""
+                    mine = flags | {"ffn_match": match, "out_dir": os.path.join(folder, name)}
+                    shape(mine).check()
+                    runs.append(Run(mine["out_dir"], mine, {}, []))
+    return runs
+
+
+def gpus(base: train.Config) -> list[str]:
+    """GPUs to share out, as CUDA_VISIBLE_DEVICES names them; none if --device says where to run."""
+    if base.device not in ("auto", "cuda"):
+        return []
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return names.split(",")[:count]
+
+
+def start(planned: Run, passed: list[str], base: train.Config, slot: int, jobs: int):
+    """train.py on the share of the machine that a slot has: its GPUs (by torchrun, if several) or
+    its cores. What it prints goes to train.txt in the run's folder."""
+    devices = gpus(base)
+    each = max(1, len(devices) // jobs)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = int(os.environ.get("OMP_NUM_THREADS") or cores or 1) // (jobs * each)
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, threads))}
+    command = [sys.executable]
+    if each > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={each}"]
+    if devices:
+        mine = [devices[(slot * each + i) % len(devices)] for i in range(each)]
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+    command += [str(ROOT / "train.py"), *passed]
+    for name in sorted(VARIED | {"out_dir", "init_from"}):
+        command.append(f"--{name}={planned.flags[name]}")
+    try:
+        os.makedirs(planned.dir, exist_ok=True)
+        with open(os.path.join(planned.dir, "train.txt"), "w", encoding="utf-8") as f:
+            # a session of its own: a Ctrl-C reaches train.py once, through us, and not twice
+            return subprocess.Popen(command, stdout=f, stderr=f, stdin=subprocess.DEVNULL, env=env,
+                                    start_new_session=True)  # fmt: skip
+    except OSError as e:
+        why = f"cannot write to {planned.dir} ({e.strerror})"
+        raise UserError(f"{why}: make room, or another --name") from None
+
+
+def why_failed(folder: str, code: int) -> str:
+    """One line on a run that ended before its last step."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    with open(os.path.join(folder, "train.txt"), encoding="utf-8", errors="replace") as f:
+        lines = [line.strip() for line in f if line.strip()]
+    # torchrun prints a page after the error
+    return ([line for line in lines if line.startswith("error: ")] or lines or [f"exit {code}"])[-1]
+
+
+def run_all(planned: list[Run], passed: list[str], cfg: Config, base: train.Config) -> int:
+    """Run what is not done yet. Returns how many failed; exits with 130 when stopped by a signal."""
+    from tqdm import tqdm
+
+    before = {p.dir: read_run(p.dir) for p in planned}
+    for p in planned:
+        old = before[p.dir]
+        name = old and differing(p.flags, old.flags)
+        if name:
+            raise UserError(
+                f"{p.dir} was made with --{name}={old.flags[name]}, not {p.flags[name]}: choose "
+                "another --name, or delete that folder"
+            )
+    waiting = [p for p in planned if not (before[p.dir] and before[p.dir].done)]
+    steps = {p.dir: before[p.dir].step if before[p.dir] else 0 for p in waiting}
+    if not base.prepare and waiting:
+        train.open_data(base.data_dir, base.block_size)  # one error now instead of one for each
+    print(f"{len(planned)} runs: {len(planned) - len(waiting)} done, "
+          f"{sum(s > 0 for s in steps.values())} to go on with, "
+          f"{sum(s == 0 for s in steps.values())} to start", flush=True)  # fmt: skip
+
+    signals: list[int] = []
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in usual:
+        signal.signal(number, lambda number, frame: signals.append(number))
+    running: dict[int, tuple[Run, subprocess.Popen]] = {}
+    todo, failed, passed_on = len(waiting), 0, 0
+    total = sum(base.max_iters - s for s in steps.values())
+    bar = tqdm(total=total, unit="step", disable=None, smoothing=0.02, dynamic_ncols=True)
+    try:
+        while running or (waiting and not signals):
+            for slot in range(cfg.jobs):
+                if slot not in running and waiting and not signals:
+                    p = waiting.pop(0)
+                    running[slot] = (p, start(p, passed, base, slot, cfg.jobs))
+            time.sleep(0.3)
+            if passed_on < len(signals):  # the first: finish the step, save; the second: end at once
+                passed_on += 1
+                for _, process in running.values():
+                    process.send_signal(signal.SIGINT)
+            for slot, (p, process) in list(running.items()):
+                code, now = process.poll(), read_run(p.dir)
+                if now and now.step > steps[p.dir]:
+                    bar.update(now.step - steps[p.dir])
+                    steps[p.dir] = now.step
+                if code is None:
+                    continue
+                del running[slot]
+                place = f"[{todo - len(waiting) - len(running)}/{todo}] {p.dir}"
+                if now and now.done:
+                    bar.write(f"{place}: {now.loss:.4f}")
+                elif not signals:
+                    failed += 1
+                    bar.write(f"{place} FAILED: {why_failed(p.dir, code)}")
+                    bar.update(base.max_iters - steps[p.dir])
+                sys.stdout.flush()
+    finally:
+        for _, process in running.values():  # none, unless something above went wrong
+            process.send_signal(signal.SIGINT)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    bar.close()
+    if signals:
+        done = sum(bool(r and r.done) for r in (read_run(p.dir) for p in planned))
+        print(f"stopped with {done} of {len(planned)} runs done: the same command goes on from here")
+        sys.exit(130)
+    return failed
+
+
+def find_runs(folders: list[str]) -> list[Run]:
+    """The runs in folders: each a run's own, or one that holds runs' folders."""
+    found: dict[str, Run] = {}
+    for folder in folders:
+        inner = sorted(str(p) for p in Path(folder).iterdir()) if os.path.isdir(folder) else []
+        here = [r for r in map(read_run, [folder, *inner]) if r]
+        if not here and not os.path.isfile(folder):  # a shell's * also names tables and plots
+            print(f"left out: {folder} holds no run")
+        found |= {os.path.realpath(r.dir): r for r in here}
+    return list(found.values())
+
+
+def check_alike(runs: list[Run]) -> None:
+    """Refuse finished runs whose difference would not be the FFN's."""
+    cure = "report only runs that differ in nothing but --ffn, --ffn_match and the seeds"
+    done = [r for r in runs if r.done]
+    first, seen = done[0], {}
+    for r in done:
+        name = differing(first.flags, r.flags, NEUTRAL | VARIED)
+        values = (first.flags[name], r.flags[name]) if name else ()
+        # a sweep scales min_lr with the learning rate
+        ratios = [f"{x.flags['min_lr'] / x.flags['learning_rate']:.6g}" for x in (first, r)]
+        if not name and ratios[0] != ratios[1]:
+            name, values = "min_lr", (first.flags["min_lr"], r.flags["min_lr"])
+        if not name and first.made.get("device") != r.made.get("device"):
+            name, values = "device", (first.made.get("device"), r.made.get("device"))
+        if name:
+            both = f"{first.dir} and {r.dir}"
+            raise UserError(f"{both} differ in --{name} ({values[0]} and {values[1]}): {cure}")
+        key = (*r.group, r.flags["learning_rate"], r.seeds)
+        if key in seen:
+            raise UserError(f"{seen[key]} and {r.dir} are the same run twice: leave one out")
+        seen[key] = r.dir
+    # A learning rate may differ where all were tried for all. A run that failed was tried.
+    tried = {(r.group, r.flags["learning_rate"]) for r in runs}
+    for a in done:
+        for b in done:
+            if (b.group, a.flags["learning_rate"]) not in tried:
+                raise UserError(
+                    f"{a.dir} and {b.dir} differ in --learning_rate, and {label(b.flags)} was not "
+                    f"tried at {a.flags['learning_rate']:g}: {cure}, or sweep it for all"
+                )
+
+
+# ------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def paired_test(differences: list[float]) -> tuple[float, float, float]:
+    """(low, high, p): 95% confidence interval of the mean and two-sided p-value of a paired t-test.
+    No spread at all (the same FFN, written twice) is p = 1 at 0 and p = 0 elsewhere."""
+    from scipy import stats
+
+    n, center, spread = len(differences), mean(differences), stdev(differences)
+    if spread == 0:
+        return center, center, float(center == 0)
+    error = spread / math.sqrt(n)
+    margin = float(stats.t.ppf(0.975, n - 1)) * error
+    return center - margin, center + margin, float(2 * stats.t.sf(abs(center) / error, n - 1))
+
+
+def holm(p: list[float]) -> list[float]:
+    """Holm's correction: sorted p-values times m, m - 1, ..., never falling, at most 1."""
+    corrected, highest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        highest = corrected[i] = max(highest, min(1.0, (len(p) - rank) * p[i]))
+    return corrected
+
+
+MOST_SEEDS = 1000
+
+
+def seeds_needed(spread: float, difference: float) -> int | None:
+    """Seeds for which a paired two-sided t-test at 5% finds a true difference with power 0.8, if
+    single differences have this standard deviation. None: more than MOST_SEEDS."""
+    import numpy as np
+    from scipy import stats
+
+    if spread == 0:
+        return 2
+    n = np.arange(2, MOST_SEEDS + 1)
+    edge, shift = stats.t.ppf(0.975, n - 1), difference / spread * np.sqrt(n)
+    power = stats.nct.sf(edge, n - 1, shift) + stats.nct.cdf(-edge, n - 1, shift)
+    enough = np.flatnonzero(power >= 0.8)
+    return int(n[enough[0]]) if len(enough) else None
+
+
+# ------------------------------------------------------------------------------------------------
+# The table
+
+
+def label(flags: dict) -> str:
+    """Of train.py's flags, or of a row."""
+    match = flags.get("ffn_match", flags.get("match"))
+    return flags["ffn"] + (" (params)" if match == "params" else "")
+
+
+def vocabulary(runs: list[Run]) -> int:
+    """Of the runs' models: from config.json, or from a checkpoint."""
+    for r in runs:
+        if "vocab_size" in r.made:
+            return r.made["vocab_size"]
+        path = os.path.join(r.dir, "ckpt.pt")
+        if os.path.exists(path):
+            return len(train.load_checkpoint(path)["model"]["model.embed_tokens.weight"])
+    raise UserError(f"{runs[0].dir} has no ckpt.pt, which tells the size of the vocabulary")
+
+
+def best_rate(runs: list[Run]) -> list[Run]:
+    """Those of one learning rate: the lowest mean loss among rates where the most seeds finished."""
+    rates: dict[float, list[Run]] = {}
+    for r in runs:
+        rates.setdefault(r.flags["learning_rate"], []).append(r)
+    most = max(map(len, rates.values()))
+    full = [runs for runs in rates.values() if len(runs) == most]
+    return min(full, key=lambda runs: mean(r.loss for r in runs))
+
+
+def summarize(runs: list[Run], detect: float) -> tuple[list[dict], list[list[Run]]]:
+    """The rows of the table, SwiGLU first, and the runs behind each."""
+    grouped: dict[tuple, list[Run]] = {}
+    for r in runs:
+        grouped.setdefault(r.group, []).append(r)
+    own = {r.group for r in runs if r.group == (meaning("swiglu"), r.flags["ffn_hidden"])}
+    groups = [best_rate(grouped[g]) for g in sorted(grouped, key=lambda g: g not in own)]
+    base = {r.seeds: r for r in groups[0]} if own else {}
+    vocab_size, rows = vocabulary(runs), []
+    for group in groups:
+        flags, losses = group[0].flags, [r.loss for r in group]
+        with torch.device("meta"):
+            model = GPT(shape(flags, vocab_size=vocab_size))
+        ffn = {k: v * flags["n_layer"] for k, v in ffn_cost(model.model.layers[0].mlp).items()}
+        active = [r.val[-1]["active"] for r in group if "active" in r.val[-1]]
+        pairs = [(r, base[r.seeds]) for r in group if r.seeds in base and group is not groups[0]]
+        row = {
+            "ffn": flags["ffn"],
+            "hidden": group[0].width,
+            "match": "hidden" if group[0].width == flags["ffn_hidden"] else "params",
+            "learning_rate": flags["learning_rate"],
+            "baseline": bool(own) and group is groups[0],
+            "ffn_params": ffn["params"],
+            "total_params": model.param_counts()["total"],
+            "ffn_flops_per_token": ffn["flops"],
+            "ffn_active_flops_per_token": ffn["active_flops"],
+            "train_flops_per_token": model.flops_per_token(),
+            "active": mean(active) if active else None,
+            "tok_per_s": middle([r.speed for r in group]),
+            "speed_vs_swiglu": middle([a.speed and b.speed and a.speed / b.speed for a, b in pairs]),
+            "n": len(group),
+            "val_loss": mean(losses),
+            "std": stdev(losses) if len(losses) > 1 else None,
+            "pairs": len(pairs),
+            "difference": mean(a.loss - b.loss for a, b in pairs) if pairs else None,
+        }
+        row |= dict.fromkeys(("difference_std", "low", "high", "p", "p_holm", "seeds_needed"))
+        if len(pairs) > 1:
+            differences = [a.loss - b.loss for a, b in pairs]
+            row["low"], row["high"], row["p"] = paired_test(differences)
+            row["difference_std"] = stdev(differences)
+            row["seeds_needed"] = seeds_needed(row["difference_std"], detect)
+        paper, reports = (row["match"] == "hidden" and reported(flags["ffn"])) or (None, None)
+        row["paper"], row["paper_difference"] = paper, reports and float(reports)
+        row["runs"] = [
+            {"dir": r.dir, "seed": r.flags["seed"], "data_seed": r.flags["data_seed"],
+             "val_loss": r.loss, "tok_per_s": r.speed} for r in group
+        ]  # fmt: skip
+        rows.append(row)
+    tested = [row for row in rows if row["p"] is not None]
+    for row, p in zip(tested, holm([row["p"] for row in tested])):
+        row["p_holm"] = p
+    for row in rows:
+        row["verdict"] = verdict(row)
+    return rows, groups
+
+
+def verdict(row: dict) -> str:
+    if row["baseline"]:
+        return "the baseline"
+    if row["p_holm"] is not None:
+        if row["p_holm"] >= 0.05:
+            return "no difference shown"
+        return "better" if row["difference"] < 0 else "worse"
+    return "one seed: no verdict" if row["pairs"] else "no SwiGLU run to compare with"
+
+
+def big(x: float) -> str:
+    """12345678 -> 12.3M"""
+    unit = max(0, min(4, (len(str(int(abs(x)))) - 1) // 3))
+    return f"{x / 1000**unit:#.3g}".rstrip(".") + " KMGT"[unit].strip()
+
+
+def ratio(a: float, b: float | None) -> str:
+    return f" ({a / b:.2f}x)" if b else ""
+
+
+def signed(x: float | None, digits: str = ".4f") -> str:
+    """With a minus sign that a screen reader and a spreadsheet know, and no -0.0000."""
+    return "" if x is None else f"{x if abs(x) >= 0.00005 else 0.0:+{digits}}"
+
+
+def markdown(rows: list[dict], notes: list[str], title: str, detect: float) -> str:
+    """The table, aligned, and what its columns mean."""
+    base = rows[0] if rows[0]["baseline"] else {}
+    swept = len({row["learning_rate"] for row in rows}) > 1
+    lines = []
+    for row in rows:
+        spread = "" if row["std"] is None else f" ± {row['std']:.4f}"
+        interval = ""
+        if row["low"] is not None:
+            interval = f" [{signed(row['low'])}, {signed(row['high'])}]"
+        needed = row["seeds_needed"] or (row["p"] is not None and f"> {MOST_SEEDS}")
+        speed = "" if row["tok_per_s"] is None else big(row["tok_per_s"])
+        speed += ratio(row["speed_vs_swiglu"] or 0, row["speed_vs_swiglu"] and 1)
+        cells = {
+            "FFN": f"`{row['ffn']}`",
+            "width": f"{row['hidden']}" + (" (params)" if row["match"] == "params" else ""),
+            "learning rate": f"{row['learning_rate']:g}",
+            "FFN parameters": big(row["ffn_params"]) + ratio(row["ffn_params"], base.get("ffn_params")),
+            "all": big(row["total_params"]),
+            "FFN FLOPs/token": big(row["ffn_flops_per_token"])
+            + ratio(row["ffn_flops_per_token"], base.get("ffn_flops_per_token")),
+            "active": big(row["ffn_active_flops_per_token"])
+            + ratio(row["ffn_active_flops_per_token"], base.get("ffn_flops_per_token")),
+            "units": "" if row["active"] is None else f"{row['active']:.1%}",
+            "tokens/s": speed,
+            "val loss": f"{row['val_loss']:.4f}{spread}",
+            "n": str(row["n"]),
+            "difference [95% CI]": signed(row["difference"]) + interval,
+            "p (Holm)": "" if row["p_holm"] is None else f"{row['p_holm']:.2g}",
+            "paper": reported(row["ffn"])[1] if row["paper"] else "",
+            "verdict": row["verdict"],
+            f"seeds for {detect:g}": str(needed or ""),
+        }
+        if not swept:
+            del cells["learning rate"]
+        lines.append(cells)
+    heads = list(lines[0])
+    widths = [max(len(head), *(len(cells[head]) for cells in lines)) for head in heads]
+
+    def line(cells):
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths)) + " |"
+
+    table = [line(heads), line(["-" * w for w in widths])]
+    table += [line(cells.values()) for cells in lines]
+    return "\n".join([f"# {title}", "", *table, "", *(f"- {note}" for note in notes), ""])
+
+
+def explain(rows: list[dict], runs: list[Run], left_out: list[str], cfg: Config) -> list[str]:
+    """What a reader must know to read the table, in words."""
+    flags, made = runs[0].flags, runs[0].made
+    per_step = flags["batch_size"] * flags["block_size"]
+    defaults = asdict(train.Config(lr_decay_iters=flags["max_iters"]))
+    other = [f"--{k}={flags[k]}" for k in flags
+             if k not in NEUTRAL | VARIED and flags[k] != defaults[k]]  # fmt: skip
+    commits = sorted({str(r.made.get("git_commit")) for r in runs})
+    tested = sum(row["p_holm"] is not None for row in rows)
+    notes = [
+        f"{flags['max_iters']} steps x {per_step:,} tokens = {flags['max_iters'] * per_step:,} "
+        f"tokens a run. Flags besides defaults: `{' '.join(other) or 'none'}`",
+        f"Run on {made.get('device')} with torch {made.get('torch')}, commit {', '.join(commits)}.",
+        "val loss: nats per token at the last step (no better checkpoint is picked), mean ± "
+        "standard deviation over n seeds. FLOPs are of all FFNs' matrix products, forward: executed, "
+        "and `active`, what an ideal implementation that skips zeros would need. units: the share "
+        "of hidden units that is not zero (asg: of its sparse pathway), by the last evaluation.",
+        "tokens/s: median over a run's log, ratio to SwiGLU's run of the same seed. Runs side by "
+        "side, or anything else on the machine, disturb it; bench.py times with care.",
+    ]
+    if tested:
+        notes.append(
+            "difference: to SwiGLU, paired by seed: same tokens, same shared initial weights; below "
+            "0 is better. 95% confidence interval and p by a two-sided paired t-test; p is "
+            f"Holm-corrected over the {tested} tested rows, the interval is not. Verdict: corrected "
+            "p < 0.05. `no difference shown` does not mean that there is none.",
+        )
+        notes.append(
+            f"seeds for {cfg.detect:g}: how many a true difference of {cfg.detect:g} nats would "
+            "need, at this row's measured noise, to be found with power 0.8 (paired t-test at 5%, "
+            "uncorrected). From few seeds the noise is itself a rough guess.",
+        )
+    if any(row["paper"] for row in rows):
+        notes.append(
+            'paper: what the paper by "Aardvark" (2025) that proposes or tabulates the FFN reports, '
+            "minus its SwiGLU (4.927; Dynamic GEGLU's 4.9266), on FineWeb at its own scale, without "
+            "a test. asg:sparse=False is stated there to equal SwiGLU.",
+        )
+    if any(row["match"] == "params" for row in rows):
+        notes.append(
+            "(params): as wide as makes the FFN's parameters match SwiGLU's; compared with the same "
+            "SwiGLU runs. An FFN of which that is the same width has one row.",
+        )
+    if len({r.flags["learning_rate"] for r in runs}) > 1:
+        rates = sorted({r.flags["learning_rate"] for r in runs})
+        notes.append(
+            f"Learning rates {', '.join(f'{rate:g}' for rate in rates)} were tried for every row, "
+            "min_lr in proportion; each row shows its best by mean val loss. Picking on the same "
+            "losses flatters all rows a little.",
+        )
+    if left_out:
+        notes.append("Not finished, left out: " + ", ".join(left_out))
+    if not cfg.report:
+        notes.append(f"Command: `python {shlex.join(sys.argv)}`")
+    if cfg.jobs > 1:
+        notes.append(f"{cfg.jobs} runs side by side.")
+    return notes
+
+
+# ------------------------------------------------------------------------------------------------
+# The plot
+
+# readable in black and white: colour, dashes and marker all differ
+STYLES = [
+    ("#000000", "-", "o"),
+    ("#d55e00", "--", "s"),
+    ("#0072b2", "-.", "^"),
+    ("#009e73", ":", "D"),
+    ("#cc79a7", (0, (6, 2)), "v"),
+    ("#7f6000", (0, (3, 1, 1, 1)), "P"),
+    ("#56b4e9", (0, (1, 1)), "X"),
+    ("#555555", (0, (8, 2, 1, 2, 1, 2)), "*"),
+]
+
+
+def curve(group: list[Run], minus: list[Run] | None = None):
+    """(tokens, losses (seeds, points)) at the evaluations that all seeds share, but for step 0;
+    minus the losses of other runs, seed by seed."""
+    import numpy as np
+
+    curves = [{row["tokens"]: row["val_loss"] for row in r.val if row["step"]} for r in group]
+    if minus is not None:
+        other = {r.seeds: {row["tokens"]: row["val_loss"] for row in r.val} for r in minus}
+        both = [(c, other[r.seeds]) for c, r in zip(curves, group) if r.seeds in other]
+        curves = [{t: c[t] - o[t] for t in c if t in o} for c, o in both]
+    tokens = sorted(set.intersection(*map(set, curves))) if curves else []
+    return np.array(tokens), np.array([[c[t] for t in tokens] for c in curves])
+
+
+def draw_curve(ax, tokens, losses, style: int, label: str | None = None) -> None:
+    """The mean over seeds, and a band from the lowest to the highest."""
+    color, dashes, marker = STYLES[style]
+    every = max(1, len(tokens) // 6)
+    ax.plot(tokens, losses.mean(0), color=color, linestyle=dashes, marker=marker, markersize=4,
+            markevery=(style % every, every), linewidth=1.3, label=label)  # fmt: skip
+    ax.fill_between(tokens, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
+
+
+def plot_losses(ax, rows: list[dict], groups: list[list[Run]]) -> None:
+    """Validation loss against tokens, of at most 8 rows: the baseline, the best and the worst."""
+    chosen, note = list(range(len(rows))), ""
+    if len(rows) > len(STYLES):
+        rest = sorted(chosen[1:], key=lambda i: rows[i]["val_loss"])
+        chosen = [0, *rest[:3], *rest[-3:]]
+        note = "\n(the first row, the 3 best and the 3 worst)"
+    top, bottom = -math.inf, math.inf
+    single = len(groups) == len(groups[0]) == 1
+    if single:
+        shown = [row for row in groups[0][0].rows if "train_loss" in row]
+        bottom = min((row["train_loss"] for row in shown), default=bottom)
+        ax.plot([row["tokens"] for row in shown], [row["train_loss"] for row in shown],
+                color="#999999", linewidth=0.9, label="training batch")  # fmt: skip
+    for style, i in enumerate(chosen):
+        tokens, losses = curve(groups[i])
+        if not len(tokens):
+            continue
+        draw_curve(ax, tokens, losses, style, "validation" if single else label(rows[i]))
+        # the first quarter of a run is a cliff that would flatten all the rest
+        top = max(top, losses[:, tokens >= 0.25 * tokens[-1]].max())
+        bottom = min(bottom, losses.min())
+    if bottom < top:
+        ax.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
+    title = label(rows[0]) if single else "Validation loss; band: lowest to highest seed" + note
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel("training tokens")
+    ax.set_ylabel("nats per token")
+    ax.xaxis.set_major_formatter(lambda x, _: big(x))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+
+
+def view_limit(rows: list[dict]) -> float:
+    """How far the axis of differences goes: over all intervals, unless a few would flatten the
+    others."""
+    ends = sorted(max(abs(row[k] or row["difference"]) for k in ("low", "high")) for row in rows)
+    usual = 3 * ends[len(ends) // 2]
+    return 1.15 * (ends[-1] if ends[-1] <= 2 * usual else max(e for e in ends if e <= usual)) or 1e-4
+
+
+def plot_differences(ax, rows: list[dict]) -> None:
+    """A row each: final difference to SwiGLU and its interval; filled where there is a verdict."""
+    limit = view_limit(rows)
+    ax.axvline(0, color="black", linewidth=0.8)
+    for y, row in enumerate(rows):
+        x, color = row["difference"], "black"
+        if abs(x) > limit:
+            edge = math.copysign(limit, x) * 0.97
+            ax.plot(edge, y, marker=">" if x > 0 else "<", color=color, markersize=8)
+            continue
+        if row["low"] is not None:
+            ax.plot([row["low"], row["high"]], [y, y], color=color, linewidth=1.3)
+        shown = row["verdict"] in ("better", "worse")
+        ax.plot(x, y, "o", color=color, markerfacecolor=color if shown else "white", markersize=6)
+    ax.set_xlim(-limit, limit)
+    ax.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
+    ax.set_title("Final loss minus SwiGLU's, 95% CI\n(filled: better or worse, Holm p < 0.05)",
+                 fontsize=10)  # fmt: skip
+    ax.set_xlabel("nats per token: better < 0 < worse" + (
+        " (arrow: off the axis)" if any(abs(row["difference"]) > limit for row in rows) else ""))
+    ax.locator_params(axis="x", nbins=5)
+
+
+def plot_cost(ax, rows: list[dict], base: dict) -> None:
+    """A row each: FLOPs and measured time of training on a token, over SwiGLU's."""
+    flops = [row["train_flops_per_token"] / base["train_flops_per_token"] for row in rows]
+    time = [1 / row["speed_vs_swiglu"] if row["speed_vs_swiglu"] else math.nan for row in rows]
+    y = range(len(rows))
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.plot(flops, [i - 0.16 for i in y], "s", color="black", markersize=5, label="FLOPs executed")
+    ax.plot(time, [i + 0.16 for i in y], "o", color="black", markerfacecolor="white", markersize=5,
+            label="measured time")  # fmt: skip
+    texts = [signed(row["difference"]) + f"  n={row['pairs']}" for row in rows]
+    ax.set_yticks(y, texts, fontsize=8, family="monospace")
+    ax.set_title("Cost of training on a token", fontsize=10)
+    ax.set_xlabel("over SwiGLU's")
+    ax.margins(x=0.12)
+    ax.locator_params(axis="x", nbins=5)
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.6 / ax.figure_height))
+
+
+def plot(rows: list[dict], groups: list[list[Run]], path: str, title: str) -> list[str]:
+    """Draw path.png, and path_curves.png where one panel cannot hold all rows. Returns both names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    compared = sorted((row for row in rows if row["pairs"]), key=lambda row: row["difference"])
+    height = max(4.4, 1.9 + 0.27 * len(compared))
+    if not compared:
+        figure, ax = plt.subplots(figsize=(7, height), layout="constrained")
+        axes = [ax]
+    else:
+        figure, axes = plt.subplots(1, 3, figsize=(15, height), layout="constrained",
+                                    width_ratios=[5, 4.5, 3])  # fmt: skip
+    plot_losses(axes[0], rows, groups)
+    if compared:
+        axes[2].figure_height = height
+        plot_differences(axes[1], compared)
+        plot_cost(axes[2], compared, rows[0])
+        for ax in axes[1:]:
+            ax.set_ylim(len(compared) - 0.4, -0.6)  # the best on top
+            ax.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(f"{path}.png", dpi=120)
+    plt.close(figure)
+    if not compared or len(rows) <= len(STYLES):
+        return [f"{path}.png"]
+
+    # one small panel each: the difference to SwiGLU along the run
+    lines = math.ceil(len(compared) / 4)
+    figure, axes = plt.subplots(lines, 4, figsize=(14, 0.8 + 2.1 * lines), layout="constrained",
+                                sharex=True, sharey=True, squeeze=False)  # fmt: skip
+    behind = {id(row): group for row, group in zip(rows, groups)}
+    for ax, row in zip(axes.flat, compared):
+        tokens, losses = curve(behind[id(row)], minus=groups[0])
+        ax.axhline(0, color="black", linewidth=0.8, linestyle="--")
+        if len(tokens):
+            draw_curve(ax, tokens, losses, 0)
+        ax.set_title(label(row), fontsize=9)
+        ax.grid(alpha=0.3)
+        ax.xaxis.set_major_formatter(lambda x, _: big(x))
+    limit = view_limit(compared)
+    axes[0, 0].set_ylim(-limit, limit)
+    for ax in axes.flat[len(compared) :]:
+        ax.axis("off")
+    figure.supxlabel("training tokens", fontsize=10)
+    figure.supylabel("loss minus SwiGLU's, nats per token", fontsize=10)
+    figure.suptitle(f"{title}: along the run; band: lowest to highest seed", fontsize=11)
+    figure.savefig(f"{path}_curves.png", dpi=110)
+    plt.close(figure)
+    return [f"{path}.png", f"{path}_curves.png"]
+
+
+# ------------------------------------------------------------------------------------------------
+# All of it
+
+
+def publish(runs: list[Run], cfg: Config, folder: str, left_out: list[str]) -> None:
+    """Write compare.md, compare.json and compare.png into folder, and print the table."""
+    rows, groups = summarize(runs, cfg.detect)
+    title = cfg.name or cfg.paper or os.path.basename(os.path.abspath(folder))
+    notes = explain(rows, runs, left_out, cfg)
+    text, path = markdown(rows, notes, title, cfg.detect), os.path.join(folder, "compare")
+    flags = {k: v for k, v in runs[0].flags.items() if k not in NEUTRAL | VARIED}
+    record = {"title": title, "command": shlex.join(sys.argv), "detect": cfg.detect, "rows": rows}
+    record |= {"notes": notes, "flags": flags, "made": runs[0].made}
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{path}.md", "w", encoding="utf-8") as f:
+            f.write(text)
+        with open(f"{path}.json", "w", encoding="utf-8") as f:
+            json.dump(record, f, indent=1, allow_nan=False)
+        images = plot(rows, groups, path, title)
+    except OSError as e:
+        raise UserError(f"cannot write to {folder} ({e.strerror}): name another with --out") from None
+    print(text)
+    print("wrote", ", ".join([f"{path}.md", f"{path}.json", *images]))
+
+
+def split(argv: list[str]) -> tuple[list[str], list[str], list[str] | None]:
+    """argv -> flags of this program, arguments of train.py, folders after --report (or None)."""
+    own, theirs = ([field.name for field in fields(cls)] for cls in (Config, train.Config))
+    mine, passed, folders, rest = [], [], None, list(argv)
+    while rest:
+        arg = rest.pop(0)
+        name, equals, value = arg[2:].partition("=")
+        if not arg.startswith("-"):
+            (passed if folders is None else folders).append(arg)
+        elif name not in {*own, *theirs}:
+            raise UserError(f"unknown flag {arg!r}: {suggest(name, {*own, *theirs})}")
+        elif name == "report":
+            folders = [*(folders or []), *([value] if equals else [])]
+            mine.append("--report=yes")
+        elif name in own:
+            mine += [arg] if equals else [arg, *rest[:1]]
+            rest = rest if equals else rest[1:]
+        else:
+            passed.append(arg)
+    return mine, passed, folders
+
+
+def main() -> None:
+    if {"--help", "-h"} & set(sys.argv):
+        configure(Config, ["--help"])
+    mine, passed, folders = split(sys.argv[1:])
+    cfg, _ = configure(Config, mine)
+    try:
+        import matplotlib  # noqa: F401
+        import scipy  # noqa: F401
+        import tqdm  # noqa: F401
+    except ImportError as e:
+        raise UserError(f"{e.name} is missing: pip install -r requirements-dev.txt") from None
+    for name in ("seeds", "jobs", "detect"):
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"--{name}={getattr(cfg, name)} must be above 0")
+
+    failed = 0
+    if folders is not None:
+        if passed or not folders:
+            raise UserError(f"--report takes folders of runs and runs nothing: {passed or 'no folder'}")
+        runs = find_runs(folders)
+        common = os.path.commonpath([os.path.abspath(r.dir) for r in runs]) if runs else "."
+        folder = cfg.out or os.path.relpath(common)
+    else:
+        base, given = configure(train.Config, passed)
+        set_here = {"seed", "data_seed"} & given
+        if set_here:
+            raise UserError(f"--{min(set_here)} is set by compare.py, run by run: use --seeds=N")
+        if base.eval_only:
+            raise UserError("--eval_only trains nothing: leave it out, or use --report")
+        train.check_flags(base, max(1, len(gpus(base)) // cfg.jobs))
+        planned = plan(cfg, base)
+        failed = run_all(planned, passed, cfg, base)
+        runs = [r for r in map(read_run, (p.dir for p in planned)) if r]
+        folder = cfg.out or os.path.join("out", cfg.name or cfg.paper or "compare")
+    left_out = [r.dir for r in runs if not r.done]
+    for r in runs:
+        if not r.done:
+            print(f"left out: {r.dir} is at step {r.step} of {r.flags['max_iters']}")
+    if not any(r.done for r in runs):
+        raise UserError("no finished run: " + ("see above" if runs or failed else "name their folders"))
+    check_alike(runs)
+    publish([r for r in runs if r.done], cfg, folder, left_out)
+    if failed:
+        sys.exit(f"error: {failed} runs failed, see above and their train.txt")
+
+
+if __name__ == "__main__":
+    run(main)
