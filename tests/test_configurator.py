@@ -548,9 +548,7 @@ numbers = st.one_of(
 )
 MARK = ROOT / "tests" / "executed-by-a-config"  # what the random payloads would create
 planted = st.sampled_from(payloads(MARK))
-values = st.one_of(
-    st.sampled_from(["True", "false", "0", "", "no", "None"]), numbers, texts, planted
-)
+values = st.one_of(st.sampled_from(["True", "false", "0", "", "no", "None"]), numbers, texts, planted)
 flags = st.one_of(
     st.builds("--{}={}".format, names, values),
     st.builds("--{}".format, names),
@@ -584,9 +582,7 @@ rows = st.one_of(
     st.builds("{}: {} = {}".format, names, names, literals),
     planted,
     texts,
-    st.builds(
-        "{}{}".format, st.sampled_from(["if 1:", "#", '"""', "x = (", "\\", "match 1:"]), texts
-    ),
+    st.builds("{}{}".format, st.sampled_from(["if 1:", "#", '"""', "x = (", "\\", "match 1:"]), texts),
 )
 files = st.one_of(
     st.lists(rows, max_size=4).map("\n".join).map(lambda t: t.encode("utf-8", "surrogatepass")),
