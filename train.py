@@ -113,7 +113,7 @@ def check_flags(cfg: Config, world: int) -> None:
         if getattr(cfg, name) not in valid:
             raise UserError(f"--{name}={getattr(cfg, name)}: {suggest(getattr(cfg, name), valid)}")
     least = {"eval_interval": 1, "log_interval": 1, "save_interval": 1, "batch_size": 1}
-    least |= {"micro_batch_size": 1, "val_tokens": cfg.block_size}
+    least |= {"micro_batch_size": 1, "block_size": 1, "val_tokens": cfg.block_size}
     for name, value in vars(cfg).items():
         if isinstance(value, (int, float)) and value < least.get(name, 0):
             raise UserError(f"--{name}={value} must be at least {least.get(name, 0)}")
@@ -315,7 +315,10 @@ def prepare_data(cfg: Config, local_rank: int) -> None:
             return bool(glob.glob(os.path.join(glob.escape(cfg.data_dir), "*_train_*.bin")))
 
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_fineweb.py")
-    command = [sys.executable, script, *shlex.split(cfg.prepare), f"--out_dir={cfg.data_dir}"]
+    try:
+        command = [sys.executable, script, *shlex.split(cfg.prepare), f"--out_dir={cfg.data_dir}"]
+    except ValueError as e:
+        raise UserError(f"--prepare={cfg.prepare}: {e}") from None
     while not ready():
         if local_rank == 0:
             os.makedirs(os.path.dirname(os.path.abspath(cfg.data_dir)), exist_ok=True)
@@ -575,6 +578,8 @@ def load_checkpoint(path: str) -> dict:
 
 def resume_flags(cfg: Config, given: set[str], saved: dict) -> Config:
     """Flags not given come from the checkpoint; a given one that would make another run is refused."""
+    if not cfg.lr_decay_iters:  # the same command again, where it was given as 0
+        given = given - {"lr_decay_iters"}
     for name in sorted(given - CHANGEABLE):
         if getattr(cfg, name) != saved[name]:
             raise UserError(
@@ -735,7 +740,6 @@ def main() -> None:
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 
     # -- flags, the given ones and the checkpoint's
-    check_flags(cfg, world)
     out_dir = cfg.out_dir or f"out/{cfg.ffn}-s{cfg.seed}"
     ckpt_path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
     checkpoint, step = None, 0
@@ -743,10 +747,10 @@ def main() -> None:
         checkpoint = load_checkpoint(ckpt_path)
         step = checkpoint["step"]
         cfg = resume_flags(cfg, given & CHANGEABLE if cfg.eval_only else given, checkpoint["flags"])
-        check_flags(cfg, world)
-        if step >= cfg.max_iters and not cfg.eval_only:
-            say(f"finished: {ckpt_path} is at step {step} of {cfg.max_iters}")
-            return
+    check_flags(cfg, world)
+    if checkpoint and step >= cfg.max_iters and not cfg.eval_only:
+        say(f"finished: {ckpt_path} is at step {step} of {cfg.max_iters}")
+        return
     cfg.out_dir, cfg.lr_decay_iters = out_dir, cfg.lr_decay_iters or cfg.max_iters
     device = pick_device(cfg, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")

@@ -1,0 +1,525 @@
+"""train.py from outside: what it reads, computes, writes, continues and refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from trainer import (
+    BATCH,
+    BLOCK,
+    ROOT,
+    SIZES,
+    TINY,
+    Run,
+    assert_same_run,
+    load,
+    losses,
+    make_data,
+    rows,
+    same_bits,
+    start,
+    start_ranks,
+    tokens,
+    train,
+    train_ranks,
+)
+
+sys.path.insert(0, str(ROOT))
+
+import train as train_py
+from model import FFNS, GPT, GPTConfig
+
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """An empty folder with shards in ./data, the working directory of the runs."""
+    make_data(tmp_path / "data")
+    return tmp_path
+
+
+TINY["data_dir"] = "data"
+
+
+def build(checkpoint: dict) -> GPT:
+    """The model of a checkpoint, through model.py alone."""
+    saved, names = checkpoint["flags"], {f.name for f in dataclasses.fields(GPTConfig)}
+    shape = {name: saved[name] for name in names if name in saved}
+    model = GPT(GPTConfig(**shape, vocab_size=384))
+    model.load_state_dict(checkpoint["model"], strict=True)
+    return model
+
+
+def mean_loss(model: GPT, windows: np.ndarray) -> float:
+    """In nats per token of windows (n, BLOCK + 1), by logits and float64."""
+    with torch.no_grad():
+        batch = torch.from_numpy(np.asarray(windows))
+        logits = model(batch[:, :-1])[0].double()
+        return float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [[7], [3, 0, 11, 1], [1, 1, 1], [40, 25]])
+@pytest.mark.parametrize("data_seed", [0, 5])
+def test_each_window_once_per_epoch(counts: list[int], data_seed: int):
+    """An epoch is a permutation of the shards, then of the windows within each."""
+    total, counts = sum(counts), np.array(counts)
+    seen = train_py.locate(counts, np.arange(3 * total), data_seed)
+    every = {(s, w) for s, n in enumerate(counts) for w in range(n)}
+    epochs = [seen[e * total : (e + 1) * total] for e in range(3)]
+    for epoch in epochs:
+        assert len(epoch) == total
+        assert set(epoch) == every
+        order = [s for i, (s, _) in enumerate(epoch) if i == 0 or epoch[i - 1][0] != s]
+        assert len(order) == len(set(order)), "a shard was left and entered again"
+    if total > 10:
+        assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+        assert seen != train_py.locate(counts, np.arange(3 * total), data_seed + 1)
+        within = [w for s, w in epochs[0] if s == 0]
+        assert within != sorted(within)
+
+
+def test_batches_do_not_depend_on_how_they_are_asked_for():
+    """Sample g is the same whoever asks for it, alone or in a slice, in whatever order."""
+    counts = np.array([13, 4, 0, 21])
+    whole = train_py.locate(counts, np.arange(120), 3)
+    pieces = [train_py.locate(counts, np.array([g]), 3)[0] for g in reversed(range(120))]
+    assert whole == pieces[::-1]
+    assert whole[30:50] == train_py.locate(counts, np.arange(30, 50), 3)
+
+
+def test_order_is_the_same_on_every_version():
+    """Written out, as a run that is resumed after an upgrade must see the batches it began with."""
+    places = train_py.locate(np.array([4, 0, 3]), np.arange(14), 0)
+    assert places == ORDER
+
+
+ORDER = [
+    (0, 0), (0, 2), (0, 1), (0, 3), (2, 0), (2, 2), (2, 1),
+    (2, 0), (2, 2), (2, 1), (0, 3), (0, 0), (0, 1), (0, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks, micro", [(1, 4), (1, 1), (2, 1)])
+def test_losses_are_those_of_the_batches_in_the_design(here: Path, ranks: int, micro: int):
+    """With a learning rate of 0 every step shows the loss of the initial weights on its batch: step
+    s is samples 4s .. 4s+3 and window i is tokens [iB, iB + B], here across an epoch's end."""
+    values = {"learning_rate": 0, "min_lr": 0, "max_iters": 32, "eval_interval": 99}
+    train_ranks(here, ranks, out_dir="o", micro_batch_size=micro, data_seed=2, **values)
+    model = build(load(here / "o"))
+    names = sorted(name for name in SIZES if "train" in name)
+    stream = [tokens(SIZES[name], list(SIZES).index(name)) for name in names]
+    counts = np.array([(SIZES[name] - 1) // BLOCK for name in names])
+    assert counts.tolist() == [93, 0, 21, 1]
+    assert counts.sum() < 32 * BATCH
+    for step, loss in losses(here / "o").items():
+        places = train_py.locate(counts, np.arange((step - 1) * BATCH, step * BATCH), 2)
+        batch = np.stack([stream[s][w * BLOCK : w * BLOCK + BLOCK + 1] for s, w in places])
+        assert loss == pytest.approx(mean_loss(model, batch), abs=2e-6)
+
+
+@pytest.mark.parametrize("val_tokens, windows", [(10**7, 37), (29 * BLOCK + 5, 29)])
+@pytest.mark.parametrize("ranks, micro", [(1, 4), (2, 2)])
+def test_validation_loss(here: Path, val_tokens: int, windows: int, ranks: int, micro: int):
+    """The mean over the first val_tokens // B windows, across two shards, with a padded last batch,
+    whatever the layout; and so again by --eval_only, which leaves the run's files alone."""
+    train_ranks(here, ranks, out_dir="o", micro_batch_size=micro, val_tokens=val_tokens, max_iters=3)
+    model = build(load(here / "o"))
+    names = [name for name in SIZES if "val" in name]
+    stream = [tokens(SIZES[name], list(SIZES).index(name)) for name in names]
+    every = [a[i : i + BLOCK + 1] for a in stream for i in range(0, len(a) - BLOCK, BLOCK)]
+    assert len(every) == 37
+    expected = mean_loss(model, np.stack(every[:windows]))
+    assert losses(here / "o", "val_loss")[3] == pytest.approx(expected, abs=2e-6)
+
+    if ranks == 1:
+        before = {p.name: p.read_bytes() for p in (here / "o").iterdir()}
+        only = {"out_dir": "o", "val_tokens": val_tokens, "micro_batch_size": 1}
+        run = train(here, "--eval_only", init_from="resume", **only, learning_rate=9, batch_size=1)
+        assert f"{expected:.4f}" in run.out
+        assert {p.name: p.read_bytes() for p in (here / "o").iterdir()} == before
+
+
+@pytest.mark.parametrize("ffn", sorted(FFNS))
+def test_two_ranks_train_as_one_process(here: Path, ffn: str):
+    """Same losses over 20 steps and same validation loss, for every FFN."""
+    values = {"ffn": ffn, "n_layer": 1, "max_iters": 20, "eval_interval": 10, "learning_rate": 3e-3}
+    one = start(here, out_dir="one", **values)
+    two = start_ranks(here, 2, out_dir="two", micro_batch_size=1, **values)
+    for run in (one, *two):
+        run.works()
+    for key in ("train_loss", "val_loss"):
+        a, b = losses(here / "one", key), losses(here / "two", key)
+        assert a.keys() == b.keys()
+        assert len(a) == (20 if key == "train_loss" else 3)
+        assert max(abs(a[step] - b[step]) for step in a) < 1e-5, (a, b)
+    assert losses(here / "one")[20] < losses(here / "one")[1] - 0.1
+
+
+# ---- resuming -----------------------------------------------------------------------------------
+
+RESUMED = {
+    "accumulated": {"micro_batch_size": 1},
+    "muon": {"optimizer": "muon"},
+    "asg": {"ffn": "asg"},
+    "sparseglu": {"ffn": "sparseglu:grad=ste", "schedule": "wsd"},
+    "spark": {"ffn": "spark", "tie_embeddings": False, "grad_clip": 0},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_resumed_run_has_the_same_bits(here: Path, case: str):
+    """40 steps straight and 20 + 20: weights, optimizer state and losses; the flags that are not
+    given come from the checkpoint, and evaluating and saving at other steps changes nothing."""
+    values = {"lr_decay_iters": 40, "n_layer": 1, **RESUMED[case]}
+    train(here, out_dir="a", eval_interval=7, save_interval=9, **values)
+    train(here, out_dir="b", max_iters=20, eval_interval=50, **values)
+    again = ["--data_dir=data", "--out_dir=b", "--init_from=resume", "--max_iters=40"]
+    resume(here, *again, "--eval_interval=10", "--save_interval=6")
+    assert_same_run(here / "a", here / "b")
+
+
+def resume(cwd: Path, *argv: str):
+    """A run with these flags only."""
+    return Run(cwd, list(argv)).works()
+
+
+def test_three_parts_with_two_ranks_have_the_same_bits(here: Path):
+    """7 + 13 + 20 = 40 with 2 ranks; each row of the log once."""
+    values = {"lr_decay_iters": 40, "n_layer": 1, "micro_batch_size": 1, "log_interval": 3}
+    train_ranks(here, 2, out_dir="a", save_interval=10, **values)
+    for end in (7, 20, 40):
+        train_ranks(here, 2, out_dir="b", init_from="auto", **{**values, "max_iters": end})
+    assert_same_run(here / "a", here / "b")
+    assert losses(here / "b", "val_loss").keys() == {0, 7, 20, 40}
+
+
+def test_resuming_with_another_layout_goes_on_with_the_same_batches(here: Path):
+    """Other ranks, another micro_batch_size: losses within 1e-4. A size of 3 divides this run's
+    batch of 6 but not the default one."""
+    values = {"lr_decay_iters": 30, "n_layer": 1, "batch_size": 6, "learning_rate": 3e-3}
+    train(here, out_dir="a", micro_batch_size=6, max_iters=30, **values)
+    train(here, out_dir="b", micro_batch_size=6, max_iters=15, **values)
+    shutil.copytree(here / "b", here / "c")
+    again = ["--data_dir=data", "--init_from=resume", "--max_iters=30"]
+    resume(here, *again, "--out_dir=b", "--micro_batch_size=3", "--val_tokens=64")
+    train_ranks(here, 2, out_dir="c", init_from="resume", micro_batch_size=1, max_iters=30, **values)
+    a = losses(here / "a")
+    for other in ("b", "c"):
+        b = losses(here / other)
+        assert a.keys() == b.keys() == set(range(1, 31))
+        assert max(abs(a[step] - b[step]) for step in a) < 1e-4
+
+
+def test_compiled_run_resumes_with_the_same_bits(here: Path):
+    """As above with torch.compile, whose wrapper's names stay out of the checkpoint."""
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(here / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    values = {"lr_decay_iters": 40, "n_layer": 1, "compile": True, "eval_interval": 40, "env": env}
+    straight = train(here, out_dir="a", **values)
+    if "compile off" in straight.out:
+        pytest.skip("torch.compile does not work here")
+    train(here, out_dir="b", **{**values, "max_iters": 20})
+    train(here, out_dir="b", init_from="resume", **values)
+    assert_same_run(here / "a", here / "b")
+    eager = train(here, out_dir="c", **{**values, "compile": False})
+    assert "compile" in straight.out
+    assert "compile" not in eager.out
+    a, c = losses(here / "a"), losses(here / "c")
+    assert max(abs(a[step] - c[step]) for step in a) < 1e-4
+    assert load(here / "a")["model"].keys() == load(here / "c")["model"].keys()
+
+
+# What a resumed run may change, by the design: all else is data, model, optimizer or schedule.
+MAY_CHANGE = set(
+    "out_dir data_dir prepare init_from eval_only eval_interval val_tokens log_interval save_interval "
+    "max_iters micro_batch_size device dtype compile wandb_project sample_tokens prompt temperature "
+    "top_k".split()
+)
+OTHER = {
+    "ffn": "geglu", "ffn_match": "params", "schedule": "wsd", "optimizer": "muon",
+    "tie_embeddings": False, "beta1": 0.5, "beta2": 0.5, "batch_size": 8, "block_size": 16,
+}  # fmt: skip
+
+
+def test_flags_that_make_another_run_are_refused_on_resume(here: Path):
+    """Each by its name; the same command again is not refused, and auto on a finished run does
+    nothing at all."""
+    given = {"out_dir": "o", "lr_decay_iters": 2, "max_iters": 2}
+    train(here, **given)
+    before = {p.name: p.read_bytes() for p in (here / "o").iterdir()}
+    names = {f.name for f in dataclasses.fields(train_py.Config)} - MAY_CHANGE
+    assert names >= {"n_layer", "seed", "data_seed", "weight_decay", "min_lr", "lr_decay_iters"}
+    saved = load(here / "o")["flags"]
+    runs = {}
+    for name in sorted(names):
+        other = OTHER[name] if name in OTHER else saved[name] * 2 + 1
+        runs[name] = start(here, init_from="resume", **{**given, "max_iters": 4, name: other})
+    for name, run in runs.items():
+        run.fails(f"--{name}=", "checkpoint")
+    run = train(here, init_from="auto", **given)
+    assert "finished" in run.out
+    assert {p.name: p.read_bytes() for p in (here / "o").iterdir()} == before
+
+
+def test_same_command_with_auto_goes_on(here: Path):
+    """Zero as lr_decay_iters means max_iters, then as now: the flag given again is no other run."""
+    given = {"out_dir": "o", "lr_decay_iters": 0, "max_iters": 6, "save_interval": 2}
+    train(here, **given)
+    checkpoint = load(here / "o")
+    train(here, **{**given, "out_dir": "half", "max_iters": 4, "lr_decay_iters": 6})
+    train(here, init_from="auto", **{**given, "out_dir": "half"})
+    assert same_bits(load(here / "half")["model"], checkpoint["model"])
+
+
+def test_scratch_keeps_what_an_earlier_run_left(here: Path):
+    """Files of a run that another one overwrites become *.prev."""
+    train(here, out_dir="o", max_iters=2)
+    before = {p.name: p.read_bytes() for p in (here / "o").iterdir()}
+    assert before.keys() == {"config.json", "log.jsonl", "ckpt.pt"}
+    train(here, out_dir="o", max_iters=3, seed=1)
+    for name, content in before.items():
+        assert (here / "o" / f"{name}.prev").read_bytes() == content
+        assert (here / "o" / name).read_bytes() != content
+
+
+# ---- what a run writes --------------------------------------------------------------------------
+
+
+def rate(step: int, schedule: str) -> float:
+    """Of the update from step to step + 1, of a run with lr 0.01, min_lr 0.001, warmup 4, decay 20."""
+    if step < 4:
+        return 0.01 * (step + 1) / 5
+    if step >= 20:
+        return 0.001
+    if schedule == "wsd":  # the last 20%: steps 16 to 20
+        return 0.01 if step < 16 else 0.001 + 0.009 * (20 - step) / 4
+    return 0.001 + 0.009 * (1 + math.cos(math.pi * (step - 4) / 16)) / 2
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_files_of_a_run(here: Path, schedule: str):
+    """log.jsonl, config.json and ckpt.pt as the design has them."""
+    values = {"learning_rate": 0.01, "min_lr": 0.001, "warmup_iters": 4, "lr_decay_iters": 20}
+    values |= {"max_iters": 24, "ffn": "asg", "schedule": schedule, "eval_interval": 10}
+    run = train(here, **values)
+    out = here / "out" / "asg-s0"
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt"}
+
+    log = rows(out)
+    assert list(log) == list(range(1, 25))
+    fields = {"step", "tokens", "train_loss", "lr", "grad_norm", "step_ms", "tok_per_s", "mfu"}
+    for step, row in log.items():
+        assert row.keys() == fields
+        assert row["tokens"] == step * BATCH * BLOCK
+        assert row["lr"] == pytest.approx(rate(step - 1, schedule), rel=1e-12)
+        assert row["tok_per_s"] * row["step_ms"] / 1000 == pytest.approx(BATCH * BLOCK)
+        assert row["mfu"] is None
+        assert 0 < row["grad_norm"] < 100
+    evaluated = rows(out, "val_loss")
+    assert list(evaluated) == [0, 10, 20, 24]
+    for step, row in evaluated.items():
+        assert row.keys() == {"step", "tokens", "val_loss", "active"}
+        assert row["tokens"] == step * BATCH * BLOCK
+        assert 0 <= row["active"] < 1
+    assert evaluated[0]["val_loss"] == pytest.approx(math.log(384), abs=0.1)
+    assert evaluated[24]["val_loss"] < evaluated[0]["val_loss"] - 0.2
+    assert f"{evaluated[24]['val_loss']:.4f}" in run.out
+
+    config = json.loads((out / "config.json").read_text())
+    assert config.keys() >= {"flags", "torch", "python", "numpy", "device", "git_commit"}
+    assert config["torch"] == torch.__version__
+    checkpoint = load(out)
+    assert checkpoint.keys() == {"model", "optimizers", "step", "flags", "shards"}
+    assert checkpoint["step"] == 24
+    assert checkpoint["flags"] == config["flags"]
+    assert config["flags"].items() >= values.items()
+    assert config["flags"].keys() == {f.name for f in dataclasses.fields(train_py.Config)}
+    assert checkpoint["shards"] == {
+        split: [[name, n] for name, n in SIZES.items() if split in name] for split in ("train", "val")
+    }
+    assert checkpoint["model"].keys() == GPT(build(checkpoint).config).state_dict().keys()
+    assert {t.dtype for t in checkpoint["model"].values()} == {torch.float32}
+
+
+def test_what_is_printed_before_the_first_step(here: Path):
+    """The derived arithmetic, checked by hand: 2 layers of width 32 with one key-value head of two,
+    SwiGLU of 64, vocabulary 257 -> 384."""
+    run = train(here, out_dir="o", max_iters=3, micro_batch_size=2)
+    attention, ffn, norms = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 64, 2 * 32 + 2 * 16
+    layers, total = 2 * (attention + ffn), 2 * (attention + ffn + norms) + 32 + 384 * 32
+    flops = 6 * (layers + 384 * 32) + 6 * 2 * 32 * BLOCK
+    head = run.out.split("step      0")[0]
+    for text in (f"{layers:,}", f"{total:,}", f"{flops:,}", "128 tokens", "384 tokens", "n/a"):
+        assert text in head
+    assert "0.10 epochs" in head  # 12 windows of 115
+
+
+def test_log_interval_and_the_mean_of_the_step(here: Path):
+    """train_loss is the step's own, not the last micro batch's nor a mean since the last row."""
+    train(here, out_dir="a", max_iters=9, micro_batch_size=1)
+    train(here, out_dir="b", max_iters=9, micro_batch_size=1, log_interval=4)
+    a, b = losses(here / "a"), losses(here / "b")
+    assert list(b) == [1, 4, 8]
+    assert all(a[step] == b[step] for step in b)
+
+
+def test_data_are_made_when_there_are_none(here: Path):
+    """--prepare runs prepare_fineweb.py once, also with 2 ranks, and not at all the second time;
+    then a sample is printed, in the encoding of the shards."""
+    (here / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 200)
+    arguments = "--input=text.txt --encoding=bytes --val_tokens=2000"
+    values = {"data_dir": "made/here", "prepare": arguments, "max_iters": 2, "micro_batch_size": 1}
+    first = train_ranks(here, 2, out_dir="a", sample_tokens=9, prompt="All", **values)
+    made = {p: p.stat().st_mtime_ns for p in (here / "made" / "here").iterdir()}
+    assert json.loads((here / "made/here/meta.json").read_text())["encoding"] == "bytes"
+    train(here, out_dir="b", **{**values, "micro_batch_size": 2})
+    assert {p: p.stat().st_mtime_ns for p in (here / "made" / "here").iterdir()} == made
+    assert "sample (9 tokens" in first.out
+    a, b = losses(here / "a"), losses(here / "b")
+    assert max(abs(a[step] - b[step]) for step in a) < 1e-5
+
+
+def test_public_shards_without_meta_are_gpt2(here: Path):
+    """Vocabulary 50,257, rounded up to 50,304."""
+    (here / "data" / "meta.json").unlink()
+    run = train(here, out_dir="o", max_iters=1, n_layer=1, val_tokens=BLOCK)
+    assert load(here / "o")["model"]["lm_head.weight"].shape == (50304, 32)
+    assert losses(here / "o", "val_loss")[0] == pytest.approx(math.log(50304), abs=0.1)
+    assert "error" not in run.err
+
+
+@pytest.mark.skipif(
+    not (SHARED / "data" / "fineweb_head.parquet").exists(),
+    reason="needs ../shared/data/fineweb_head.parquet, a piece of FineWeb",
+)
+def test_real_text(tmp_path: Path):
+    """FineWeb, GPT-2 tokens, a short run through --prepare."""
+    path = SHARED / "data" / "fineweb_head.parquet"
+    values = {"data_dir": "real", "max_iters": 30, "n_layer": 1, "val_tokens": 640}
+    values["prepare"] = f"--input={path} --val_tokens=20000 --workers=1"
+    env = {"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
+    train(tmp_path, out_dir="o", env=env, **values)
+    meta = json.loads((tmp_path / "real" / "meta.json").read_text())
+    assert (meta["encoding"], meta["vocab_size"], meta["eot"]) == ("gpt2", 50257, 50256)
+    val = losses(tmp_path / "o", "val_loss")
+    assert val[0] == pytest.approx(math.log(50304), abs=0.1)
+    assert val[30] < val[0] - 1
+
+
+# ---- flags that cannot work ---------------------------------------------------------------------
+
+BAD_FLAGS = [
+    ({"n_head": 3}, ["n_embd=32", "n_head"]),
+    ({"n_head": 4, "n_kv_head": 3}, ["n_head=4", "n_kv_head=3"]),
+    ({"n_head": 0}, ["n_head"]),
+    ({"n_kv_head": 0}, ["n_kv_head"]),
+    ({"n_layer": 0}, ["n_layer"]),
+    ({"n_embd": 0}, ["n_embd"]),
+    ({"ffn_hidden": 0}, ["ffn_hidden"]),
+    ({"block_size": 0}, ["block_size"]),
+    ({"block_size": -1}, ["block_size"]),
+    ({"block_size": 5000, "val_tokens": 5000}, ["block_size", "5001"]),
+    ({"batch_size": 6}, ["batch_size=6", "micro_batch_size", "try"]),
+    ({"batch_size": 0}, ["batch_size"]),
+    ({"micro_batch_size": 0}, ["micro_batch_size"]),
+    ({"batch_size": 116, "micro_batch_size": 1}, ["115 windows", "--batch_size"]),
+    ({"device": "tpu"}, ["device", "tpu"]),
+    ({"device": "cuda:99"}, ["cuda:99"]),
+    ({"device": "cpu:1"}, ["cpu:1"]),
+    ({"dtype": "float16"}, ["dtype", "float16", "bfloat16"]),
+    ({"optimizer": "adam"}, ["optimizer", "adamw"]),
+    ({"schedule": "linear"}, ["schedule", "cosine"]),
+    ({"init_from": "resumed"}, ["init_from", "resume"]),
+    ({"init_from": "resume"}, ["no checkpoint", "ckpt.pt"]),
+    ({"ffn": "swigul"}, ["swigul", "swiglu"]),
+    ({"ffn": "sparseglu:k=2"}, ["k"]),
+    ({"ffn": "sparseglu:kk=0.5"}, ["kk"]),
+    ({"ffn": "sparseglu:grad=soft"}, ["soft", "hard"]),
+    ({"ffn": ""}, ["ffn"]),
+    ({"ffn": "multiscale", "ffn_hidden": 30}, ["30"]),
+    ({"ffn_match": "flops"}, ["ffn_match", "flops"]),
+    ({"val_tokens": 31}, ["val_tokens=31"]),
+    ({"eval_interval": 0}, ["eval_interval"]),
+    ({"save_interval": 0}, ["save_interval"]),
+    ({"log_interval": 0}, ["log_interval"]),
+    ({"max_iters": -1}, ["max_iters"]),
+    ({"learning_rate": -1e-3}, ["learning_rate"]),
+    ({"learning_rate": "nan"}, ["learning_rate"]),
+    ({"beta2": 1.0}, ["beta2"]),
+    ({"seed": -1}, ["seed"]),
+    ({"data_seed": 2**40}, ["seed"]),
+    ({"data_dir": "nowhere"}, ["nowhere", "python prepare_fineweb.py"]),
+    ({"lr": 1}, ["--lr"]),
+    ({"out_dir": "data/meta.json/below"}, ["out_dir"]),
+    ({"prepare": "--input=nothing*.txt", "data_dir": "new"}, ["data"]),
+    ({"prepare": "'", "data_dir": "new"}, ["prepare"]),
+]
+
+
+def test_bad_flags(here: Path):
+    """Each is refused in one line, before anything is written, with what to change."""
+    runs = []
+    for values, needles in BAD_FLAGS:
+        runs.append((start(here, **{"out_dir": "o", **values}), values, needles))
+        if len(runs) % 4 == 0:
+            runs[-1][0].wait()
+    wrong = []
+    for run, values, needles in runs:
+        try:
+            if "prepare" in values:  # its own line comes before
+                run.err_path.write_text(run.wait().err.splitlines()[-1] + "\n")
+            run.fails(*needles)
+        except AssertionError as e:
+            wrong.append(f"{values}: {e}")
+    assert not wrong, "\n\n".join(wrong)
+    assert not (here / "o").exists()
+
+
+def test_bad_layouts(here: Path):
+    """What cannot work with 2 ranks is said once, by rank 0."""
+    ranks = start_ranks(here, 2, out_dir="o", micro_batch_size=4)
+    ranks[0].fails("--batch_size=4", "2 x 4", "--batch_size=8")
+    ranks[1].process.kill()
+    assert ranks[1].err == ""
+
+
+def test_files_of_flags_and_help(here: Path):
+    """A config file, flags after it, --help with each field's comment."""
+    (here / "c.py").write_text("\n".join(f"{k} = {v!r}" for k, v in TINY.items()))
+    run = resume(here, "c.py", "--max_iters", "2", "--out_dir=o", "--compile=False")
+    assert load(here / "o")["flags"]["max_iters"] == 2
+    assert "step      2/2" in run.out
+    text = resume(here, "--help").out
+    for field in dataclasses.fields(train_py.Config):
+        assert re.search(rf"^  --{field.name}=.* \(\w+\) +\w", text, re.M), field.name
+
+
+def test_import_does_nothing(here: Path):
+    """No file, no CUDA, no default changed; heavy libraries are not imported."""
+    code = (
+        "import sys, torch; before = torch.get_default_dtype(); import train, model, configurator;"
+        "assert torch.get_default_dtype() is before; assert not torch.cuda.is_initialized();"
+        "print([m for m in ('tiktoken', 'datasets', 'wandb', 'matplotlib') if m in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True, timeout=100
+    )
+    assert out.stdout.strip() == "[]", out.stdout + out.stderr
+    assert {p.name for p in here.iterdir()} == {"data"}
