@@ -706,12 +706,11 @@ def fetch(url: str, path: str) -> None:
     comes resets its count. Here only getting further than ever before does.
     """
     import requests
-    from huggingface_hub.utils import build_hf_headers
 
     failures = furthest = 0
     with open(path, "wb") as f, progress(0, 0, "B") as bar:
         while True:
-            headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+            headers = {"Accept-Encoding": "identity"}  # or Range would count compressed bytes
             headers |= {"Range": f"bytes={f.tell()}-"} if f.tell() else {}
             try:
                 with requests.get(url, headers=headers, stream=True, timeout=30) as response:

@@ -7,8 +7,9 @@ llm.c's recipe (dev/data/fineweb.py, the same loop in modded-nanogpt): a multipr
 encode_ordinary into a Python list, imap(chunksize=16). It reads its documents through `datasets`
 as it does there, and every run of either is a process of its own that writes its shards. The
 clock runs from the first document to the last shard on disk, so that neither is charged for
-imports and start-up; "whole" charges both for everything. Runs alternate; medians are reported,
-with the least and the most.
+imports and start-up; "whole run" charges both for everything. Runs alternate; medians are
+reported, with the least and the most. CPU seconds (of all processes, between the same two moments)
+are the steadier figure on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def llmc(cfg: Config, out: str) -> None:
     buffer, count, index = np.empty((cfg.shard_tokens,), dtype=np.uint16), 0, 0
     with multiprocessing.Pool(cfg.workers, start_llmc, (cfg.encoding,)) as pool:
         pool.map(tokenize, [{"text": ""}] * 100)  # all workers are up
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), -cpu_seconds()
         for tokens in pool.imap(tokenize, stream, chunksize=16):
             if count + len(tokens) < cfg.shard_tokens:
                 buffer[count : count + len(tokens)] = tokens
@@ -90,7 +91,17 @@ def llmc(cfg: Config, out: str) -> None:
                 buffer[:count] = tokens[remainder:]
         if count:
             write_datafile(name(out, index), buffer[:count])
-    print(f"seconds {time.perf_counter() - start}")
+        cpu += cpu_seconds()
+    print("seconds", time.perf_counter() - start, cpu)
+
+
+def cpu_seconds() -> float:
+    """CPU time that this process and its living children have had."""
+    import psutil
+
+    me = psutil.Process()
+    times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
 
 
 def name(out: str, index: int) -> str:
@@ -107,25 +118,26 @@ def ours(cfg: Config, out: str) -> None:
     encode_in_order = prepare_fineweb.encode_in_order
 
     def timed(pool, workers, batches):
-        nonlocal start
+        nonlocal start, cpu
         for future in [pool.submit(prepare_fineweb.encode_batch, [""]) for _ in range(100)]:
             future.result()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), -cpu_seconds()
         yield from encode_in_order(pool, workers, batches)
+        cpu += cpu_seconds()  # while the workers live: all but writing the last shard
 
-    start = 0.0
+    start = cpu = 0.0
     prepare_fineweb.encode_in_order = timed
     sys.argv[1:] = [f"--input={cfg.input}", f"--encoding={cfg.encoding}", f"--out_dir={out}",
                     f"--shard_tokens={cfg.shard_tokens}", f"--workers={cfg.workers}"]  # fmt: skip
     prepare_fineweb.main()
-    print(f"seconds {time.perf_counter() - start}")
+    print("seconds", time.perf_counter() - start, cpu)
 
 
 # ---- side by side ------------------------------------------------------------------------------
 
 
-def once(cfg: Config, recipe: str, out: str) -> tuple[float, float]:
-    """(seconds of the work, seconds of the whole process)"""
+def once(cfg: Config, recipe: str, out: str) -> tuple[float, float, float]:
+    """(seconds of the work, its CPU seconds, seconds of the whole process)"""
     flags = [f"--input={cfg.input}", f"--encoding={cfg.encoding}", f"--workers={cfg.workers}",
              f"--shard_tokens={cfg.shard_tokens}"]  # fmt: skip
     env = os.environ | {"OUT": out}
@@ -135,7 +147,8 @@ def once(cfg: Config, recipe: str, out: str) -> tuple[float, float]:
     whole = time.perf_counter() - start
     if done.returncode:
         raise UserError(f"{recipe} failed: {done.stderr[-500:]}")
-    return float(done.stdout.split("seconds ")[1]), whole
+    work, cpu = map(float, done.stdout.split("seconds ")[1].split())
+    return work, cpu, whole
 
 
 def main() -> None:
@@ -147,7 +160,7 @@ def main() -> None:
     cfg.workers = cfg.workers or prepare_fineweb.cores()
     if cfg.recipe:
         return {"llmc": llmc, "ours": ours}[cfg.recipe](cfg, os.environ["OUT"])
-    times: dict[str, list[tuple[float, float]]] = {"llmc": [], "ours": []}
+    times: dict[str, list[tuple[float, float, float]]] = {"llmc": [], "ours": []}
     print(f"load average before: {os.getloadavg()[0]:.2f}, {cfg.workers} workers")
     for i in range(cfg.rounds + 1):  # the first round warms the page cache and is not counted
         shards = []
@@ -161,15 +174,16 @@ def main() -> None:
             raise UserError("the two recipes' shards differ")
     tokens = sum(len(data) - 1024 for data in shards[0].values()) // 2
     print(f"{tokens:,} tokens, {len(shards[0])} identical shards, {cfg.rounds} rounds")
-    print(f"{'':<8}{'median tok/s':>14}{'least':>12}{'most':>12}{'whole run, s':>14}")
-    for recipe, both in times.items():
-        rates = sorted(tokens / work for work, _ in both)
-        whole = statistics.median(whole for _, whole in both)
-        print(f"{recipe:<8}{statistics.median(rates):>14,.0f}{rates[0]:>12,.0f}{rates[-1]:>12,.0f}"
-              f"{whole:>14.2f}")  # fmt: skip
-    ratios = sorted(a[0] / b[0] for a, b in zip(times["llmc"], times["ours"], strict=True))
-    print(f"ratio of a round, median {statistics.median(ratios):.3f}, "
-          f"from {ratios[0]:.3f} to {ratios[-1]:.3f}")  # fmt: skip
+    print(f"{'':<6}{'median tok/s':>14}{'least':>12}{'most':>12}{'CPU s':>9}{'whole run s':>13}")
+    for recipe, runs in times.items():
+        rates = sorted(tokens / work for work, _, _ in runs)
+        cpu, whole = (statistics.median(run[i] for run in runs) for i in (1, 2))
+        print(f"{recipe:<6}{statistics.median(rates):>14,.0f}{rates[0]:>12,.0f}{rates[-1]:>12,.0f}"
+              f"{cpu:>9.2f}{whole:>13.2f}")  # fmt: skip
+    for i, what in enumerate(("tokens per second", "tokens per CPU second")):
+        ratios = [a[i] / b[i] for a, b in zip(times["llmc"], times["ours"], strict=True)]
+        print(f"{what}, ours over llm.c's, round by round: median {statistics.median(ratios):.3f}, "
+              f"from {min(ratios):.3f} to {max(ratios):.3f}")  # fmt: skip
     print(json.dumps({"tokens": tokens, "workers": cfg.workers, "times": times}))
 
 

@@ -947,7 +947,7 @@ def test_pretokenized(tmp_path, hub):
     works(prep("--pretokenized=1", f"--out_dir={out}", env=env))
     starts = [line.rsplit("=")[1] for line in handler.log if "bytes=" in line]
     assert len(starts) >= 4  # two in each file: it went on, and from near where it broke
-    assert all(int(start[:-1]) % 600_000 > 530_000 or int(start[:-1]) > 1_100_000 for start in starts)
+    assert all(int(start[:-1]) > 500_000 for start in starts)
     assert only_shards(out) == {k: v for k, v in have.items() if k[-5] in "01"}
     works(prep("--verify", out))
     handler.cut = 0
