@@ -407,6 +407,17 @@ def test_asg_threshold_stays_out_of_autocast(threshold):
             assert ffn.active(x) == 0
 
 
+def test_asg_passes_what_is_over_the_threshold_and_not_what_equals_it():
+    """tau = sigmoid(0) is exactly 0.5, and so are these z."""
+    for spec in ("asg", "asg:threshold=neuron", "asg:threshold=fixed:tau=0.5", "asg:grad=ste"):
+        ffn = make_ffn(spec, 32, 64)
+        with torch.no_grad():
+            ffn.sparse_proj.weight.zero_()
+            ffn.sparse_proj.weight[:, 0] = torch.tensor([0.5, -0.5]).repeat(32)
+            assert ffn.active(torch.ones(1, 1, 32)) == 0
+            assert ffn.active(torch.full((1, 1, 32), 1.001)) == 1
+
+
 @pytest.mark.parametrize("name", ["dsg", "dynamicgeglu"])
 def test_norm2_stays_out_of_autocast(name):
     """With s = 50 the rounding of a bfloat16 norm (steps of 0.125 at 22) would flip the gate."""
