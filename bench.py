@@ -12,9 +12,12 @@ in a model. Times are medians over the rounds; ratios are medians of the rounds'
 
 from __future__ import annotations
 
+import functools
 import gc
+import itertools
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -22,12 +25,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configurator import UserError, configure, run
-from model import FFNS, ffn_cost, make_ffn
+import train
+from configurator import UserError, configure, read_config_file, run
+from model import FFNS, GPT, GPTConfig, ffn_cost, make_ffn, parse_spec
 
 
 @dataclass
@@ -37,6 +43,17 @@ class Config:
     d: int = 0  # width of the model; 0: 768 (decode: 1536)
     h: int = 0  # hidden width of the FFN; 0: 2048 (decode: 8960)
     tokens: int = 1024  # per call in mode ffn
+    n_layer: int = 6  # mode step: layers
+    n_head: int = 6  # attention heads
+    n_kv_head: int = 0  # key-value heads; 0: n_head
+    n_embd: int = 384  # width
+    ffn_hidden: int = 1024  # hidden width of the FFN
+    block_size: int = 256  # tokens per sequence
+    micro_batch_size: int = 8  # sequences per step
+    vocab_size: int = 50304  # token ids
+    tie_embeddings: bool = True  # lm_head shares the embedding's weight
+    optimizer: str = "adamw"  # adamw or muon
+    profile: str = ""  # mode step: write a torch.profiler trace into this folder
     rounds: int = 15  # timed calls of each contender
     device: str = ""  # cpu, cuda, cuda:1; empty: cuda if there is one
     dtype: str = ""  # float32 or bfloat16; empty: bfloat16 on cuda, else float32
@@ -164,6 +181,123 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
 
 
 # ------------------------------------------------------------------------------------------------
+# Mode step: what train.py does once per step, by its own functions
+
+
+def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> dict:
+    shape = {k: getattr(cfg, k) for k in SHAPE} | {"n_kv_head": cfg.n_kv_head or cfg.n_head}
+    n, peak = cfg.micro_batch_size * cfg.block_size, train.peak_flops(device)
+    calls, models, flops, peaks = {}, {}, {}, {}
+    for spec in specs:
+        say(f"preparing {spec}")
+        flags = {k: v for k, v in shape.items() if k != "vocab_size"}
+        flags |= {"batch_size": cfg.micro_batch_size, "micro_batch_size": cfg.micro_batch_size}
+        flags |= {"lr_decay_iters": 10**6, "compile": cfg.compile, "optimizer": cfg.optimizer}
+        flags = train.Config(ffn=spec, **flags)
+        train.check_flags(flags, world=1)
+        model = models[spec] = GPT(GPTConfig(ffn=spec, seed=cfg.seed, **shape)).to(device)
+        calls[spec, "step"] = make_step(model, flags, device, dtype)
+        calls[spec, "products"], flops[spec] = products(model, n, device, dtype)
+        calls[spec, "step"]()  # the first one makes the optimizer's state
+        peaks[spec] = peak_memory(calls[spec, "step"], device) + at_rest(model)
+        if cfg.profile:
+            profile(calls[spec, "step"], Path(cfg.profile), spec, device)
+    times = measure(calls, cfg.rounds, device)
+
+    rows = []
+    for spec in specs:
+        seconds, counts = statistics.median(times[spec, "step"]), models[spec].param_counts()
+        mfu = models[spec].flops_per_token() * n / seconds / peak if peak else None
+        rows.append({
+            "ffn": spec,
+            "params": counts["total"],
+            "flops": models[spec].flops_per_token(),
+            "ms": 1e3 * seconds,
+            "products_ms": 1e3 * statistics.median(times[spec, "products"]),
+            "tok_per_s": n / seconds,
+            "tflops": models[spec].flops_per_token() * n / seconds / 1e12,
+            "mfu": mfu,
+            "over_products": ratio(times[spec, "step"], times[spec, "products"]),
+            "spread": spread(times[spec, "step"], times[spec, "products"]),
+            "peak_mib": peaks[spec] / 2**20,
+        })  # fmt: skip
+    return {**shape, "micro_batch_size": cfg.micro_batch_size, "rows": rows}
+
+
+SHAPE = "n_layer n_head n_embd ffn_hidden block_size vocab_size tie_embeddings".split()
+
+
+def make_step(
+    model: GPT, flags: train.Config, device: torch.device, dtype: torch.dtype
+) -> Callable[[], object]:
+    """One whole training step of `model` on random tokens: forward, backward, clip, update."""
+    size = (flags.micro_batch_size, flags.block_size + 1)
+    batch = torch.randint(model.config.vocab_size, size).to(device)
+    cast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    optimizers = train.make_optimizers(model, flags)
+    ready = train.compile_and_check(model, optimizers, flags, cast, say)
+    failed = torch.zeros((), device=device)
+    return lambda: train.train_step(ready, optimizers, [batch], flags, 0, failed, cast)
+
+
+def at_rest(model: nn.Module) -> int:
+    """Bytes of parameters and of AdamW's two moments between two steps."""
+    return sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
+
+
+def profile(step: Callable, folder: Path, spec: str, device: torch.device) -> None:
+    """Write a trace (open it in ui.perfetto.dev) and print the ten most expensive operators."""
+    folder.mkdir(parents=True, exist_ok=True)
+    step()
+    with torch.profiler.profile() as p:
+        step()
+    name = folder / (re.sub(r"[^\w.=-]+", "_", spec) + ".json")
+    p.export_chrome_trace(str(name))
+    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(f"{spec}: {name}", p.key_averages().table(sort_by=key, row_limit=10), sep="\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# Mode data: the loader against the step of config/smoke.py
+
+
+def bench_data(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> dict:
+    smoke = Path(__file__).with_name("config") / "smoke.py"
+    flags = read_config_file(str(smoke), get_type_hints(train.Config))
+    flags = train.Config(**{k: v for k, v in flags.items() if k != "out_dir"}, lr_decay_iters=300)
+    B, T = flags.batch_size, flags.block_size
+    generator = np.random.default_rng(cfg.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("val_000000", "train_000001", "train_000002"):
+            tokens = generator.integers(256, size=4_000_000, dtype=np.uint16)
+            header = np.zeros(256, "<i4")
+            header[:3] = train.MAGIC, train.VERSION, len(tokens)
+            Path(folder, f"bytes_{name}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+        data = train.open_data(folder, T)
+        counts, step = train.window_counts(data.train, T), itertools.count()
+
+        def load() -> Tensor:
+            samples = np.arange(B) + B * next(step)
+            places = train.locate(counts, samples, flags.data_seed)
+            return train.read_windows(data.train, places, T, data.n_vocab)
+
+        shape = {k: v for k, v in vars(flags).items() if hasattr(GPTConfig, k)}
+        model = GPT(GPTConfig(**shape, vocab_size=384)).to(device)
+        calls = {"load": load, "step": make_step(model, flags, device, dtype)}
+        times = measure(calls, cfg.rounds, device)
+    seconds = statistics.median(times["load"])
+    row = {
+        "what": f"a batch of {B} x {T}",
+        "ms": 1e3 * seconds,
+        "tok_per_s": B * T / seconds,
+        "step_ms": 1e3 * statistics.median(times["step"]),
+        "of_step": ratio(times["load"], times["step"]),
+        "spread": spread(times["load"], times["step"]),
+    }
+    return {"config": "config/smoke.py", "rows": [row]}
+
+
+# ------------------------------------------------------------------------------------------------
 # The clock and the scales
 
 
@@ -240,14 +374,7 @@ def maybe_compile(f: Callable, cfg: Config, mode: str = "default") -> Callable:
 
 
 def autocast(f: Callable, device: torch.device, dtype: torch.dtype) -> Callable:
-    if dtype == torch.float32:
-        return f
-
-    def under_autocast(*args):
-        with torch.autocast(device.type, dtype):
-            return f(*args)
-
-    return under_autocast
+    return f if dtype == torch.float32 else torch.autocast(device.type, dtype)(f)
 
 
 def randn(*shape: int, like: Tensor) -> Tensor:
@@ -259,6 +386,7 @@ def say(text: str) -> None:
 
 
 COLUMNS = {  # key of a row -> heading, format
+    "what": ("loader", "s"),
     "ffn": ("ffn", "s"),
     "path": ("path", "s"),
     "params": ("params", ",d"),
@@ -271,6 +399,11 @@ COLUMNS = {  # key of a row -> heading, format
     "gb_per_s": ("GB/s", ".1f"),
     "tok_per_s": ("tokens/s", ",.0f"),
     "tflops": ("TFLOP/s", ".3f"),
+    "mfu": ("MFU", ".1%"),
+    "products_ms": ("products ms", ".2f"),
+    "over_products": ("x products", ".3f"),
+    "step_ms": ("step ms", ".2f"),
+    "of_step": ("of step", ".2%"),
     "share": ("share of ceiling", ".3f"),
     "ratio": ("x swiglu", ".3f"),
     "speedup": ("speedup", ".2f"),
@@ -334,19 +467,24 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype, str]:
     return device, dtypes[wanted], f"CPU, {torch.get_num_threads()} threads"
 
 
-MODES = {"ffn": bench_ffn, "decode": bench_decode}
+MODES = {"ffn": bench_ffn, "decode": bench_decode, "step": bench_step, "data": bench_data}
 
 
 def main() -> None:
     cfg, _ = configure(Config, sys.argv[1:])
     if cfg.mode not in MODES:
         raise UserError(f"--mode is {', '.join(MODES)}, not {cfg.mode!r}")
-    for name in ("d", "h", "tokens", "rounds", "layers"):
-        if getattr(cfg, name) < (0 if name in "dh" else 1):
-            raise UserError(f"--{name}={getattr(cfg, name)} is too small")
+    for name, value in vars(cfg).items():
+        least = 0 if name in ("d", "h", "n_kv_head", "seed") else 1
+        if type(value) is int and value < least:
+            raise UserError(f"--{name}={value} must be at least {least}")
+    if cfg.profile and cfg.mode != "step":
+        raise UserError("--profile traces --mode=step only")
     if cfg.plot and cfg.mode != "ffn":
         raise UserError("--plot draws the table of --mode=ffn only")
-    specs = cfg.ffn.split(",") if cfg.ffn else list(FFNS)
+    specs = cfg.ffn.split(",") if cfg.ffn else ["swiglu"] if cfg.mode == "step" else list(FFNS)
+    for spec in specs:
+        parse_spec(spec)
     for path in filter(None, (cfg.json, cfg.plot)):
         if not Path(path).resolve().parent.is_dir():
             raise UserError(f"cannot write {path}: its folder does not exist")
