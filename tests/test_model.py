@@ -422,14 +422,15 @@ def test_asg_passes_what_is_over_the_threshold_and_not_what_equals_it():
 def test_norm2_stays_out_of_autocast(name):
     """With s = 50 the rounding of a bfloat16 norm (steps of 0.125 at 22) would flip the gate."""
     ffn, _ = build(name, {}, 512, 64, dtype=torch.float32)
-    x = inputs(1, 40, 512, dtype=torch.float32)
+    x = inputs(1, 40, 512, dtype=torch.float32).bfloat16().float()
     with torch.no_grad():
         ffn.s.fill_(50.0)
         ffn.b.copy_(-50 * ffn.norm(x).norm(dim=-1).median())
         want = ffn(x)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = ffn(x)
-    assert error(got, want) < 0.03
+        for given in (x, x.bfloat16()):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                got = ffn(given)
+            assert error(got, want) < 0.03
 
 
 @all_names
