@@ -352,6 +352,7 @@ def peak_memory(call: Callable, device: torch.device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     # The CPU's allocator keeps no statistics, but the profiler logs each of its calls.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # not its notes about itself
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
     with tempfile.TemporaryDirectory() as folder:
@@ -386,7 +387,7 @@ def say(text: str) -> None:
 
 
 COLUMNS = {  # key of a row -> heading, format
-    "what": ("loader", "s"),
+    "what": ("what", "s"),
     "ffn": ("ffn", "s"),
     "path": ("path", "s"),
     "params": ("params", ",d"),
@@ -404,6 +405,7 @@ COLUMNS = {  # key of a row -> heading, format
     "over_products": ("x products", ".3f"),
     "step_ms": ("step ms", ".2f"),
     "of_step": ("of step", ".2%"),
+    "ours_faster": ("ours faster", ".2f"),
     "share": ("share of ceiling", ".3f"),
     "ratio": ("x swiglu", ".3f"),
     "speedup": ("speedup", ".2f"),
@@ -424,6 +426,14 @@ def table(rows: list[dict]) -> str:
         cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:]))]
         text.append("  ".join(cells))
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def report(result: dict, path: str) -> None:
+    """Print the table below what it was measured with; the same as JSON, if there is a path."""
+    print(", ".join(f"{k} {v}" for k, v in result.items() if k != "rows"))
+    print(table(result["rows"]))
+    if path:
+        Path(path).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def plot(result: dict, path: str) -> None:
@@ -488,7 +498,6 @@ def main() -> None:
     for path in filter(None, (cfg.json, cfg.plot)):
         if not Path(path).resolve().parent.is_dir():
             raise UserError(f"cannot write {path}: its folder does not exist")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes about itself
     device, dtype, name = pick_device(cfg)
     torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked for on a GPU
     torch._dynamo.config.recompile_limit = 64  # specs of one class share its code
@@ -496,11 +505,7 @@ def main() -> None:
     result = {"mode": cfg.mode, "device": name, "dtype": str(dtype)[6:], "torch": torch.__version__}
     result |= {"compile": cfg.compile, "rounds": cfg.rounds}
     result |= MODES[cfg.mode](cfg, specs, device, dtype)
-    about = {k: v for k, v in result.items() if k != "rows"}
-    print(", ".join(f"{k} {v}" for k, v in about.items()))
-    print(table(result["rows"]))
-    if cfg.json:
-        Path(cfg.json).write_text(json.dumps(result, indent=1) + "\n")
+    report(result, cfg.json)
     if cfg.plot:
         plot(result, cfg.plot)
 

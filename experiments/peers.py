@@ -1,0 +1,172 @@
+"""
+The training step against what people would use instead, step by step in turn in one process.
+
+    python experiments/peers.py                                  # Hugging Face's Qwen3
+    git clone https://github.com/karpathy/nanoGPT ../nanoGPT
+    python experiments/peers.py --nanogpt=../nanoGPT             # and nanoGPT
+
+All are compiled, of one shape, in one dtype, with fused AdamW and clipping; each computes the loss
+its own way. nanoGPT's FFN is GELU of width 4 n_embd, which at ffn_hidden = 8/3 n_embd has as many
+parameters. The figures are those of `bench.py --mode=step`, whose functions these are.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import bench  # noqa: E402
+import train  # noqa: E402
+from configurator import UserError, configure, run  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+
+@dataclass
+class Config:
+    nanogpt: str = ""  # folder of your clone of nanoGPT; empty: leave it out
+    hf: bool = True  # transformers.Qwen3ForCausalLM
+    n_layer: int = 6  # layers
+    n_head: int = 6  # attention heads
+    n_embd: int = 384  # width
+    ffn_hidden: int = 1024  # hidden width of the FFN
+    block_size: int = 256  # tokens per sequence
+    micro_batch_size: int = 8  # sequences per step
+    vocab_size: int = 50304  # token ids
+    rounds: int = 15  # timed steps of each
+    device: str = ""  # cpu, cuda, cuda:1; empty: cuda if there is one
+    dtype: str = ""  # float32 or bfloat16; empty: bfloat16 on cuda, else float32
+    compile: bool = True  # torch.compile
+    seed: int = 0  # of the tokens
+    json: str = ""  # write the rows to this file
+
+
+def hugging_face(cfg: Config) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
+    try:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+    except ImportError:
+        raise UserError(
+            "transformers is missing: pip install -r requirements-dev.txt, or --hf=False"
+        ) from None
+    config = Qwen3Config(
+        vocab_size=cfg.vocab_size,
+        hidden_size=cfg.n_embd,
+        intermediate_size=cfg.ffn_hidden,
+        num_hidden_layers=cfg.n_layer,
+        num_attention_heads=cfg.n_head,
+        num_key_value_heads=cfg.n_head,
+        head_dim=cfg.n_embd // cfg.n_head,
+        max_position_embeddings=cfg.block_size,
+        tie_word_embeddings=True,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        x, y = batch[:, :-1], batch[:, 1:].contiguous()
+        return model(input_ids=x, labels=x, shift_labels=y).loss
+
+    return Qwen3ForCausalLM(config), loss
+
+
+def nanogpt(cfg: Config) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
+    path = Path(cfg.nanogpt, "model.py")
+    if not path.is_file():
+        raise UserError(f"--nanogpt={cfg.nanogpt} has no model.py: give the folder of your clone")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shape = {k: getattr(cfg, k) for k in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+    model = module.GPT(module.GPTConfig(**shape, dropout=0.0, bias=False))
+    return model, lambda model, batch: model(batch[:, :-1], batch[:, 1:].contiguous())[1]
+
+
+def peer_step(
+    model: nn.Module, loss: Callable, cfg: Config, device: torch.device, dtype: torch.dtype
+) -> Callable[[], object]:
+    """Forward, backward, clip, fused AdamW: what a careful user would write."""
+    batch = torch.randint(cfg.vocab_size, (cfg.micro_batch_size, cfg.block_size + 1)).to(device)
+    cast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
+    ready = torch.compile(model, dynamic=False) if cfg.compile else model
+
+    def step() -> None:
+        with cast():
+            value = loss(ready, batch)
+        value.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def main() -> None:
+    cfg, _ = configure(Config, sys.argv[1:])
+    for name, value in vars(cfg).items():
+        if type(value) is int and value < (0 if name == "seed" else 1):
+            raise UserError(f"--{name}={value} is too small")
+    device, dtype, name = bench.pick_device(cfg)
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")
+    shape = {k: getattr(cfg, k) for k in bench.SHAPE if hasattr(cfg, k)}
+    flags = train.Config(
+        **{k: v for k, v in shape.items() if k != "vocab_size"},
+        n_kv_head=cfg.n_head,
+        batch_size=cfg.micro_batch_size,
+        micro_batch_size=cfg.micro_batch_size,
+        lr_decay_iters=10**6,
+        compile=cfg.compile,
+    )
+    models = {"ours": GPT(GPTConfig(**shape, n_kv_head=cfg.n_head)).to(device)}
+    calls = {"ours": bench.make_step(models["ours"], flags, device, dtype)}
+    peers = {"Hugging Face": hugging_face} if cfg.hf else {}
+    peers |= {"nanoGPT": nanogpt} if cfg.nanogpt else {}
+    for peer, make in peers.items():
+        model, loss = make(cfg)
+        models[peer] = model.to(device)
+        calls[peer] = peer_step(models[peer], loss, cfg, device, dtype)
+    peaks = {}
+    for system, step in calls.items():
+        bench.say(f"preparing {system}")
+        step()
+        peaks[system] = bench.peak_memory(step, device) + bench.at_rest(models[system])
+    n = cfg.micro_batch_size * cfg.block_size
+    calls["products"], _ = bench.products(models["ours"], n, device, dtype)
+    times = bench.measure(calls, cfg.rounds, device)
+
+    rows = []
+    for system in models:
+        seconds = statistics.median(times[system])
+        rows.append({
+            "what": system,
+            "params": sum(p.numel() for p in models[system].parameters()),
+            "ms": 1e3 * seconds,
+            "tok_per_s": n / seconds,
+            "over_products": bench.ratio(times[system], times["products"]),
+            "ours_faster": bench.ratio(times[system], times["ours"]),
+            "spread": bench.spread(times[system], times["ours"]),
+            "peak_mib": peaks[system] / 2**20,
+        })  # fmt: skip
+    result = {"device": name, "dtype": str(dtype)[6:], "torch": torch.__version__, **shape}
+    result |= {"micro_batch_size": cfg.micro_batch_size, "rounds": cfg.rounds, "rows": rows}
+    bench.report(result, cfg.json)
+
+
+if __name__ == "__main__":
+    run(main)
