@@ -953,6 +953,7 @@ def main() -> None:
     if wandb:
         wandb.finish()
     if ddp:
+        del model  # as the last to hold the process group it can deadlock on Python's lock
         dist.destroy_process_group()
 
 
