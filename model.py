@@ -175,7 +175,7 @@ class ASG(nn.Module):
         h: int,
         *,
         threshold: Literal["global", "neuron", "fixed"] = "global",
-        tau: float = 0.1,
+        tau: float = 0.1,  # the threshold, where it is fixed
         sparse: bool = True,
         grad: Literal["hard", "ste"] = "hard",
     ):
@@ -250,7 +250,7 @@ class SparseGated(nn.Module):
         key = F.gelu(self.key_proj(x))
         kept = key * top_k_mask(key, self.k)
         if self.grad == "ste":
-            kept = pass_gradient(kept, key)
+            kept = pass_gradient(kept.detach(), key)
         return self.mix(x, down(self, kept * self.value_proj(x) if self.split else kept))
 
     def decode(self, x: Tensor) -> Tensor:
@@ -628,8 +628,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q = rotate(self.q_norm(q), cos, sin).to(v.dtype).transpose(1, 2)  # (B, n_head, T, head_dim)
-        k = rotate(self.k_norm(k), cos, sin).to(v.dtype).transpose(1, 2)
+        q = rotate(self.q_norm(widen(q)), cos, sin).to(v.dtype).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = rotate(self.k_norm(widen(k)), cos, sin).to(v.dtype).transpose(1, 2)
         if cache is not None:  # [k, v] of the tokens so far; empty before the first
             if cache:
                 k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
@@ -689,7 +689,7 @@ class GPT(nn.Module):
         config.check()
         self.config = config
         with torch.random.fork_rng(devices=[]):  # for what an FFN of yours may draw by itself
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)
             self.model = Decoder(config)
             self.lm_head = linear(config.n_embd, config.vocab_size)
         if config.tie_embeddings:
@@ -717,6 +717,8 @@ class GPT(nn.Module):
         idx: (B, T) token ids, T <= block_size. Without targets: ((B, T, vocab) logits, None).
         With targets (B, T): (None, mean cross-entropy in nats over the targets that are not -100).
         """
+        if idx.size(1) > self.config.block_size:
+            raise UserError(f"{idx.size(1)} tokens are more than block_size={self.config.block_size}")
         x = self.model(idx)
         if targets is None:
             return self.lm_head(x), None
