@@ -25,14 +25,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, median, stdev
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train  # noqa: E402
-from configurator import UserError, configure, run, suggest  # noqa: E402
-from model import GPT, GPTConfig, ffn_cost, parse_spec  # noqa: E402
+import train
+from configurator import UserError, configure, run, suggest
+from model import GPT, GPTConfig, ffn_cost, parse_spec
 
 
 @dataclass
@@ -243,7 +242,7 @@ def start(planned: Run, passed: list[str], base: train.Config, slot: int, jobs: 
     if devices:
         mine = [devices[(slot * each + i) % len(devices)] for i in range(each)]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
-    command += [str(ROOT / "train.py"), *passed]
+    command += [os.path.abspath(train.__file__), *passed]
     for name in sorted(VARIED | {"out_dir", "init_from"}):
         command.append(f"--{name}={planned.flags[name]}")
     try:
@@ -359,7 +358,8 @@ def check_alike(runs: list[Run]) -> None:
         # a sweep scales min_lr with the learning rate
         ratios = [f"{x.flags['min_lr'] / x.flags['learning_rate']:.6g}" for x in (first, r)]
         if not name and ratios[0] != ratios[1]:
-            name, values = "min_lr", (first.flags["min_lr"], r.flags["min_lr"])
+            name = differing(first.flags, r.flags, set(first.flags) - {"min_lr"}) or "learning_rate"
+            values = (first.flags[name], r.flags[name])
         if not name and first.made.get("device") != r.made.get("device"):
             name, values = "device", (first.made.get("device"), r.made.get("device"))
         if name:
