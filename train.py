@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -185,6 +186,8 @@ def open_data(data_dir: str, block_size: int) -> Data:
             if not meta["complete"]:
                 raise UserError(f"{data_dir} is not finished: run its prepare_fineweb.py line again")
         encoding, n_vocab = str(meta["encoding"]), int(meta["vocab_size"])
+        if not 1 <= n_vocab <= 2**16:
+            raise ValueError(f"vocab_size {n_vocab}")
     except (OSError, ValueError, KeyError, TypeError) as e:
         if isinstance(e, UserError):
             raise
@@ -195,6 +198,9 @@ def open_data(data_dir: str, block_size: int) -> Data:
         if not paths:
             raise UserError(f"no {split} shards in {data_dir}: {make}")
         shards = [check_shard(path, listed) for path in paths]
+        sets = sorted({re.sub(r"\d+\.bin$", "", os.path.basename(path)) for path in paths})
+        if len(sets) > 1:
+            raise UserError(f"{data_dir} has shards of two sets, {sets[0]} and {sets[1]}: move one away")
         numbers = [int(re.findall(r"\d+", path)[-1]) for path in paths]
         for before, after in zip(numbers, numbers[1:]):
             if after != before + 1:
@@ -563,11 +569,17 @@ def save_checkpoint(path: str, checkpoint: dict) -> None:
 def load_checkpoint(path: str) -> dict:
     """Raises UserError for a file that is not a checkpoint of this program. Runs no code in it."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about a file that is no zip archive
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         keys = {"model", "optimizers", "step", "flags", "shards"}
         if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
             raise ValueError("not a checkpoint of train.py")
-        Config(**checkpoint["flags"])
+        for name, value in vars(Config(**checkpoint["flags"])).items():
+            if type(value) is not type(getattr(Config, name)):
+                raise ValueError(f"its flag {name} is {value!r}")
+        if type(checkpoint["step"]) is not int or checkpoint["step"] < 0:
+            raise ValueError(f"its step is {checkpoint['step']!r}")
         return checkpoint
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: check --out_dir, or --init_from=scratch") from None
@@ -782,13 +794,25 @@ def main() -> None:
     if ddp:  # NCCL carries the gradients of GPUs, gloo all that is on the CPU; every wait has an end
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        found = [(step, shards)] * world
+        dist.all_gather_object(found, (step, shards))
+        if any(other != found[0] for other in found):
+            raise UserError(
+                f"the ranks found different shards or checkpoints (of steps {[f[0] for f in found]}): "
+                "--out_dir must be one folder that all machines share, --data_dir have the same shards"
+            )
     raw = GPT(config).to(device)
     optimizers = make_optimizers(raw, cfg)
     if checkpoint:
         try:
             raw.load_state_dict(checkpoint["model"])
-            for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+                # Fused AdamW takes shapes on trust, and would write beyond a smaller tensor.
+                for p in (p for group in optimizer.param_groups for p in group["params"]):
+                    state = optimizer.state.get(p, {})
+                    if step and {v.shape for k, v in state.items() if k != "step"} != {p.shape}:
+                        raise ValueError("an optimizer state of another shape")
         except Exception as e:  # another vocabulary, or whatever is in a file made elsewhere
             why = str(e).splitlines()[0][:100]
             raise UserError(f"{ckpt_path} does not fit this model and data ({why})") from None
