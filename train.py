@@ -601,6 +601,15 @@ def resume_flags(cfg: Config, given: set[str], saved: dict) -> Config:
     return Config(**{**saved, **{name: getattr(cfg, name) for name in given & CHANGEABLE}})
 
 
+def say(text: str) -> None:
+    """Print, on rank 0. A full disk or a reader that has gone ends the messages, not the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(text, flush=True)
+        except OSError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def write_row(path: str, row: dict, warned: list[str]) -> None:
     """Append to log.jsonl. A full disk is a warning, once, and leaves no half a row."""
     size = os.path.getsize(path) if os.path.exists(path) else 0
@@ -609,7 +618,7 @@ def write_row(path: str, row: dict, warned: list[str]) -> None:
             f.write(json.dumps(row) + "\n")
     except OSError as e:
         if not warned:
-            print(f"warning: cannot write {path} ({e.strerror}): going on without", flush=True)
+            say(f"warning: cannot write {path} ({e.strerror}): going on without")
         warned.append(path)
         if os.path.exists(path):
             os.truncate(path, size)
@@ -698,7 +707,7 @@ def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None
     return "\n".join(line for line in lines if cfg.ffn_match == "params" or line[:5] != "match")
 
 
-def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast, say) -> nn.Module:
+def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn.Module:
     """One pass forward and backward that changes nothing: compiles, and shows that every parameter
     gets a gradient. Where torch.compile cannot work, says so and goes on without."""
     shape = (cfg.micro_batch_size, cfg.block_size)
@@ -749,7 +758,6 @@ def main() -> None:
     ddp = "RANK" in os.environ  # started by torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 
     # -- flags, the given ones and the checkpoint's
     out_dir = cfg.out_dir or f"out/{cfg.ffn}-s{cfg.seed}"
@@ -880,8 +888,10 @@ def main() -> None:
     try:
         model = raw
         if not cfg.eval_only:
-            model = compile_and_check(raw, optimizers, cfg, autocast, say)
+            model = compile_and_check(raw, optimizers, cfg, autocast)
             if ddp:
+                # Deprecated in torch 2.13; its successor is not in 2.11.
+                warnings.filterwarnings("ignore", ".*broadcast_buffers")
                 model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         mark = time.perf_counter()
         while True:
