@@ -288,7 +288,8 @@ def run_all(planned: list[Run], passed: list[str], cfg: Config, base: train.Conf
           f"{sum(s == 0 for s in steps.values())} to start", flush=True)  # fmt: skip
 
     signals: list[int] = []
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: a terminal that closes
+    usual = {number: signal.getsignal(number) for number in numbers}
     for number in usual:
         signal.signal(number, lambda number, frame: signals.append(number))
     running: dict[int, tuple[Run, subprocess.Popen]] = {}
@@ -531,9 +532,9 @@ def ratio(a: float, b: float | None) -> str:
     return f" ({a / b:.2f}x)" if b else ""
 
 
-def signed(x: float | None, digits: str = ".4f") -> str:
-    """With a minus sign that a screen reader and a spreadsheet know, and no -0.0000."""
-    return "" if x is None else f"{x if abs(x) >= 0.00005 else 0.0:+{digits}}"
+def signed(x: float | None) -> str:
+    """+0.0123, and no -0.0000."""
+    return "" if x is None else f"{x if abs(x) >= 0.00005 else 0.0:+.4f}"
 
 
 def markdown(rows: list[dict], notes: list[str], title: str, detect: float) -> str:
@@ -683,6 +684,8 @@ def draw_curve(ax, tokens, losses, style: int, label: str | None = None) -> None
 
 def plot_losses(ax, rows: list[dict], groups: list[list[Run]]) -> None:
     """Validation loss against tokens, of at most 8 rows: the baseline, the best and the worst."""
+    from matplotlib.ticker import EngFormatter
+
     chosen, note = list(range(len(rows))), ""
     if len(rows) > len(STYLES):
         rest = sorted(chosen[1:], key=lambda i: rows[i]["val_loss"])
@@ -709,7 +712,7 @@ def plot_losses(ax, rows: list[dict], groups: list[list[Run]]) -> None:
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("training tokens")
     ax.set_ylabel("nats per token")
-    ax.xaxis.set_major_formatter(lambda x, _: big(x))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
 
@@ -769,6 +772,7 @@ def plot(rows: list[dict], groups: list[list[Run]], path: str, title: str) -> li
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     compared = sorted((row for row in rows if row["pairs"]), key=lambda row: row["difference"])
     height = max(4.4, 1.9 + 0.27 * len(compared))
@@ -804,7 +808,7 @@ def plot(rows: list[dict], groups: list[list[Run]], path: str, title: str) -> li
             draw_curve(ax, tokens, losses, 0)
         ax.set_title(label(row), fontsize=9)
         ax.grid(alpha=0.3)
-        ax.xaxis.set_major_formatter(lambda x, _: big(x))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     limit = view_limit(compared)
     axes[0, 0].set_ylim(-limit, limit)
     for ax in axes.flat[len(compared) :]:
