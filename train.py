@@ -478,8 +478,13 @@ def evaluate(model: nn.Module, data: Data, cfg: Config, device: torch.device, au
     places = places[: cfg.val_tokens // T]
     losses, weights = [torch.zeros((), device=device)], [0]
     model.eval()
+    error = ""
     for first in range(rank * micro, len(places), world * micro):
-        tokens = read_windows(data.val, places[first : first + micro], T, data.n_vocab)
+        try:
+            tokens = read_windows(data.val, places[first : first + micro], T, data.n_vocab)
+        except UserError as e:
+            error = str(e)
+            break
         # One shape for all batches, so that torch.compile sees one: rows of padding, not counted.
         batch = torch.full((micro, T + 1), -100)
         batch[: len(tokens)] = tokens
@@ -489,10 +494,22 @@ def evaluate(model: nn.Module, data: Data, cfg: Config, device: torch.device, au
         weights.append(len(tokens) * T)
     model.train()
     weight = torch.tensor(weights, dtype=torch.float64)
-    both = torch.stack([(torch.stack(losses).cpu().double() * weight).sum(), weight.sum()])
+    total = (torch.stack(losses).cpu().double() * weight).sum()
+    sums = torch.tensor([total, weight.sum(), bool(error)], dtype=torch.float64)
     if dist.is_initialized():
-        dist.all_reduce(both)
-    return float(both[0] / both[1])
+        dist.all_reduce(sums)
+    if sums[2]:
+        raise_first(error)
+    return float(sums[0] / sums[1])
+
+
+def raise_first(error: str) -> None:
+    """Called by all ranks, of which some have an error: a UserError with the first one, on all."""
+    errors = [error]
+    if dist.is_initialized():
+        errors = [""] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    raise UserError(next(e for e in errors if e))
 
 
 @torch.no_grad()
@@ -926,10 +943,7 @@ def main() -> None:
                 error = str(e)
             word = agree(2 if error else 1 if signals else 0)
             if word == 2:
-                errors = [error] * world
-                if ddp:
-                    dist.all_gather_object(errors, error)
-                raise UserError(next(e for e in errors if e))
+                raise_first(error)
             if word == 1:
                 check_finite()
                 if fresh:

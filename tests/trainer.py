@@ -77,7 +77,7 @@ FORK.set_forkserver_preload(["torch", "torch._dynamo", "numpy"])
 
 def _child(argv: list[str], env: dict, cwd: str, out: str, err: str, file_limit: int) -> None:
     for fd, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), fd)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), fd)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -104,9 +104,10 @@ class Run:
 
     count = 0
 
-    def __init__(self, cwd: Path, argv: list[str], env: dict | None = None, file_limit: int = 0):
+    def __init__(self, cwd: Path, argv: list[str], env=None, file_limit: int = 0, stdout=None):
         Run.count += 1
-        self.out_path, self.err_path = (cwd / f"{Run.count}.{end}" for end in ("out", "err"))
+        self.out_path = Path(stdout or cwd / f"{Run.count}.out")
+        self.err_path = cwd / f"{Run.count}.err"
         args = (argv, env or {}, str(cwd), str(self.out_path), str(self.err_path), file_limit)
         self.process = FORK.Process(target=_child, args=args)
         self.process.start()
@@ -159,8 +160,8 @@ def one_line(code: int, err: str, *needles: str) -> str:
     return lines[0]
 
 
-def start(cwd: Path, *given: str, file_limit: int = 0, env: dict | None = None, **values) -> Run:
-    return Run(cwd, flags(*given, **values), env, file_limit)
+def start(cwd: Path, *given: str, env=None, file_limit: int = 0, stdout=None, **values) -> Run:
+    return Run(cwd, flags(*given, **values), env, file_limit, stdout)
 
 
 def train(cwd: Path, *given: str, **values) -> Run:

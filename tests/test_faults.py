@@ -1,0 +1,766 @@
+"""Never lose a run: bad data, hostile files, bad numbers, full disks, signals, kills.
+
+The README counts these faults. All of them, with the minutes-long ones:
+    python -m pytest tests/test_faults.py -m "slow or not slow"
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from trainer import (
+    BLOCK,
+    SIZES,
+    TINY,
+    TORCHRUN,
+    TRAIN,
+    Run,
+    assert_same_run,
+    flags,
+    free_port,
+    load,
+    losses,
+    make_data,
+    rows,
+    same_bits,
+    shell,
+    start,
+    start_ranks,
+    tokens,
+    train,
+    wait_until,
+    workers,
+    write_shard,
+)
+
+TINY["data_dir"] = "data"
+LONG = {"out_dir": "o", "n_layer": 1, "max_iters": 100_000, "save_interval": 4}
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """An empty folder with shards in ./data, the working directory of the runs."""
+    make_data(tmp_path / "data")
+    return tmp_path
+
+
+def intact(run_dir: Path) -> dict:
+    """The checkpoint, whole and finite."""
+    checkpoint = load(run_dir)
+    values = [*checkpoint["model"].values()]
+    for optimizer in checkpoint["optimizers"]:
+        for state in optimizer["state"].values():
+            values += [v for v in state.values() if isinstance(v, torch.Tensor)]
+    assert len(values) > len(checkpoint["model"])
+    assert all(v.isfinite().all() for v in values)
+    return checkpoint
+
+
+# ---- data that are wrong from the start ---------------------------------------------------------
+
+SHARD = "x_train_000003.bin"
+
+
+def truncated(d: Path) -> None:
+    os.truncate(d / SHARD, 1024 + 2 * 600)
+
+
+def half_a_header(d: Path) -> None:
+    os.truncate(d / SHARD, 513)
+
+
+def empty(d: Path) -> None:
+    (d / SHARD).write_bytes(b"")
+
+
+def longer(d: Path) -> None:
+    with open(d / SHARD, "ab") as f:
+        f.write(b"\0\0")
+
+
+def odd(d: Path) -> None:
+    with open(d / SHARD, "ab") as f:
+        f.write(b"\0")
+
+
+def wrong_magic(d: Path) -> None:
+    write_shard(d / SHARD, tokens(700, 2), magic=20240801)
+
+
+def version_7(d: Path) -> None:
+    write_shard(d / SHARD, tokens(700, 2), version=7)
+
+
+def zero_tokens(d: Path) -> None:
+    write_shard(d / SHARD, tokens(0, 2))
+
+
+def negative_count(d: Path) -> None:
+    write_shard(d / SHARD, tokens(700, 2), count=-700)
+
+
+def directory(d: Path) -> None:
+    (d / SHARD).unlink()
+    (d / SHARD).mkdir()
+
+
+def dangling_link(d: Path) -> None:
+    (d / SHARD).unlink()
+    (d / SHARD).symlink_to(d / "gone")
+
+
+def missing_middle(d: Path) -> None:
+    (d / SHARD).unlink()
+
+
+def missing_middle_without_meta(d: Path) -> None:
+    (d / SHARD).unlink()
+    (d / "meta.json").unlink()
+
+
+def missing_last(d: Path) -> None:
+    (d / "x_train_000004.bin").unlink()
+
+
+def other_encoding(d: Path) -> None:
+    write_shard(d / SHARD, tokens(500, 9) + 40_000)
+
+
+def two_sets_without_meta(d: Path) -> None:
+    (d / "meta.json").unlink()
+    write_shard(d / "y_train_000001.bin", tokens(500, 9) + 40_000)
+
+
+def no_number(d: Path) -> None:
+    (d / "meta.json").unlink()
+    (d / SHARD).rename(d / "x_train_three.bin")
+
+
+def no_val(d: Path) -> None:
+    for path in d.glob("*_val_*"):
+        path.unlink()
+
+
+def short_val(d: Path) -> None:
+    resize(d, {"x_val_000000.bin": BLOCK, "x_val_000001.bin": BLOCK})
+
+
+def short_train(d: Path) -> None:
+    resize(d, {name: BLOCK for name in SIZES if "train" in name})
+
+
+def resize(d: Path, sizes: dict[str, int]) -> None:
+    shutil.rmtree(d)
+    make_data(d, SIZES | sizes)
+
+
+def meta(text: str):
+    def change(d: Path) -> None:
+        (d / "meta.json").write_text(text)
+
+    return change
+
+
+def incomplete(d: Path) -> None:
+    shutil.rmtree(d)
+    make_data(d, complete=False)
+
+
+def vocabulary(size: object):
+    def change(d: Path) -> None:
+        shutil.rmtree(d)
+        make_data(d, vocab_size=size)
+
+    return change
+
+
+CURE = "prepare_fineweb.py"
+BAD_DATA = {
+    "truncated": (truncated, [SHARD, "700", "600", CURE]),
+    "half a header": (half_a_header, [SHARD, CURE]),
+    "empty file": (empty, [SHARD, CURE]),
+    "longer than its header says": (longer, [SHARD, "700", "701", CURE]),
+    "one byte longer": (odd, [SHARD, CURE]),
+    "wrong magic": (wrong_magic, [SHARD, "20240520", CURE]),
+    "version 7": (version_7, [SHARD, "version 7", CURE]),
+    "zero tokens": (zero_tokens, [SHARD, CURE]),
+    "negative count": (negative_count, [SHARD, CURE]),
+    "directory in place of a file": (directory, [SHARD, CURE]),
+    "dangling link": (dangling_link, [SHARD, CURE]),
+    "missing middle shard": (missing_middle, ["train", "3", CURE]),
+    "missing middle shard, no meta.json": (missing_middle_without_meta, ["train shard 3", CURE]),
+    "missing last shard": (missing_last, ["x_train_000004.bin", CURE]),
+    "shard of another encoding": (other_encoding, [SHARD, CURE]),
+    "two sets in one folder": (two_sets_without_meta, ["x_train_", "y_train_"]),
+    "name without a number": (no_number, ["x_train_three.bin", "rename"]),
+    "no validation shard": (no_val, ["val", "data", CURE]),
+    "too few tokens for validation": (short_val, ["val", "33", "--block_size"]),
+    "too few tokens for one window": (short_train, ["train", "33", "--block_size"]),
+    "meta.json is not JSON": (meta("{"), ["meta.json", CURE]),
+    "meta.json is a list": (meta("[1]"), ["meta.json", CURE]),
+    "meta.json is empty": (meta("{}"), ["meta.json", CURE]),
+    "meta.json not finished": (incomplete, ["data", CURE]),
+    "vocabulary of zero": (vocabulary(0), ["meta.json", "vocab"]),
+    "vocabulary beyond uint16": (vocabulary(10**9), ["meta.json", "vocab"]),
+    "vocabulary is text": (vocabulary("many"), ["meta.json"]),
+}
+
+
+def test_bad_data(tmp_path: Path):
+    """Each refused before the first step, in one line that names the file and the cure."""
+    runs = {}
+    for i, (name, (change, _)) in enumerate(BAD_DATA.items()):
+        folder = tmp_path / f"{i}" / "data"
+        change(make_data(folder))
+        runs[name] = start(folder.parent, out_dir="o")
+        if i % 4 == 3:
+            runs[name].wait()
+    wrong = []
+    for i, (name, run) in enumerate(runs.items()):
+        try:
+            run.fails(*BAD_DATA[name][1])
+            assert not (tmp_path / f"{i}" / "o").exists()
+        except AssertionError as e:
+            wrong.append(f"{name}: {e}")
+    assert not wrong, "\n\n".join(wrong)
+
+
+# ---- data that go wrong during the run ----------------------------------------------------------
+
+
+def shrink(d: Path) -> None:
+    for path in d.glob("*_train_*"):
+        os.truncate(path, 1024 + 10)
+
+
+def vanish(d: Path) -> None:
+    for path in d.glob("*_train_*"):
+        path.unlink()
+
+
+def beyond_vocabulary(d: Path) -> None:
+    for name in SIZES:
+        if "train" in name:
+            write_shard(d / name, tokens(SIZES[name], 0) % 2 + 257)
+
+
+def vanish_val(d: Path) -> None:
+    (d / "x_val_000001.bin").unlink()
+
+
+MIDWAY = {
+    "shrinks": (shrink, ["x_train_", "shrank"]),
+    "vanishes": (vanish, ["x_train_", "No such file"]),
+    "ids over the vocabulary": (beyond_vocabulary, ["x_train_", "25", "257"]),
+    "validation shard vanishes": (vanish_val, ["x_val_000001.bin", "No such file"]),
+}
+
+
+@pytest.mark.parametrize("case", MIDWAY)
+def test_data_that_go_wrong_during_the_run(here: Path, case: str):
+    """An error that names the shard before the batch is used; the checkpoint is intact, and the run
+    goes on when the shard is back, with the bits of an undisturbed one."""
+    change, needles = MIDWAY[case]
+    shutil.copytree(here / "data", here / "good")
+    run = start(here, **LONG, eval_interval=8)
+    run.wait_for("step      9/")
+    change(here / "data")
+    run.fails(*needles)
+    step = intact(here / "o")["step"]
+    assert step >= 4
+    if case in ("shrinks", "validation shard vanishes"):
+        shutil.rmtree(here / "data")
+        (here / "good").rename(here / "data")
+        again = {**LONG, "max_iters": step + 9, "lr_decay_iters": 100_000}
+        train(here, init_from="auto", **again)
+        train(here, **{**again, "out_dir": "straight"})
+        assert_same_run(here / "o", here / "straight")
+
+
+def test_an_error_of_one_rank_is_told(here: Path):
+    """Bad data that only the other rank reads, here in validation: the job ends at once and
+    the shard is named on rank 0, which prints for all."""
+    bad = tokens(SIZES["x_val_000000.bin"], 4)
+    bad[BLOCK + 5] = 300  # in window 1, which rank 1 reads
+    write_shard(here / "data" / "x_val_000000.bin", bad)
+    ranks = start_ranks(here, 2, **LONG, micro_batch_size=1)
+    for run in ranks:
+        run.wait(60)
+        assert run.code == 1
+    ranks[0].fails("x_val_000000.bin: token id 300")
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def hostile_model(c: dict, path: Path) -> None:
+    torch.save({**c, "model": Payload()}, path)
+
+
+def hostile_flags(c: dict, path: Path) -> None:
+    torch.save({**c, "flags": {**c["flags"], "ffn": Payload()}}, path)
+
+
+def plain_pickle(c: dict, path: Path) -> None:
+    path.write_bytes(pickle.dumps(Payload()))
+
+
+def old_format(c: dict, path: Path) -> None:
+    torch.save({**c, "step": Payload()}, path, _use_new_zipfile_serialization=False)
+
+
+def cut(c: dict, path: Path) -> None:
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+def emptied(c: dict, path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def text(c: dict, path: Path) -> None:
+    path.write_text("not a checkpoint")
+
+
+def folder(c: dict, path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def a_list(c: dict, path: Path) -> None:
+    torch.save([1, 2], path)
+
+
+def saves(**changes):
+    def change(c: dict, path: Path) -> None:
+        torch.save({**c, **{key: f(c[key]) for key, f in changes.items()}}, path)
+
+    return change
+
+
+def other_flags(**values):
+    return saves(flags=lambda flags: {**flags, **values})
+
+
+def wider(model: dict) -> dict:
+    return {name: torch.cat([t, t]) for name, t in model.items()}
+
+
+def other_state(optimizers: list) -> list:
+    for state in optimizers[0]["state"].values():
+        state["exp_avg"] = torch.zeros(7, 7)
+    return optimizers
+
+
+BAD_CHECKPOINTS = {
+    "pickle payload as weights": hostile_model,
+    "pickle payload as a flag": hostile_flags,
+    "a plain pickle": plain_pickle,
+    "payload in the old format": old_format,
+    "truncated": cut,
+    "empty": emptied,
+    "text": text,
+    "a directory": folder,
+    "a list": a_list,
+    "weights of another shape": saves(model=wider),
+    "a weight missing": saves(model=lambda m: dict(list(m.items())[1:])),
+    "a weight too many": saves(model=lambda m: {**m, "extra": torch.zeros(1)}),
+    "weights are no dictionary": saves(model=lambda m: 7),
+    "flags of another shape": other_flags(n_embd=64),
+    "an unknown flag": other_flags(colour="red"),
+    "a flag of another type": other_flags(n_layer="many"),
+    "flags are text": saves(flags=lambda f: "flags"),
+    "no optimizer": saves(optimizers=lambda o: []),
+    "optimizer of another shape": saves(optimizers=other_state),
+    "optimizer is text": saves(optimizers=lambda o: ["adamw"]),
+    "step is text": saves(step=lambda s: "four"),
+    "step is negative": saves(step=lambda s: -4),
+}
+
+
+def test_hostile_and_damaged_checkpoints(here: Path):
+    """Each is refused in one line that names the file; nothing in it runs; it is left as it is, and
+    --init_from=auto does not take it for no checkpoint."""
+    train(here, out_dir="o", n_layer=1, max_iters=4)
+    runs = {}
+    for i, (name, change) in enumerate(BAD_CHECKPOINTS.items()):
+        shutil.copytree(here / "o", here / f"{i}")
+        change(load(here / "o"), here / f"{i}" / "ckpt.pt")
+        argv = [f"--init_from={'auto' if i % 2 else 'resume'}", f"--out_dir={i}", "--max_iters=6"]
+        runs[name] = Run(here, argv)
+        if i % 4 == 3:
+            runs[name].wait()
+    wrong = []
+    for i, (name, run) in enumerate(runs.items()):
+        try:
+            run.fails("ckpt.pt")
+            assert (here / f"{i}" / "ckpt.pt").exists()
+        except AssertionError as e:
+            wrong.append(f"{name}: {e}")
+    assert not (here / "pwned").exists()
+    assert not wrong, "\n\n".join(wrong)
+
+
+def test_ranks_with_different_checkpoints(here: Path):
+    """Two machines whose out_dir is not shared: refused, not trained from two different steps."""
+    for name, steps in (("zero", 2), ("one", 4)):
+        train(here, out_dir=f"{name}/o", n_layer=1, max_iters=steps, lr_decay_iters=9)
+        shutil.copytree(here / "data", here / name / "data")
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    values = {"out_dir": "o", "n_layer": 1, "max_iters": 9, "init_from": "auto", "micro_batch_size": 2}
+    ranks = [
+        start(here / name, env={**env, "RANK": str(rank), "LOCAL_RANK": "0"}, **values)
+        for rank, name in enumerate(("zero", "one"))
+    ]
+    ranks[0].fails("checkpoint", "--out_dir")
+    ranks[1].wait(60)
+    assert ranks[1].code == 1
+    assert load(here / "zero" / "o")["step"] == 2
+
+
+# ---- numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_non_finite(here: Path, optimizer: str):
+    """The update does not happen; the step and the last good checkpoint are named; exit code 1. The
+    checkpoint is that of a run which stops a step earlier, and a resumed run stops as well."""
+    values = {"learning_rate": 1e30, "warmup_iters": 0, "lr_decay_iters": 50, "n_layer": 1}
+    values |= {"optimizer": optimizer, "save_interval": 1, "eval_interval": 99, "grad_clip": 0}
+    run = start(here, out_dir="o", **values)
+    good = run.wait().err.split("at step ")[1].split(":")[0]
+    line = run.fails("not finite", "o/ckpt.pt", f"at step {good}")
+    assert f"step {int(good) + 1}:" in line
+    assert intact(here / "o")["step"] == int(good)
+    if int(good):
+        train(here, **{**values, "out_dir": "short", "max_iters": int(good), "eval_interval": 1000})
+        for key in ("model", "optimizers"):
+            assert same_bits(load(here / "o")[key], load(here / "short")[key])
+    again = start(here, out_dir="o", init_from="auto", **{**values, "log_interval": 7})
+    again.fails(f"step {int(good) + 1}:", "not finite", "o/ckpt.pt")
+    assert load(here / "o")["step"] == int(good)
+    text = (here / "o" / "log.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+def test_non_finite_with_two_ranks(here: Path):
+    """As above; nothing was saved yet, and the failed update is not saved either."""
+    values = {"learning_rate": 1e30, "warmup_iters": 0, "n_layer": 1, "micro_batch_size": 1}
+    ranks = start_ranks(here, 2, out_dir="o", log_interval=5, **values)
+    ranks[0].fails("not finite", "no checkpoint")
+    assert ranks[1].wait(60).code == 1
+    assert not (here / "o" / "ckpt.pt").exists()
+
+
+# ---- disks --------------------------------------------------------------------------------------
+
+
+def test_no_space_for_the_log(here: Path):
+    """A warning; the run goes on to the same weights, and the log has no half rows."""
+    train(here, out_dir="a", n_layer=1, max_iters=12)
+    train(here, out_dir="o", n_layer=1, max_iters=2, lr_decay_iters=12)
+    log = here / "o" / "log.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 0, "pad": "x" * 2_000_000}) + "\n")
+    limit = log.stat().st_size + 700
+    values = {"out_dir": "o", "n_layer": 1, "max_iters": 12, "init_from": "resume"}
+    run = start(here, file_limit=limit, **values).works()
+    assert run.out.count("warning: cannot write") == 1
+    assert "log.jsonl" in run.out
+    assert same_bits(load(here / "a")["model"], load(here / "o")["model"])
+    written = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [row["step"] for row in written if "train_loss" in row]
+    assert 3 in steps
+    assert 12 not in steps
+
+
+def test_no_space_for_the_checkpoint(here: Path):
+    """Exit code 1, the last good checkpoint kept and nothing half-written beside it; with room
+    again the run goes on to the bits of an undisturbed one."""
+    values = {"out_dir": "o", "n_layer": 1, "lr_decay_iters": 12, "save_interval": 5}
+    start(here, file_limit=100_000, **values).fails("cannot save", "at step 5", "none yet")
+    assert {p.name for p in (here / "o").iterdir()} == {"config.json", "log.jsonl"}
+
+    train(here, **{**values, "max_iters": 4})
+    before = (here / "o" / "ckpt.pt").read_bytes()
+    run = start(here, file_limit=100_000, init_from="auto", **{**values, "max_iters": 12})
+    run.fails("cannot save", "o/ckpt.pt", "at step 5", "intact")
+    assert (here / "o" / "ckpt.pt").read_bytes() == before
+    assert not list(here.glob("o/*.tmp"))
+    train(here, init_from="auto", **{**values, "max_iters": 12})
+    train(here, **{**values, "out_dir": "a", "max_iters": 12})
+    assert_same_run(here / "o", here / "a")
+
+
+def test_no_space_for_what_is_printed(here: Path):
+    """`python train.py > log` on a full disk, or into a pipe whose reader has gone: the run goes on
+    in silence."""
+    values = {"n_layer": 1, "max_iters": 12}
+    full = here / "full.log"
+    full.touch()
+    os.truncate(full, 3_000_000 - 900)
+    run = start(here, stdout=full, file_limit=3_000_000, out_dir="o", **values).wait()
+    assert run.code == 0, run.err
+    assert full.stat().st_size == 3_000_000
+    read, write = os.pipe()
+    run = start(here, stdout=f"/proc/{os.getpid()}/fd/{write}", out_dir="p", **values)
+    os.read(read, 1)
+    os.close(read)
+    assert run.wait().code == 0, run.err
+    os.close(write)
+    assert same_bits(load(here / "o")["model"], load(here / "p")["model"])
+
+
+@pytest.mark.parametrize("given", ["data/meta.json", "data/meta.json/below", "/proc/nothing/o"])
+def test_out_dir_that_cannot_be_written(here: Path, given: str):
+    """Refused before the first step."""
+    run = start(here, out_dir=given)
+    run.fails("--out_dir")
+    assert "step      1" not in run.out
+
+
+# ---- signals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_saves_and_stops(here: Path, number: int):
+    """The step in flight finishes, a checkpoint is saved, exit code 0, a line says how to resume;
+    the resumed run has the bits of an undisturbed one."""
+    long = {**LONG, "save_interval": 1000, "lr_decay_iters": 100_000}
+    run = start(here, **long)
+    run.wait_for("step      5/")
+    run.kill(number)
+    run.works()
+    step = intact(here / "o")["step"]
+    assert step >= 5
+    assert f"step {step}" in run.out
+    assert "--init_from=resume --out_dir=o" in run.out
+    train(here, init_from="resume", **{**long, "max_iters": step + 9})
+    train(here, **{**long, "out_dir": "straight", "max_iters": step + 9})
+    assert_same_run(here / "o", here / "straight")
+
+
+def test_a_signal_at_any_moment_of_the_start(here: Path):
+    """Before the first step too: the run ends, and what it leaves can be gone on from."""
+    rng = random.Random(0)
+    for _ in range(6):
+        run = start(here, **LONG, init_from="auto")
+        time.sleep(rng.uniform(0, 1))
+        run.kill(signal.SIGTERM)
+        assert run.wait().code in (0, -signal.SIGTERM), run.err
+        if (here / "o" / "ckpt.pt").exists():
+            intact(here / "o")
+        assert "Traceback" not in run.err
+
+
+def test_a_second_signal_stops_at_once(here: Path):
+    """A step of several seconds is not waited for, and nothing is saved."""
+    slow = {**LONG, "n_layer": 12, "batch_size": 115, "micro_batch_size": 1}
+    run = start(here, **slow)
+    run.wait_for("step      0/")
+    time.sleep(0.5)
+    run.kill(signal.SIGTERM)
+    time.sleep(0.5)
+    run.kill(signal.SIGTERM)
+    assert run.wait(30).code == -signal.SIGTERM
+    assert not (here / "o" / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all_at_one_step(here: Path, rank: int):
+    """Both ranks exit 0 with one checkpoint, which a straight run of as many steps has as well."""
+    long = {**LONG, "save_interval": 1000, "lr_decay_iters": 100_000, "micro_batch_size": 1}
+    ranks = start_ranks(here, 2, **long)
+    ranks[0].wait_for("step      5/")
+    ranks[rank].kill(signal.SIGTERM)
+    for run in ranks:
+        run.works()
+    step = intact(here / "o")["step"]
+    assert f"stopped at step {step}" in ranks[0].out
+    for run in start_ranks(here, 2, **{**long, "out_dir": "straight", "max_iters": step}):
+        run.works()
+    assert_same_run(here / "o", here / "straight")
+
+
+def test_a_rank_that_dies_ends_the_other(here: Path):
+    """kill -9 of either rank: the other one exits 1 by itself with one line, and saves nothing."""
+    for dead in (0, 1):
+        ranks = start_ranks(here, 2, **{**LONG, "out_dir": f"{dead}"}, micro_batch_size=1)
+        wait_until((here / f"{dead}" / "ckpt.pt").exists, 60)
+        ranks[dead].kill(signal.SIGKILL)
+        other = ranks[1 - dead].wait(60)
+        assert other.code == 1, other.err
+        if dead == 1:  # rank 1 leaves printing to rank 0
+            other.fails("another rank is gone", "--init_from=auto")
+        assert intact(here / f"{dead}")["step"] % 4 == 0
+
+
+def torchrun(cwd: Path, *agent: str, **values) -> subprocess.Popen:
+    rendezvous = agent or (f"--master_port={free_port()}",)
+    return shell(cwd, *TORCHRUN, *rendezvous, TRAIN, *flags(micro_batch_size=2, **values))
+
+
+def end(process: subprocess.Popen) -> None:
+    """Of an agent and, should there be any, its ranks."""
+    for pid in [process.pid, *workers(process.pid)]:
+        if process.poll() is None or pid != process.pid:
+            os.kill(pid, signal.SIGKILL)
+    process.wait(10)
+
+
+def test_torchrun_signals_and_a_killed_rank(here: Path):
+    """The real torchrun. SIGTERM to its agent: the ranks save one step and exit; the agent's own
+    code is not 0. Gone on from there, kill -9 of a rank: the job ends within 60 s with a code that
+    is not 0, and the checkpoint is intact."""
+    agent = torchrun(here, init_from="auto", **LONG)
+    try:
+        wait_until((here / "o" / "ckpt.pt").exists, 120, (here / "shell.err").read_text)
+        agent.terminate()
+        assert agent.wait(60) != 0
+        out = (here / "shell.out").read_text()
+        step = intact(here / "o")["step"]
+        assert f"stopped at step {step}" in out
+
+        agent = torchrun(here, init_from="auto", **LONG)
+        wait_until(lambda: load(here / "o")["step"] > step, 120, (here / "shell.err").read_text)
+        os.kill(workers(agent.pid)[1], signal.SIGKILL)
+        assert agent.wait(60) != 0
+        assert intact(here / "o")["step"] % 4 == 0
+    finally:
+        end(agent)
+
+
+# ---- minutes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_thirty_kills(here: Path):
+    """kill -9 at 30 random moments of a run that saves every 3 steps, a third of them while a save
+    is under way: there is a whole checkpoint each time, --init_from=auto goes on from it, and the
+    weights at the end are those of an undisturbed run."""
+    rng = random.Random(0)
+    values = {"n_layer": 2, "max_iters": 400, "save_interval": 3, "eval_interval": 50}
+    train(here, **{**values, "out_dir": "straight", "save_interval": 400})
+    kills, during_save, steps = 0, 0, []
+    while kills < 30:
+        run = start(here, out_dir="o", init_from="auto", **values)
+        tmp, moment = here / "o" / "ckpt.pt.tmp", rng.random()
+        if kills % 3 == 0:
+            tmp.unlink(missing_ok=True)
+            while not tmp.exists() and run.process.is_alive():
+                time.sleep(0.0002)
+            time.sleep(moment * 0.004)
+        elif kills % 3 == 1:
+            time.sleep(3 * moment)
+        else:
+            wait_until(lambda r=run: "step" in r.out or not r.process.is_alive(), 60)
+            time.sleep(moment / 2)
+        run.kill(signal.SIGKILL)
+        assert run.wait().code == -signal.SIGKILL, "the run was faster than 30 kills"
+        kills += 1
+        during_save += tmp.exists()
+        if (here / "o" / "ckpt.pt").exists():
+            steps.append(intact(here / "o")["step"])
+            assert steps[-1] % 3 == 0
+    assert steps == sorted(steps), "a checkpoint was lost"
+    train(here, out_dir="o", init_from="auto", **values)
+    assert_same_run(here / "o", here / "straight")
+    assert losses(here / "o") == losses(here / "straight")
+    print(f"\n30 kills, {during_save} during a save, {len(set(steps))} different checkpoints")
+    assert during_save >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_torchrun_restarts_and_finishes_by_itself(here: Path):
+    """--max-restarts=1 with --init_from=auto: a rank is killed, the run ends as an undisturbed one."""
+    values = {**LONG, "max_iters": 300}
+    port = f"--master_port={free_port()}"
+    agent = torchrun(here, port, "--max-restarts=1", init_from="auto", **values)
+    try:
+        wait_until((here / "o" / "ckpt.pt").exists, 120, (here / "shell.err").read_text)
+        os.kill(workers(agent.pid)[1], signal.SIGKILL)
+        assert agent.wait(240) == 0, (here / "shell.err").read_text()
+        for run in start_ranks(here, 2, **{**values, "out_dir": "straight", "micro_batch_size": 2}):
+            run.works()
+        assert_same_run(here / "o", here / "straight")
+    finally:
+        end(agent)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_agents(here: Path):
+    """Two machines, here two torchrun agents with a c10d rendezvous on loopback: the losses of one
+    process."""
+    port, values = free_port(), {"max_iters": 20, "n_layer": 1, "learning_rate": 3e-3}
+    agents = []
+    try:
+        for node in range(2):
+            cwd = here / f"node{node}"
+            cwd.mkdir()
+            agents.append(
+                shell(
+                    cwd, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
+                    "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test",
+                    f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", TRAIN,
+                    *flags(**values, out_dir=here / "two", data_dir=here / "data", micro_batch_size=2),
+                )
+            )  # fmt: skip
+        for node, agent in enumerate(agents):
+            assert agent.wait(240) == 0, (here / f"node{node}" / "shell.err").read_text()
+    finally:
+        for agent in agents:
+            end(agent)
+    train(here, out_dir="one", **values)
+    for key in ("train_loss", "val_loss"):
+        one, two = losses(here / "one", key), losses(here / "two", key)
+        assert one.keys() == two.keys()
+        assert max(abs(one[step] - two[step]) for step in one) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_soak(here: Path):
+    """2,000 steps, 70 epochs: resident memory, open files and step time are flat."""
+    values = {"out_dir": "o", "n_layer": 1, "max_iters": 2000, "save_interval": 50}
+    run = start(here, **values, eval_interval=50)
+    seen: list[tuple[int, int, int]] = []  # step, resident kB, open files
+    while run.process.is_alive():
+        try:
+            status = Path(f"/proc/{run.pid}/status").read_text()
+            rss = int(status.split("VmRSS:")[1].split()[0])
+            files = len(os.listdir(f"/proc/{run.pid}/fd"))
+            step = int(run.out.rsplit("\nstep", 1)[1].split("/")[0])
+        except (OSError, IndexError, ValueError):
+            continue
+        finally:
+            time.sleep(0.05)
+        seen.append((step, rss, files))
+    run.works()
+    ms = np.array([row["step_ms"] for row in rows(here / "o").values()])
+    early, late = [[s for s in seen if a <= s[0] < b] for a, b in ((200, 600), (1600, 2000))]
+    rss = [np.median([s[1] for s in part]) / 1024 for part in (early, late)]
+    files = [max(s[2] for s in part) for part in (early, late)]
+    times = [float(np.median(part)) for part in (ms[200:600], ms[1600:2000])]
+    print(f"\nsteps 200-600 and 1600-2000: resident {rss} MiB, open files {files}, step {times} ms")
+    assert rss[1] < rss[0] + 8
+    assert files[1] <= files[0] + 1
+    assert times[1] < 1.5 * times[0]
