@@ -679,7 +679,7 @@ def versions(device: torch.device) -> dict[str, str]:
 # Before the loop
 
 
-def claim_out_dir(cfg: Config, device: torch.device, resumed_step: int | None) -> None:
+def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> None:
     """Make the run's folder and config.json, or fail now and not at the first save. A run from
     scratch renames what an earlier one left to *.prev; a resumed one cuts the log at its step."""
     path = functools.partial(os.path.join, cfg.out_dir)
@@ -692,7 +692,7 @@ def claim_out_dir(cfg: Config, device: torch.device, resumed_step: int | None) -
         else:
             cut_log(path("log.jsonl"), resumed_step)
         with open(path("config.json.tmp"), "w", encoding="utf-8") as f:
-            json.dump({"flags": asdict(cfg), **versions(device)}, f, indent=2)
+            json.dump({"flags": asdict(cfg), **made_with}, f, indent=2)
         os.replace(path("config.json.tmp"), path("config.json"))
     except OSError as e:
         why = f"cannot write to --out_dir={cfg.out_dir} ({e.strerror}): name another"
@@ -815,7 +815,8 @@ def main() -> None:
     config = GPTConfig(**shape, vocab_size=math.ceil(data.n_vocab / 128) * 128)
     config.check()
     if rank == 0 and not cfg.eval_only:
-        claim_out_dir(cfg, device, step if checkpoint else None)
+        made_with = {"encoding": data.encoding, "vocab_size": config.vocab_size, "world": world}
+        claim_out_dir(cfg, versions(device) | made_with, step if checkpoint else None)
     if ddp:  # NCCL carries the gradients of GPUs, gloo all that is on the CPU; every wait has an end
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
@@ -898,7 +899,6 @@ def main() -> None:
         checkpoint_step = step
 
     # -- the loop. Its clock stands still while evaluating, saving and compiling.
-    torch.manual_seed(cfg.seed)
     first_step, val_loss, stopped = step, math.nan, False
     total_time = window_time = window_steps = 0
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
@@ -954,6 +954,8 @@ def main() -> None:
             if device.type == "cuda":
                 batch = batch.pin_memory()
             batches = batch.to(device, non_blocking=True).split(cfg.micro_batch_size)
+            # For an FFN that draws noise: other noise each step and rank, the same when resumed.
+            torch.manual_seed((cfg.seed * 2**20 + step) * 2**10 + rank)
             loss, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             step, window_steps = step + 1, window_steps + 1
             if step % cfg.log_interval == 0 or step == first_step + 1:
