@@ -50,7 +50,7 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl",
          ".txt": "text", ".py": "text"}  # fmt: skip
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
-DOWNLOAD_ATTEMPTS = 5  # without getting any further
+DOWNLOAD_ATTEMPTS, RETRY_SECONDS = 5, 1.0  # without getting any further; doubled each time
 EOT = "<|endoftext|>"
 BATCH_CHARS = 1 << 18
 
@@ -733,7 +733,7 @@ def fetch(url: str, path: str) -> None:
                 if failures == DOWNLOAD_ATTEMPTS:
                     raise UserError(f"cannot download {url} ({type(e).__name__}: {str(e)[:200]}): "
                                     "check the network, then run this again") from None  # fmt: skip
-                time.sleep(0.5 * 2**failures)
+                time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
 
 
 def verify(folder: str) -> None:

@@ -47,7 +47,8 @@ DROP_SURROGATES = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace
 def command(*flags: str, batch_chars: int | None = None) -> list[str]:
     if batch_chars is None:
         return [sys.executable, str(ROOT / "prepare_fineweb.py"), *flags]
-    code = f"import prepare_fineweb as p; p.BATCH_CHARS = {batch_chars}; p.run(p.main)"
+    set_ = f"p.BATCH_CHARS = {batch_chars}; p.RETRY_SECONDS = 0.05"
+    code = f"import prepare_fineweb as p; {set_}; p.run(p.main)"
     return [sys.executable, "-c", code, *flags]
 
 
@@ -989,7 +990,7 @@ def test_pretokenized_that_cannot_be_had(tmp_path, hub, how):
     out = tmp_path / "out"
     start = time.monotonic()
     needle = "damaged" if how in ("id", "magic", "size") else "cannot download"
-    fails(prep("--pretokenized=1", f"--out_dir={out}", env=env), needle)
+    fails(prep("--pretokenized=1", f"--out_dir={out}", env=env, batch_chars=1000), needle)
     assert time.monotonic() - start < 60
     kept = {} if how == "no server" else {"fineweb_val_000000.bin": have["fineweb_val_000000.bin"]}
     assert only_shards(out) == kept
