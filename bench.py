@@ -12,6 +12,7 @@ in a model. Times are medians over the rounds; ratios are medians of the rounds'
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -235,7 +236,8 @@ def make_step(
     batch = torch.randint(model.config.vocab_size, size).to(device)
     cast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     optimizers = train.make_optimizers(model, flags)
-    ready = train.compile_and_check(model, optimizers, flags, cast, say)
+    with contextlib.redirect_stdout(sys.stderr):  # what it says is not part of the table
+        ready = train.compile_and_check(model, optimizers, flags, cast)
     failed = torch.zeros((), device=device)
     return lambda: train.train_step(ready, optimizers, [batch], flags, 0, failed, cast)
 
