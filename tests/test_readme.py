@@ -47,6 +47,7 @@ def test_the_example_is_about_fifteen_lines():
     assert len(PYTHON[0].splitlines()) <= 15
 
 
+@pytest.mark.timeout(900)
 def test_every_other_command_runs(project):
     """In one test, as later commands use what earlier ones made."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
@@ -62,7 +63,7 @@ def test_every_other_command_runs(project):
             env={**os.environ, "PATH": path},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
         )
         assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         assert "Traceback" not in done.stderr
