@@ -819,7 +819,13 @@ def main() -> None:
         claim_out_dir(cfg, versions(device) | made_with, step if checkpoint else None)
     if ddp:  # NCCL carries the gradients of GPUs, gloo all that is on the CPU; every wait has an end
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        wait = timedelta(minutes=10)
+        # torchrun's store outlives the ranks, and ranks that it starts again must not read the dead
+        # ones' addresses (pytorch issue 135712). Nodes need not agree on the count of restarts.
+        store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
         found = [(step, shards)] * world
         dist.all_gather_object(found, (step, shards))
         if any(other != found[0] for other in found):
