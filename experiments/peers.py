@@ -133,12 +133,12 @@ def main() -> None:
         lr_decay_iters=10**6,
         compile=cfg.compile,
     )
-    models = {"ours": GPT(GPTConfig(**shape, n_kv_head=cfg.n_head)).to(device)}
-    calls = {"ours": bench.make_step(models["ours"], flags, device, dtype)}
     peers = {"Hugging Face": hugging_face} if cfg.hf else {}
     peers |= {"nanoGPT": nanogpt} if cfg.nanogpt else {}
-    for peer, make in peers.items():
-        model, loss = make(cfg)
+    peers = {peer: make(cfg) for peer, make in peers.items()}
+    models = {"ours": GPT(GPTConfig(**shape, n_kv_head=cfg.n_head)).to(device)}
+    calls = {"ours": bench.make_step(models["ours"], flags, device, dtype)}
+    for peer, (model, loss) in peers.items():
         models[peer] = model.to(device)
         calls[peer] = peer_step(models[peer], loss, cfg, device, dtype)
     peaks = {}

@@ -1,0 +1,221 @@
+"""bench.py, peers.py and gpu.sh from outside: what they print and write, never how fast it was."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# One round: a median of ratios is then the ratio of the medians, and one checks the other.
+TINY = ["--rounds=1", "--compile=False", "--device=cpu"]
+FFN = ["--d=64", "--h=128", "--tokens=32"]
+STEP = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--ffn_hidden=64", "--block_size=16"]
+STEP += ["--micro_batch_size=2", "--vocab_size=128"]
+
+
+def call(script: str, *args: object) -> subprocess.CompletedProcess:
+    """One thread: two tests at once on two cores would wait for each other's."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+
+
+def rows(script: str, path: Path, *args: object) -> tuple[dict, dict, str]:
+    """The JSON written, its rows by name, what was printed."""
+    done = call(script, *args, f"--json={path}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    return result, {row.get("ffn", row.get("what")): row for row in result["rows"]}, done.stdout
+
+
+def finite(row: dict) -> bool:
+    return all(math.isfinite(v) for v in row.values() if isinstance(v, (int, float)))
+
+
+def test_ffn_table(tmp_path):
+    """Costs equal the formulas, shares and ratios are sane, SwiGLU is 1.000 of itself, the plot is
+    a picture; every FFN is there by default."""
+    path, plot = tmp_path / "ffn.json", tmp_path / "ffn.png"
+    result, by_name, text = rows("bench.py", path, *TINY, *FFN, f"--plot={plot}")
+    d, h, n = 64, 128, 32
+    assert (result["d"], result["h"], result["tokens"]) == (d, h, n)
+    assert len(by_name) == len(result["rows"]) == 13
+    swiglu, dsg, sparse = by_name["swiglu"], by_name["dsg"], by_name["sparseglu"]
+    assert swiglu["params"] == 3 * d * h
+    assert swiglu["flops"] == swiglu["active_flops"] == 6 * d * h
+    assert dsg["flops"] == 8 * d * h
+    predictor = 32 * 64 + 64 * h
+    assert sparse["flops"] == 6 * d * h + 2 * predictor
+    assert sparse["active_flops"] == 6 * d * h // 4 + 2 * predictor
+    assert swiglu["ratio"] == 1
+    assert swiglu["spread"] == 0
+    for row in by_name.values():
+        assert finite(row)
+        assert row["forward_ms"] > 0
+        assert math.isclose(row["share"], row["products_ms"] / row["both_ms"])
+        assert math.isclose(row["ratio"], row["both_ms"] / swiglu["both_ms"])
+        assert math.isclose(row["tok_per_s"], n / row["both_ms"] * 1e3, rel_tol=1e-6)
+        # The gradients of all weights that are trained, and of x, are alive at the end.
+        assert row["peak_mib"] * 2**20 >= 4 * (n * d + 0.9 * 3 * d * h * (2 / 3))
+        assert row["ffn"] in text
+    executed = 3 * swiglu["flops"] * n  # a backward pass is two forward ones
+    assert math.isclose(swiglu["tflops"], executed / swiglu["both_ms"] * 1e3 / 1e12, rel_tol=1e-6)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert plot.stat().st_size > 5000
+
+
+def test_peak_memory_of_known_tensors():
+    """What was alive at the worst moment: not what is left at the end, not the sum of all."""
+    import torch
+
+    import bench
+
+    def call():
+        a = torch.zeros(1_000_000)
+        b = a + 1
+        del a
+        return b + 1, torch.zeros(500_000)
+
+    assert bench.peak_memory(call, torch.device("cpu")) == 4 * 2_500_000
+
+
+def test_decode_table(tmp_path):
+    """Sparse FFNs decode, dense ones go forward; bytes and the ideal follow from the formulas."""
+    args = ["--mode=decode", *TINY, "--d=64", "--h=256", "--layers=2", "--ffn=sparseglu,gelu,spark"]
+    result, by_name, _ = rows("bench.py", tmp_path / "d.json", *args)
+    assert list(by_name) == ["sparseglu", "gelu", "spark"]
+    assert result["layers"] == 2
+    assert by_name["gelu"]["path"] == "forward"
+    assert by_name["spark"]["path"] == "decode"
+    assert math.isclose(by_name["gelu"]["ideal"], 1.5)
+    active = 2 * (32 * 64 + 64 * 256 + 3 * 64 * 64)
+    assert by_name["sparseglu"]["active_flops"] == active
+    assert math.isclose(by_name["sparseglu"]["read_mib"], active / 2 * 4 / 2**20)
+    for row in by_name.values():
+        assert finite(row)
+        assert row["ms"] > 0
+    faster = by_name["gelu"]["ms"] / by_name["spark"]["ms"]
+    assert math.isclose(by_name["spark"]["speedup"] / by_name["gelu"]["speedup"], faster)
+
+
+def test_step_table_and_profile(tmp_path):
+    """A step's FLOPs by the formula, memory not below weights and optimizer state, no MFU on a CPU,
+    and a trace that tools can read."""
+    args = ["--mode=step", *TINY, *STEP, f"--profile={tmp_path / 'trace'}", "--ffn=geglu,spark:k=0.1"]
+    result, by_name, text = rows("bench.py", tmp_path / "s.json", *args)
+    row = by_name["geglu"]
+    matrices = 4 * 32 * 32 + 3 * 32 * 64 + 128 * 32
+    assert row["flops"] == 6 * matrices + 6 * 32 * 16
+    assert row["params"] == matrices + 3 * 32 + 2 * 16  # norms: three of 32, q and k of 16
+    assert row["mfu"] is None
+    assert "n/a" in text
+    assert row["peak_mib"] * 2**20 >= 12 * row["params"]
+    assert math.isclose(row["tok_per_s"], 32 / row["ms"] * 1e3, rel_tol=1e-6)
+    assert math.isclose(row["over_products"], row["ms"] / row["products_ms"])
+    assert result["n_kv_head"] == 2
+    traces = list((tmp_path / "trace").iterdir())
+    assert len(traces) == 2
+    for trace in traces:
+        names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
+        assert any("mm" in name for name in names)
+    assert text.count("Self CPU time total") == 2
+
+
+def test_data_table(tmp_path):
+    """The loader is timed against a whole step of config/smoke.py."""
+    _, by_name, _ = rows("bench.py", tmp_path / "l.json", "--mode=data", *TINY)
+    (row,) = by_name.values()
+    assert math.isclose(row["of_step"], row["ms"] / row["step_ms"])
+    assert math.isclose(row["tok_per_s"], 16 * 256 / row["ms"] * 1e3, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "args, word",
+    [
+        (["--mode=fnn"], "fnn"),
+        (["--ffn=swigul"], "swiglu"),
+        (["--ffn=swiglu,"], "unknown ffn"),
+        (["--ffn=sparseglu:k=2"], "k=2"),
+        (["--rounds=0"], "rounds"),
+        (["--d=-1"], "d=-1"),
+        (["--d=30", "--ffn=sparseglu"], "r=32"),
+        (["--device=tpu"], "tpu"),
+        (["--device=cuda:7"], "cuda:7"),
+        (["--dtype=float16"], "float16"),
+        (["--json=no/such/folder/x.json"], "no/such/folder"),
+        (["--mode=decode", "--plot=x.png"], "--plot"),
+        (["--profile=x"], "--profile"),
+        (["--mode=step", "--n_head=5"], "n_head"),
+        (["--token=3"], "tokens"),
+    ],
+)
+def test_errors_are_one_line(args, word, monkeypatch, capsys):
+    """A mistake costs the user one line that names it, before any table. In this process, as
+    importing torch fifteen times takes a minute."""
+    import bench
+    import configurator
+
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds=1", "--compile=False", *args])
+    with pytest.raises(SystemExit) as stop:
+        configurator.run(bench.main)
+    assert capsys.readouterr().out == ""
+    assert stop.value.code.startswith("error: ")
+    assert word in stop.value.code
+    assert "\n" not in stop.value.code
+
+
+def test_peers(tmp_path):
+    """Hugging Face and nanoGPT (here a stand-in with its interface) beside ours, of one size."""
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    (tmp_path / "model.py").write_text(
+        "from dataclasses import dataclass\n"
+        "import torch.nn as nn\n"
+        "import torch.nn.functional as F\n"
+        "@dataclass\n"
+        "class GPTConfig:\n"
+        "    block_size: int\n    vocab_size: int\n    n_layer: int\n    n_head: int\n"
+        "    n_embd: int\n    dropout: float\n    bias: bool\n"
+        "class GPT(nn.Module):\n"
+        "    def __init__(self, c):\n"
+        "        super().__init__()\n"
+        "        self.a = nn.Embedding(c.vocab_size, c.n_embd)\n"
+        "        self.b = nn.Linear(c.n_embd, c.vocab_size, bias=c.bias)\n"
+        "    def forward(self, idx, targets):\n"
+        "        y = self.b(self.a(idx))\n"
+        "        return y, F.cross_entropy(y.view(-1, y.size(-1)), targets.view(-1))\n"
+    )
+    args = [*TINY, *STEP, f"--nanogpt={tmp_path}"]
+    _, by_name, _ = rows("experiments/peers.py", tmp_path / "p.json", *args)
+    assert list(by_name) == ["ours", "Hugging Face", "nanoGPT"]
+    assert by_name["ours"]["params"] == by_name["Hugging Face"]["params"]
+    assert by_name["ours"]["ours_faster"] == 1
+    for row in by_name.values():
+        assert math.isclose(row["ours_faster"], row["ms"] / by_name["ours"]["ms"])
+        assert row["peak_mib"] * 2**20 >= 12 * row["params"]
+
+
+def test_peers_needs_a_clone():
+    """An error of the whole program: its exit code, one line, no traceback."""
+    done = call("experiments/peers.py", *TINY, *STEP, "--hf=False", "--nanogpt=/nowhere")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: --nanogpt")
+
+
+def test_gpu_script_without_a_gpu():
+    """It says so in one line, before it does anything."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", str(ROOT / "experiments" / "gpu.sh")], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
