@@ -628,7 +628,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q = rotate(self.q_norm(widen(q)), cos, sin).to(v.dtype).transpose(1, 2)  # (B, n_head, T, head_dim)
+        q = rotate(self.q_norm(widen(q)), cos, sin).to(v.dtype).transpose(1, 2)  # (B, heads, T, hd)
         k = rotate(self.k_norm(widen(k)), cos, sin).to(v.dtype).transpose(1, 2)
         if cache is not None:  # [k, v] of the tokens so far; empty before the first
             if cache:
