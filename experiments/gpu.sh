@@ -27,7 +27,7 @@ else
     results=out/gpu-dry-run
     ffn="--d=64 --h=128 --tokens=64 --compile=False" decode="--d=64 --h=128 --compile=False"
     model="--n_layer=2 --n_head=2 --n_embd=64 --ffn_hidden=128 --block_size=64 --compile=False"
-    run="--batch_size=4 --micro_batch_size=2 --max_iters=5 --val_tokens=256"
+    run="--n_kv_head=2 --batch_size=4 --micro_batch_size=2 --max_iters=5 --val_tokens=256"
     step="--micro_batch_size=2"
     rounds=2
 fi
