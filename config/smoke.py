@@ -12,16 +12,16 @@ n_embd = 128
 ffn_hidden = 384
 block_size = 256
 
-max_iters = 300
+max_iters = 220
 batch_size = 16
 micro_batch_size = 16
 learning_rate = 2e-3
 min_lr = 2e-4
 warmup_iters = 20
 
-eval_interval = 100
+eval_interval = 110
 val_tokens = 65536
-save_interval = 100
+save_interval = 110
 compile = False  # compiling takes longer than these steps
 sample_tokens = 200
 prompt = "def "
