@@ -21,7 +21,6 @@ import inspect
 import math
 import os
 import re
-import signal
 import sys
 import time
 import typing
@@ -40,9 +39,8 @@ def run(main: Callable[[], object]) -> None:
         main()
     except UserError as e:
         if os.environ.get("RANK", "0") != "0":
-            # As a rule rank 0 has the same error. Let it print: torchrun kills all when one exits.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
+            time.sleep(10)  # torchrun kills all ranks when the first one exits: let rank 0 print
+            sys.exit(1)
         sys.exit("error: " + " ".join(str(e).split()))
     except BrokenPipeError:  # `python bench.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
