@@ -434,7 +434,8 @@ def train_step(
             optimizer.grad_scale, optimizer.found_inf = divisor, (failed > 0).float()
             optimizer.step()
         elif not failed:  # Muon: waits for the device
-            torch._foreach_div_([p.grad for p in optimizer.param_groups[0]["params"]], divisor)
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            torch._foreach_div_(grads, divisor)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return total, norm

@@ -4,8 +4,8 @@ Sparse Gated FFN (Aardvark, 2025): what the paper states of its run.
     torchrun --nproc_per_node=8 train.py config/sparsegated.py
     python experiments/compare.py --paper=sparsegated config/sparsegated.py
 
-Stated: 134M parameters, 100K steps, batch 1024, top-k of 0.15 h. Sequence length and learning rate
-are not stated.
+Stated: 134M parameters, 100K steps, batch 1024, top-k of 0.15 h. Sequence length, learning rate
+and warm-up are not stated: those here are ours.
 
     reported   5.0902 (claimed at 0.15x the FLOPs)   no key-value split 5.2341
                no residual gate 5.4123   50% sparsity 5.0321   SwiGLU 4.927

@@ -6,7 +6,7 @@ SparseGLU (Aardvark, 2025): what the paper states of its run.
 
 Stated: 134M parameters, 50K steps, learning rate 6e-4 with cosine, batch 256, k of 25%, a predictor
 of 32-64-h. Its FFN of 1536 x 8960 belongs to Qwen2-1.5B and fits no 134M model: it is a shape for
-bench.py. Sequence length is not stated.
+bench.py. Sequence length and warm-up are not stated: ours.
 
     reported   SparseGLU 5.0202   SwiGLU 4.927   GEGLU 4.8734
 
