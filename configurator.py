@@ -21,6 +21,7 @@ import inspect
 import math
 import os
 import re
+import signal
 import sys
 import time
 import typing
@@ -34,14 +35,17 @@ class UserError(ValueError):
 
 
 def run(main: Callable[[], object]) -> None:
-    """Call main(); a UserError becomes one line on stderr (of rank 0) and exit code 1."""
+    """Call main(); a UserError becomes one line on stderr and exit code 1. What all ranks find,
+    rank 0 prints, and torchrun then ends the others; who is still there later found it alone."""
     try:
         main()
     except UserError as e:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)  # torchrun kills all ranks when the first one exits: let rank 0 print
-            sys.exit(1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
         sys.exit("error: " + " ".join(str(e).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # `python bench.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

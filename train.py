@@ -124,7 +124,7 @@ def check_flags(cfg: Config, world: int) -> None:
     if max(cfg.seed, cfg.data_seed) >= 2**32:
         raise UserError("--seed and --data_seed must be below 2**32")
     per_pass = world * cfg.micro_batch_size
-    if cfg.batch_size % per_pass:
+    if cfg.batch_size % per_pass and not cfg.eval_only:
         near = max(1, cfg.batch_size // per_pass) * per_pass
         raise UserError(
             f"--batch_size={cfg.batch_size} is not a multiple of ranks x micro_batch_size = {world} x "
@@ -805,7 +805,7 @@ def main() -> None:
     if checkpoint and checkpoint["shards"] != shards and not cfg.eval_only:
         raise UserError(f"{cfg.data_dir} has other shards than the checkpoint's run: restore them")
     counts = window_counts(data.train, cfg.block_size)
-    if counts.sum() < cfg.batch_size:
+    if counts.sum() < cfg.batch_size and not cfg.eval_only:
         raise UserError(
             f"{cfg.data_dir} has {counts.sum():,} windows of {cfg.block_size} tokens, fewer than one "
             f"batch of {cfg.batch_size}: lower --batch_size or prepare more data"
@@ -988,7 +988,7 @@ def main() -> None:
         if not ddp or not re.search("gloo|NCCL|onnection|peer|timed out|imeout", str(e)):
             raise
         raise UserError(
-            f"another rank is gone, nothing was saved after step {step} ({str(e).splitlines()[0]}): "
+            f"another rank is gone, nothing was saved after step {step} ({str(e)[:80].splitlines()[0]}): "
             "go on from the last checkpoint with --init_from=auto"
         ) from None
 
