@@ -886,19 +886,22 @@ def main() -> None:
             if wandb:
                 wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
+    def not_finite(what: str) -> UserError:
+        kept = "no checkpoint was saved yet"
+        if checkpoint_step is not None:
+            kept = f"the last good checkpoint is {ckpt_path} at step {checkpoint_step}"
+        return UserError(f"{what}; {kept}: lower --learning_rate or look at the FFN")
+
     def check_finite() -> None:
         """Waits for the device."""
         if failed:
-            kept = "no checkpoint was saved yet"
-            if checkpoint_step is not None:
-                kept = f"the last good checkpoint is {ckpt_path} at step {checkpoint_step}"
-            raise UserError(
-                f"step {int(failed)}: loss or gradient is not finite, the weights were not changed; "
-                f"{kept}: lower --learning_rate or look at the FFN"
-            )
+            what = "loss or gradient is not finite, the weights were not changed"
+            raise not_finite(f"step {int(failed)}: {what}")
 
     def save() -> None:
         nonlocal checkpoint_step
+        if not all(p.isfinite().all() for p in raw.parameters()):  # a learning rate beyond float32
+            raise not_finite(f"step {step}: a weight is not finite")
         state = {"model": raw.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         state |= {"step": step, "flags": asdict(cfg), "shards": shards}
         if rank == 0:

@@ -471,6 +471,13 @@ def test_non_finite(here: Path, optimizer: str):
     assert "Infinity" not in text
 
 
+def test_infinite_weights_are_not_saved(here: Path):
+    """A learning rate beyond float32 makes them from a finite gradient, which no loss shows yet."""
+    values = {"learning_rate": 1e39, "warmup_iters": 0, "n_layer": 1, "save_interval": 1}
+    start(here, out_dir="o", **values).fails("step 1: a weight is not finite", "no checkpoint")
+    assert not (here / "o" / "ckpt.pt").exists()
+
+
 def test_non_finite_with_two_ranks(here: Path):
     """As above; nothing was saved yet, and the failed update is not saved either."""
     values = {"learning_rate": 1e30, "warmup_iters": 0, "n_layer": 1, "micro_batch_size": 1}
