@@ -501,6 +501,8 @@ def main() -> None:
         if not Path(path).resolve().parent.is_dir():
             raise UserError(f"cannot write {path}: its folder does not exist")
     device, dtype, name = pick_device(cfg)
+    if device.type == "cpu":
+        train.keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked for on a GPU
     torch._dynamo.config.recompile_limit = 64  # specs of one class share its code
 

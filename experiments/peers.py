@@ -1,19 +1,22 @@
 """
-The training step against what people would use instead, step by step in turn in one process.
+The training step against what people would use instead, step by step in turn.
 
     python experiments/peers.py                                  # Hugging Face's Qwen3
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     python experiments/peers.py --nanogpt=../nanoGPT             # and nanoGPT
 
 All are compiled, of one shape, in one dtype, with fused AdamW and clipping; each computes the loss
-its own way. nanoGPT's FFN is GELU of width 4 n_embd, which at ffn_hidden = 8/3 n_embd has as many
-parameters. The figures are those of `bench.py --mode=step`, whose functions these are.
+its own way, in a process of its own with the memory allocator as its trainer has it. nanoGPT's
+FFN is GELU of width 4 n_embd, which at ffn_hidden = 8/3 n_embd has as many parameters. The figures
+are those of `bench.py --mode=step`, whose functions these are.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
+import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
@@ -116,14 +119,10 @@ def peer_step(
     return step
 
 
-def main() -> None:
-    cfg, _ = configure(Config, sys.argv[1:])
-    for name, value in vars(cfg).items():
-        if type(value) is int and value < (0 if name == "seed" else 1):
-            raise UserError(f"--{name}={value} is too small")
-    device, dtype, name = bench.pick_device(cfg)
-    torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")
+def our_step(cfg: Config, device: torch.device, dtype: torch.dtype):
+    """Our model, its step by train.py's own functions, and the step's matrix products alone."""
+    if device.type == "cpu":
+        train.keep_freed_memory()
     shape = {k: getattr(cfg, k) for k in bench.SHAPE if hasattr(cfg, k)}
     flags = train.Config(
         **{k: v for k, v in shape.items() if k != "vocab_size"},
@@ -133,37 +132,84 @@ def main() -> None:
         lr_decay_iters=10**6,
         compile=cfg.compile,
     )
-    peers = {"Hugging Face": hugging_face} if cfg.hf else {}
-    peers |= {"nanoGPT": nanogpt} if cfg.nanogpt else {}
-    peers = {peer: make(cfg) for peer, make in peers.items()}
-    models = {"ours": GPT(GPTConfig(**shape, n_kv_head=cfg.n_head)).to(device)}
-    calls = {"ours": bench.make_step(models["ours"], flags, device, dtype)}
-    for peer, (model, loss) in peers.items():
-        models[peer] = model.to(device)
-        calls[peer] = peer_step(models[peer], loss, cfg, device, dtype)
-    peaks = {}
-    for system, step in calls.items():
-        bench.say(f"preparing {system}")
-        step()
-        peaks[system] = bench.peak_memory(step, device) + bench.at_rest(models[system])
+    model = GPT(GPTConfig(**shape, n_kv_head=cfg.n_head)).to(device)
     n = cfg.micro_batch_size * cfg.block_size
-    calls["products"], _ = bench.products(models["ours"], n, device, dtype)
-    times = bench.measure(calls, cfg.rounds, device)
+    return model, {
+        "ours": bench.make_step(model, flags, device, dtype),
+        "products": bench.products(model, n, device, dtype)[0],
+    }
 
-    rows = []
-    for system in models:
+
+PEERS = {"Hugging Face": hugging_face, "nanoGPT": nanogpt}
+
+
+def contend(cfg: Config, system: str, pipe) -> None:
+    """The life of a contender: sends its parameters and peak memory, then runs what it is told."""
+    try:
+        device, dtype, _ = bench.pick_device(cfg)
+        torch.manual_seed(cfg.seed)
+        torch.set_float32_matmul_precision("high")
+        if system == "ours":
+            model, calls = our_step(cfg, device, dtype)
+        else:
+            model, loss = PEERS[system](cfg)
+            model = model.to(device)
+            calls = {system: peer_step(model, loss, cfg, device, dtype)}
+        calls[system]()  # compiles
+        peak = bench.peak_memory(calls[system], device) + bench.at_rest(model)
+        pipe.send((sum(p.numel() for p in model.parameters()), peak))
+        gc.disable()
+        while name := pipe.recv():
+            calls[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            pipe.send(name)
+    except UserError as e:
+        pipe.send(e)
+
+
+def main() -> None:
+    cfg, _ = configure(Config, sys.argv[1:])
+    for name, value in vars(cfg).items():
+        if type(value) is int and value < (0 if name == "seed" else 1):
+            raise UserError(f"--{name}={value} is too small")
+    _, dtype, name = bench.pick_device(cfg)
+    systems = ["ours", *["Hugging Face"] * cfg.hf, *["nanoGPT"] * bool(cfg.nanogpt)]
+    spawn, pipes, about = multiprocessing.get_context("spawn"), {}, {}
+    for system in reversed(systems):  # what may be missing first
+        bench.say(f"preparing {system}")
+        pipes[system], other = spawn.Pipe()
+        spawn.Process(target=contend, args=(cfg, system, other), daemon=True).start()
+        other.close()
+        try:
+            about[system] = pipes[system].recv()
+        except EOFError:
+            raise UserError(f"{system} ended before its first step, see above") from None
+        if isinstance(about[system], UserError):
+            raise about[system]
+
+    def told(pipe, name: str) -> Callable[[], None]:
+        return lambda: (pipe.send(name), pipe.recv())
+
+    calls = {system: told(pipes[system], system) for system in systems}
+    calls["products"] = told(pipes["ours"], "products")
+    times = bench.measure(calls, cfg.rounds, torch.device("cpu"))  # by this process's clock
+
+    rows, n = [], cfg.micro_batch_size * cfg.block_size
+    for system in systems:
         seconds = statistics.median(times[system])
         rows.append({
             "what": system,
-            "params": sum(p.numel() for p in models[system].parameters()),
+            "params": about[system][0],
             "ms": 1e3 * seconds,
             "tok_per_s": n / seconds,
             "over_products": bench.ratio(times[system], times["products"]),
             "ours_faster": bench.ratio(times[system], times["ours"]),
             "spread": bench.spread(times[system], times["ours"]),
-            "peak_mib": peaks[system] / 2**20,
+            "peak_mib": about[system][1] / 2**20,
         })  # fmt: skip
-    result = {"device": name, "dtype": str(dtype)[6:], "torch": torch.__version__, **shape}
+    result = {"device": name, "dtype": str(dtype)[6:], "torch": torch.__version__}
+    result |= {k: getattr(cfg, k) for k in bench.SHAPE if hasattr(cfg, k)}
     result |= {"micro_batch_size": cfg.micro_batch_size, "rounds": cfg.rounds, "rows": rows}
     bench.report(result, cfg.json)
 
