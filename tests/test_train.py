@@ -22,11 +22,14 @@ from trainer import (
     ROOT,
     SIZES,
     TINY,
+    TRAIN,
     Run,
     assert_same_run,
+    flags,
     load,
     losses,
     make_data,
+    one_line,
     rows,
     same_bits,
     start,
@@ -365,6 +368,53 @@ def test_files_of_a_run(here: Path, schedule: str):
     }
     assert checkpoint["model"].keys() == GPT(build(checkpoint).config).state_dict().keys()
     assert {t.dtype for t in checkpoint["model"].values()} == {torch.float32}
+
+
+def wandb_history(path: Path) -> list[dict]:
+    """The logged rows of a .wandb file: protobuf records in LevelDB's log format (blocks of 32 KiB;
+    each piece has a checksum, a length and a kind: 1 whole, 2 first, 3 middle, 4 last)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    raw, at, record, found = path.read_bytes(), 7, b"", []  # after ":W&B" and a version
+    while at + 7 <= len(raw):
+        left = 2**15 - at % 2**15
+        size, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        if left < 7 or kind == 0:  # padding to the end of the block
+            at += left
+            continue
+        record, at = record + raw[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):
+            items = Record.FromString(record).history.item
+            row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+            record, found = b"", found + [row] * bool(row)
+    return found
+
+
+def test_wandb_says_the_same_as_the_log(here: Path):
+    """--wandb_project, offline: what Weights & Biases keeps of each step is what log.jsonl has."""
+    pytest.importorskip("wandb")
+    env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    train(here, out_dir="o", ffn="asg", max_iters=6, eval_interval=3, wandb_project="p", env=env)
+    (path,) = (here / "o").glob("wandb/offline-run-*/*.wandb")
+    kept = wandb_history(path)
+    steps: dict[int, dict] = {}
+    for line in (here / "o" / "log.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        steps.setdefault(row.pop("step"), {}).update(row)
+    assert [row["_step"] for row in kept] == list(steps) == list(range(7))
+    for row, expected in zip(kept, steps.values()):
+        assert {k: v for k, v in row.items() if k[0] != "_"} == expected
+
+
+def test_wandb_that_is_missing(here: Path):
+    """An optional import: one line with the cure."""
+    (here / "hidden").mkdir()
+    (here / "hidden" / "wandb.py").write_text("raise ImportError")
+    code = f"import runpy, sys; sys.path[:0] = ['hidden', {str(ROOT)!r}]\n"
+    code += f"runpy.run_path({TRAIN!r}, run_name='__main__')"
+    argv = [sys.executable, "-c", code, *flags(out_dir="o", max_iters=2, wandb_project="p")]
+    done = subprocess.run(argv, cwd=here, capture_output=True, text=True)
+    one_line(done.returncode, done.stderr, "pip install wandb")
 
 
 def test_what_is_printed_before_the_first_step(here: Path):
