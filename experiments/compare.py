@@ -589,8 +589,9 @@ def explain(rows: list[dict], runs: list[Run], left_out: list[str], cfg: Config)
     flags, made = runs[0].flags, runs[0].made
     per_step = flags["batch_size"] * flags["block_size"]
     defaults = asdict(train.Config(lr_decay_iters=flags["max_iters"]))
-    other = [f"--{k}={flags[k]}" for k in flags
-             if k not in NEUTRAL | VARIED and flags[k] != defaults[k]]  # fmt: skip
+    rates = sorted({r.flags["learning_rate"] for r in runs})
+    hidden = NEUTRAL | VARIED - ({"learning_rate", "min_lr"} if len(rates) == 1 else set())
+    other = [f"--{k}={flags[k]}" for k in flags if k not in hidden and flags[k] != defaults[k]]
     commits = sorted({str(r.made.get("git_commit")) for r in runs})
     tested = sum(row["p_holm"] is not None for row in rows)
     notes = [
@@ -627,8 +628,7 @@ def explain(rows: list[dict], runs: list[Run], left_out: list[str], cfg: Config)
             "(params): as wide as makes the FFN's parameters match SwiGLU's; compared with the same "
             "SwiGLU runs. An FFN of which that is the same width has one row.",
         )
-    if len({r.flags["learning_rate"] for r in runs}) > 1:
-        rates = sorted({r.flags["learning_rate"] for r in runs})
+    if len(rates) > 1:
         notes.append(
             f"Learning rates {', '.join(f'{rate:g}' for rate in rates)} were tried for every row, "
             "min_lr in proportion; each row shows its best by mean val loss. Picking on the same "

@@ -478,9 +478,10 @@ def test_a_sweep_shows_the_best_rate_of_each(tmp_path):
 def test_one_run_and_many_rows_are_plotted(tmp_path):
     """What train.py's summary offers: --report of one single run, its table and plot in its own
     folder. And 12 rows get the second figure."""
-    make_run(tmp_path / "out" / "only", [6, 3, 2], ffn="asg", active=0.3)
+    make_run(tmp_path / "out" / "only", [6, 3, 2], ffn="asg", active=0.3, learning_rate=0.003)
     out = works(tmp_path, "--report", "out/only")
     assert "no SwiGLU run to compare with" in out
+    assert "--learning_rate=0.003" in out  # what the runs were made with
     for name in ("compare.md", "compare.json", "compare.png"):
         assert (tmp_path / "out" / "only" / name).stat().st_size > 200
 
