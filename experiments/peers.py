@@ -159,13 +159,16 @@ def contend(cfg: Config, system: str, pipe) -> None:
         peak = bench.peak_memory(calls[system], device) + bench.at_rest(model)
         pipe.send((sum(p.numel() for p in model.parameters()), peak))
         gc.disable()
-        while name := pipe.recv():
+        while True:
+            name = pipe.recv()
             calls[name]()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             pipe.send(name)
     except UserError as e:
         pipe.send(e)
+    except (EOFError, KeyboardInterrupt):  # the table is printed, or nobody waits for it
+        pass
 
 
 def main() -> None:
