@@ -395,7 +395,8 @@ def check_gradients(model: GPT, optimizers: list[torch.optim.Optimizer]) -> list
 
 def keep_freed_memory() -> None:
     """Have glibc reuse what tensors free. It would map each tensor over 32 MB anew, and the kernel
-    page it in 4 KB at a time: a tenth or more of a step on CPU (experiments/LOG.md)."""
+    page it in 4 KB at a time: a tenth or more of a step with a large vocabulary on CPU
+    (experiments/LOG.md)."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # musl has none
         mallopt(-4, 0)  # M_MMAP_MAX: map nothing

@@ -143,8 +143,9 @@ bench step --mode=step $model $step
 bench data --mode=data
 if $python -c 'import transformers' 2>/dev/null; then
     part "bench: peers"
-    $python experiments/peers.py --device="$device" --rounds=$rounds $model $step \
-        --json="$work/peers.json" 2>"$work/err" | tee "$work/peers.txt"
+    { $python experiments/peers.py --device="$device" --rounds=$rounds $model $step \
+        --json="$work/peers.json" 2>"$work/err" || { cat "$work/err" >&2; false; }; } |
+        tee "$work/peers.txt"
 else
     echo "not measured: transformers is not installed" | tee "$work/peers.txt"
 fi
