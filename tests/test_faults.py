@@ -691,8 +691,8 @@ def test_thirty_kills(here: Path):
     is under way: there is a whole checkpoint each time, --init_from=auto goes on from it, and the
     weights at the end are those of an undisturbed run."""
     rng = random.Random(0)
-    values = {"n_layer": 2, "max_iters": 400, "save_interval": 3, "eval_interval": 50}
-    train(here, **{**values, "out_dir": "straight", "save_interval": 400})
+    values = {"n_layer": 2, "max_iters": 1500, "save_interval": 3, "eval_interval": 50}
+    train(here, **{**values, "out_dir": "straight", "save_interval": 1500})
     kills, during_save, steps = 0, 0, []
     while kills < 30:
         run = start(here, out_dir="o", init_from="auto", **values)
