@@ -266,7 +266,8 @@ def profile(step: Callable, folder: Path, spec: str, device: torch.device) -> No
 def bench_data(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> dict:
     smoke = Path(__file__).with_name("config") / "smoke.py"
     flags = read_config_file(str(smoke), get_type_hints(train.Config))
-    flags = train.Config(**{k: v for k, v in flags.items() if k != "out_dir"}, lr_decay_iters=220)
+    flags = train.Config(**{k: v for k, v in flags.items() if k != "out_dir"})
+    flags.lr_decay_iters = flags.max_iters
     B, T = flags.batch_size, flags.block_size
     generator = np.random.default_rng(cfg.seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -584,6 +584,11 @@ def markdown(rows: list[dict], notes: list[str], title: str, detect: float) -> s
     return "\n".join([f"# {title}", "", *table, "", *(f"- {note}" for note in notes), ""])
 
 
+def command() -> str:
+    """This one, as a reader types it: without the place of the project on this machine."""
+    return shlex.join(["python", "experiments/compare.py", *sys.argv[1:]])
+
+
 def explain(rows: list[dict], runs: list[Run], left_out: list[str], cfg: Config) -> list[str]:
     """What a reader must know to read the table, in words."""
     flags, made = runs[0].flags, runs[0].made
@@ -637,7 +642,7 @@ def explain(rows: list[dict], runs: list[Run], left_out: list[str], cfg: Config)
     if left_out:
         notes.append("Not finished, left out: " + ", ".join(left_out))
     if not cfg.report:
-        notes.append(f"Command: `python {shlex.join(sys.argv)}`")
+        notes.append(f"Command: `{command()}`")
     if cfg.jobs > 1:
         notes.append(f"{cfg.jobs} runs side by side.")
     return notes
@@ -832,7 +837,7 @@ def publish(runs: list[Run], cfg: Config, folder: str, left_out: list[str]) -> N
     notes = explain(rows, runs, left_out, cfg)
     text, path = markdown(rows, notes, title, cfg.detect), os.path.join(folder, "compare")
     flags = {k: v for k, v in runs[0].flags.items() if k not in NEUTRAL | VARIED}
-    record = {"title": title, "command": shlex.join(sys.argv), "detect": cfg.detect, "rows": rows}
+    record = {"title": title, "command": command(), "detect": cfg.detect, "rows": rows}
     record |= {"notes": notes, "flags": flags, "made": runs[0].made}
     try:
         os.makedirs(folder, exist_ok=True)

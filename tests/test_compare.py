@@ -482,6 +482,8 @@ def test_one_run_and_many_rows_are_plotted(tmp_path):
     out = works(tmp_path, "--report", "out/only")
     assert "no SwiGLU run to compare with" in out
     assert "--learning_rate=0.003" in out  # what the runs were made with
+    record = json.loads((tmp_path / "out" / "only" / "compare.json").read_text())
+    assert record["command"] == "python experiments/compare.py --report out/only"
     for name in ("compare.md", "compare.json", "compare.png"):
         assert (tmp_path / "out" / "only" / name).stat().st_size > 200
 
