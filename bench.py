@@ -78,7 +78,7 @@ def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.
     for spec in dict.fromkeys([*specs, "swiglu"]):  # swiglu is the yardstick, shown or not
         say(f"preparing {spec}")
         layer = layers[spec] = make_ffn(spec, d, h).to(device)
-        forward = autocast(maybe_compile(layer, cfg), device, dtype)
+        forward = autocast(maybe_compile(layer, cfg, device), device, dtype)
         leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
 
         def backward(forward=forward, leaves=leaves):
@@ -86,7 +86,7 @@ def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.
 
         calls[spec, "forward"] = lambda forward=forward: forward(x)
         calls[spec, "both"] = backward
-        calls[spec, "products"], flops[spec] = products(layer, n, device, dtype)
+        calls[spec, "products"], flops[spec] = products(layer, n, cfg, device, dtype)
         backward()  # compiles
         peaks[spec] = peak_memory(backward, device)
     times = measure(calls, cfg.rounds, device)
@@ -112,10 +112,12 @@ def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.
 
 
 def products(
-    layer: nn.Module, n: int, device: torch.device, dtype: torch.dtype
+    layer: nn.Module, n: int, cfg: Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable, int]:
     """The layer's own matrix products, n tokens, forward and backward, and their FLOPs. Shapes,
-    layouts and dtype are the layer's; a frozen weight has no product in the backward pass."""
+    layouts, dtype and kernels are the layer's; a frozen weight has no product in the backward pass."""
+    onednn = cfg.compile and dtype == torch.float32 and train.has_onednn(device)
+    product = train.onednn_product if onednn else torch.mm
     work, flops = [], 0
     for p in layer.parameters():
         if p.ndim == 2:
@@ -125,11 +127,12 @@ def products(
 
     def call() -> None:
         for w, x, _, _ in work:
-            x @ w.t()
+            product(x, w.t())
         for w, x, dy, p in reversed(work):
             if p.requires_grad:
-                dy @ w
-                dy.t() @ x if w.is_contiguous() else x.t() @ dy  # the gradient in w's layout
+                product(dy, w)
+                # the gradient in w's layout
+                product(dy.t(), x) if w.is_contiguous() else product(x.t(), dy)
 
     return call, flops
 
@@ -158,7 +161,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
                 x = x + getattr(layer, "decode", layer.forward)(x)
             return x
 
-        one = maybe_compile(token, cfg, mode)
+        one = maybe_compile(token, cfg, device, mode)
         calls[spec] = lambda one=one: one(x)
         calls[spec]()
     times = measure(calls, cfg.rounds, device)
@@ -198,7 +201,7 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
         train.check_flags(flags, world=1)
         model = models[spec] = GPT(GPTConfig(ffn=spec, seed=cfg.seed, **shape)).to(device)
         calls[spec, "step"] = make_step(model, flags, device, dtype)
-        calls[spec, "products"], flops[spec] = products(model, n, device, dtype)
+        calls[spec, "products"], flops[spec] = products(model, n, cfg, device, dtype)
         calls[spec, "step"]()  # the first one makes the optimizer's state
         peaks[spec] = peak_memory(calls[spec, "step"], device) + at_rest(model)
         if cfg.profile:
@@ -373,8 +376,8 @@ def peak_memory(call: Callable, device: torch.device) -> int:
 # Small helpers, tables, files
 
 
-def maybe_compile(f: Callable, cfg: Config, mode: str = "default") -> Callable:
-    return torch.compile(f, mode=mode, dynamic=False) if cfg.compile else f
+def maybe_compile(f: Callable, cfg: Config, device: torch.device, mode: str = "default") -> Callable:
+    return train.compiled(f, device, mode) if cfg.compile else f
 
 
 def autocast(f: Callable, device: torch.device, dtype: torch.dtype) -> Callable:

@@ -11,6 +11,7 @@ GELU is the exact one (erf). Papers are the five by "Aardvark" (2025) where no o
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import math
@@ -195,7 +196,7 @@ class ASG(nn.Module):
         """z: (..., h) -> (..., h), 1 where |z| is over the threshold."""
         with torch.autocast(z.device.type, enabled=False):
             over = widen(z).abs() - (self.tau if self.t is None else torch.sigmoid(self.t))
-            mask = (over > 0).to(over.dtype)
+            mask = above_zero(over).detach()
             return mask if self.grad == "hard" else pass_gradient(mask, torch.sigmoid(over / 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -258,7 +259,7 @@ class SparseGated(nn.Module):
 
     def decode_one(self, x: Tensor) -> Tensor:
         key = F.gelu(matvec(self.key_proj.weight, x))
-        units = top_units(key, self.k)
+        units = key.topk(self.k, sorted=False).indices
         kept = key[units]
         if self.split:
             kept = kept * rows(self.value_proj, units, x)
@@ -345,9 +346,12 @@ class SparseGLU(nn.Module):
         return per_token(self.decode_one, x)
 
     def decode_one(self, x: Tensor) -> Tensor:
-        score = self.score(x)
+        first, _, second = self.predictor
+        with torch.autocast(x.device.type, enabled=False):
+            inner = F.relu(matvec(first.weight, widen(x[: self.r])) + first.bias)
+            score = matvec(second.weight, inner) + second.bias
         if self.z is None:
-            units = top_units(score, self.k)
+            units = score.topk(self.k, sorted=False).indices
         else:
             units = over_mean_mask(score, self.z).nonzero().squeeze(-1)
         hidden = F.silu(rows(self.gate_proj, units, x)) * rows(self.up_proj, units, x)
@@ -440,16 +444,59 @@ def pass_gradient(value: Tensor, to: Tensor) -> Tensor:
     return value + (to - to.detach())
 
 
+def above_zero(x: Tensor) -> Tensor:
+    """1 where x > 0, else 0. As (x > 0).to(x.dtype), but torch.compile would keep that for the backward
+    pass as bool, and writing bool costs a CPU more than all else between two products."""
+    return F.relu(x).sign()
+
+
 def top_k_mask(score: Tensor, k: int) -> Tensor:
     """1 on exactly k of the largest along the last dim (by index: a tie never adds one), else 0."""
-    units = score.detach().topk(k, sorted=False).indices
-    return torch.zeros_like(score).scatter(-1, units, 1.0)
+    score = score.detach()
+    if torch.compiler.is_compiling() and score.device.type == "cpu" and score.dtype == torch.float32:
+        return top_k_by_counting(score, k)
+    return torch.zeros_like(score).scatter(-1, score.topk(k, sorted=False).indices, 1.0)
+
+
+@torch.library.custom_op("ffn::top_k", mutates_args=(), schema="(Tensor score, int k) -> Tensor")
+def top_k_by_counting(score: Tensor, k: int) -> Tensor:
+    """top_k_mask for finite float32 on a CPU, of ties the first: a third of the time of topk. As an
+    operator it is compiled once and not for each layer."""
+    return count_top_k(score, k)
+
+
+top_k_by_counting.register_fake(lambda score, k: torch.empty_like(score))
+
+
+@functools.partial(torch.compile, dynamic=False)
+def count_top_k(score: Tensor, k: int) -> Tensor:
+    def count(which: Tensor) -> Tensor:
+        return which.float().sum(-1, keepdim=True)
+
+    def as_float(order: Tensor) -> Tensor:  # whole numbers in the order of the floats of their bits
+        bits = order.int()
+        return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
+
+    # The k-th largest score, bit by bit: the largest number that at least k scores reach.
+    order = torch.full_like(score[..., :1], -(2**31), dtype=torch.int64)
+    for bit in range(31, -1, -1):
+        order = order + 2**bit * (count(score >= as_float(order + 2**bit)) >= k)
+    kth = as_float(order)
+
+    # Of those that equal it, as many from the first on as make k: the index of the last of them.
+    h = score.size(-1)
+    room = k - count(score > kth)
+    place = torch.arange(h, device=score.device) + h * (score - kth).abs().sign()  # h on: not equal
+    last = torch.zeros_like(room)
+    for bit in range(h.bit_length() - 1, -1, -1):
+        last = last + 2**bit * (count(place < last + 2**bit) < room)
+    return above_zero(score - kth) + above_zero(last + 0.5 - place)
 
 
 def over_mean_mask(score: Tensor, z: float) -> Tensor:
     """1 where score > mean + z * std along the last dim, else 0."""
     std, mean = torch.std_mean(score.detach(), dim=-1, keepdim=True)
-    return (score.detach() > mean + z * std).to(score.dtype)
+    return above_zero(score.detach() - (mean + z * std))
 
 
 def kept_units(name: str, k: float, h: int) -> int:
@@ -467,12 +514,6 @@ def normal_quantile(name: str, k: float) -> float:
 def per_token(decode_one: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """decode_one: (d,) -> (d,), applied to each token of x (..., d)."""
     return torch.stack([decode_one(token) for token in x.reshape(-1, x.size(-1))]).view(x.shape)
-
-
-def top_units(score: Tensor, k: int) -> Tensor:
-    """The k largest of score (h,), by index; ascending where that makes gathers faster."""
-    units = score.topk(k, sorted=False).indices
-    return units.sort().values if units.device.type == "cpu" else units
 
 
 def matvec(weight: Tensor, x: Tensor) -> Tensor:
@@ -831,8 +872,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             hot = torch.arange(weight.size(0), device=x.device) == targets[part][:, None]
             grad = ((log_p.exp() - hot.to(log_p.dtype)) * (valid / n)).to(x.dtype)
             grad_x.append(grad @ weight)
-            grad_w = grad_w + widen(grad.t() @ x[part])  # a sum of chunks in bfloat16 would drift
-        ctx.save_for_backward(torch.cat(grad_x), grad_w.to(weight.dtype))
+            grad_w = grad_w + widen(x[part].t() @ grad)  # a sum of chunks in bfloat16 would drift
+        ctx.save_for_backward(torch.cat(grad_x), grad_w.t().to(weight.dtype))
         return total / n
 
     @staticmethod

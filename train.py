@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -736,6 +737,53 @@ def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None
     return "\n".join(line for line in lines if cfg.ffn_match == "params" or line[:5] != "match")
 
 
+@torch.library.custom_op(
+    "ffn::product", mutates_args=(), schema="(Tensor a, Tensor b, Tensor? c=None) -> Tensor"
+)
+def onednn_product(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+    """a @ b + c, float32 on a CPU, by oneDNN. a: (m, k), b: (k, n), c: (n,) or None."""
+    if not a.numel() or not b.numel():  # which oneDNN refuses
+        return a @ b if c is None else torch.addmm(c, a, b)
+    # Where neither a tensor nor its transpose is contiguous, oneDNN takes a thousand times longer.
+    a, b = (x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous() for x in (a, b))
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), c, "none", [], "")
+
+
+onednn_product.register_fake(lambda a, b, c=None: a.new_empty(a.size(0), b.size(1)))
+
+
+def has_onednn(device: torch.device) -> bool:
+    """Whether compiled float32 matrix products go to oneDNN: on a CPU where else MKL would get them."""
+    here = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and here
+
+
+def compiled(f: Callable, device: torch.device, mode: str = "default") -> Callable:
+    """torch.compile for one shape. MKL gives CPUs other than Intel's its slow kernels, half as fast
+    as oneDNN's where there is AVX-512: there float32 products are handed over (experiments/LOG.md)."""
+    if not has_onednn(device):
+        return torch.compile(f, mode=mode, dynamic=False)
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class ToOneDNN(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            aten = torch.ops.aten
+            for node in graph.nodes:
+                if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+                    continue
+                *bias, a, b = node.args
+                out = node.meta["val"]
+                fits = all(c.meta["val"].shape == out.shape[1:] for c in bias)
+                if out.dtype == torch.float32 and fits:
+                    node.target = torch.ops.ffn.product.default
+                    node.args = (a, b, *bias)
+
+        def uuid(self) -> bytes:
+            return get_hash_for_files((__file__,))
+
+    return torch.compile(f, dynamic=False, options={"post_grad_custom_pre_pass": ToOneDNN()})
+
+
 def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn.Module:
     """One pass forward and backward that changes nothing: compiles, and shows that every parameter
     gets a gradient. Where torch.compile cannot work, says so and goes on without."""
@@ -744,7 +792,7 @@ def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn
     targets = torch.zeros_like(tokens)  # not tokens itself: the compiled graph would demand that
     start, ready = time.perf_counter(), model
     if cfg.compile:
-        ready = torch.compile(model, dynamic=False)
+        ready = compiled(model, tokens.device)
     try:
         with autocast():
             ready(tokens, targets)[1].backward()

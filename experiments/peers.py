@@ -136,7 +136,7 @@ def our_step(cfg: Config, device: torch.device, dtype: torch.dtype):
     n = cfg.micro_batch_size * cfg.block_size
     return model, {
         "ours": bench.make_step(model, flags, device, dtype),
-        "products": bench.products(model, n, device, dtype)[0],
+        "products": bench.products(model, n, cfg, device, dtype)[0],
     }
 
 

@@ -732,6 +732,30 @@ def test_compiled_is_eager():
     assert_compiled_is_eager([("dsg", {}), ("spark", {}), ("sparseglu", {"grad": "ste"})])
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+@pytest.mark.timeout(900)
+def test_compiled_selection_is_exact():
+    """Compiled for a CPU, top-k counts instead of sorting. It must keep what a stable sort keeps: k
+    units, of ties the first, whatever the size and sign of the scores."""
+    score = np.random.default_rng(0).standard_normal((20, 100)).astype(np.float32)
+    score[:10] = score[:10].round()  # ties
+    score[10] = 0
+    score[11] = [-0.0, 0.0] * 50
+    score[12:14] *= 1e-41  # subnormal
+    score[14:16] *= 1e37
+    score[16] = -3e38
+    score[17:] = [[-1], [1], [-2]] * np.abs(score[17:])
+    torch.compiler.reset()
+    ks = [1, 37, 100]
+    select = torch.compile(
+        lambda x: [model_module.top_k_mask(x, k) for k in ks], dynamic=False, fullgraph=True
+    )
+    for k, mask in zip(ks, select(torch.from_numpy(score)), strict=True):
+        want = np.zeros_like(score)
+        np.put_along_axis(want, np.argsort(-score, axis=-1, kind="stable")[:, :k], 1, -1)
+        assert np.array_equal(mask.numpy(), want), k
+
+
 # -- specs ---------------------------------------------------------------------------------------
 
 BAD_SPECS = [  # (spec, d, h, what the one line must say)

@@ -258,6 +258,51 @@ def test_compiled_run_resumes_with_the_same_bits(here: Path):
     assert load(here / "a")["model"].keys() == load(here / "c")["model"].keys()
 
 
+PRODUCTS = {  # of a (6, 40), b (40, 24), c (24,)
+    "plain": lambda a, b, c: a @ b,
+    "with a bias": lambda a, b, c: torch.addmm(c, a, b),
+    "with one number as bias": lambda a, b, c: torch.addmm(c[:1], a, b),
+    "with a matrix as bias": lambda a, b, c: torch.addmm(c.repeat(6, 1), a, b),
+    "scaled": lambda a, b, c: torch.addmm(c, a, b, alpha=2, beta=0.5),
+    "a linear layer of three dimensions": lambda a, b, c: F.linear(a.view(2, 3, 40), b.t(), c),
+    "transposed": lambda a, b, c: b.t() @ a.t(),
+    "a slice": lambda a, b, c: a[:, 3:33] @ b[3:33],
+    "every other column": lambda a, b, c: a[:, ::2] @ b[::2],
+    "one row, repeated": lambda a, b, c: a[:1].expand(6, 40) @ b,
+    "one row": lambda a, b, c: a[:1] @ b,
+    "one column": lambda a, b, c: a @ b[:, :1],
+    "an outer product": lambda a, b, c: a[:, :1] @ b[:1],
+    "no rows": lambda a, b, c: torch.addmm(c, a[:0], b),
+    "nothing to sum": lambda a, b, c: a[:, :0] @ b[:0],
+}
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+@pytest.mark.timeout(900)
+def test_compiled_products_are_right():
+    """On a CPU train.py hands compiled matrix products to another library than PyTorch would, which
+    refuses or mistakes some shapes: forward and backward against float64, and that it happens."""
+    rng = np.random.default_rng(0)
+    leaves = [rng.standard_normal(shape) for shape in ((6, 40), (40, 24), (24,))]
+    ones = [torch.tensor(x, dtype=torch.float32, requires_grad=True) for x in leaves]
+    wide = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in leaves]
+
+    def products(a, b, c):
+        return [f(a, b, c) for f in PRODUCTS.values()]
+
+    with torch.profiler.profile() as profile:
+        got = train_py.compiled(products, torch.device("cpu"))(*ones)
+    called = {event.key for event in profile.key_averages()}
+    assert ("mkldnn::_linear_pointwise" in called) == train_py.has_onednn(torch.device("cpu"))
+    for name, y, z in zip(PRODUCTS, got, products(*wide), strict=True):
+        assert y.shape == z.shape
+        assert torch.allclose(y.double(), z, rtol=1e-5, atol=1e-5), name
+    sum(y.square().sum() for y in got).backward()
+    sum(z.square().sum() for z in products(*wide)).backward()
+    for p, q in zip(ones, wide):
+        assert torch.allclose(p.grad.double(), q.grad, rtol=1e-5, atol=1e-3)
+
+
 # What a resumed run may change, by the design: all else is data, model, optimizer or schedule.
 MAY_CHANGE = set(
     "out_dir data_dir prepare init_from eval_only eval_interval val_tokens log_interval save_interval "
