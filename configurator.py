@@ -34,6 +34,11 @@ class UserError(ValueError):
     """An error that a user can cause. Its text is one line: what is wrong, then the cure."""
 
 
+def reason(e: BaseException) -> str:
+    """The first line of what an exception says, else its name: for the one line of a UserError."""
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
+
+
 def run(main: Callable[[], object]) -> None:
     """Call main(); a UserError becomes one line on stderr and exit code 1. What all ranks find,
     rank 0 prints, and torchrun then ends the others; who is still there later found it alone."""

@@ -462,13 +462,17 @@ def top_k_mask(score: Tensor, k: int) -> Tensor:
 def top_k_by_counting(score: Tensor, k: int) -> Tensor:
     """top_k_mask for finite float32 on a CPU, of ties the first: a third of the time of topk. As an
     operator it is compiled once and not for each layer."""
-    return count_top_k(score, k)
+    return compiled_count()(score, k)
 
 
 top_k_by_counting.register_fake(lambda score, k: torch.empty_like(score))
 
 
-@functools.partial(torch.compile, dynamic=False)
+@functools.cache
+def compiled_count() -> Callable[[Tensor, int], Tensor]:  # the import of the compiler takes seconds
+    return torch.compile(count_top_k, dynamic=False)
+
+
 def count_top_k(score: Tensor, k: int) -> Tensor:
     def count(which: Tensor) -> Tensor:
         return which.float().sum(-1, keepdim=True)

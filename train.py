@@ -13,6 +13,7 @@ from the same start, on any number of GPUs, resumed or not.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import glob
 import json
@@ -38,7 +39,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import UserError, configure, run, suggest
+from configurator import UserError, configure, reason, run, suggest
 from model import GPT, GPTConfig, ffn_cost
 
 # ------------------------------------------------------------------------------------------------
@@ -312,7 +313,7 @@ def read_windows(
 
 
 def prepare_data(cfg: Config, local_rank: int) -> None:
-    """Run prepare_fineweb.py if data_dir is not there yet; the other local ranks wait for it."""
+    """Run prepare_fineweb.py if data_dir has no shards yet; the other local ranks wait for it."""
     from filelock import FileLock  # torch depends on it
 
     def ready() -> bool:
@@ -322,19 +323,22 @@ def prepare_data(cfg: Config, local_rank: int) -> None:
         except (OSError, ValueError, KeyError, TypeError):
             return bool(glob.glob(os.path.join(glob.escape(cfg.data_dir), "*_train_*.bin")))
 
+    while local_rank and not ready():
+        time.sleep(0.5)  # ends at the latest when rank 0 does: torchrun ends all with one
+    if ready():
+        return
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_fineweb.py")
     try:
         command = [sys.executable, script, *shlex.split(cfg.prepare), f"--out_dir={cfg.data_dir}"]
-    except ValueError as e:
-        raise UserError(f"--prepare={cfg.prepare}: {e}") from None
-    while not ready():
-        if local_rank == 0:
-            os.makedirs(os.path.dirname(os.path.abspath(cfg.data_dir)), exist_ok=True)
-            with FileLock(os.path.abspath(cfg.data_dir) + ".lock"):
-                if not ready() and subprocess.run(command).returncode:
-                    raise UserError("preparing the data failed, see above")
-        else:
-            time.sleep(0.5)  # ends at the latest when rank 0 does: torchrun ends all with one
+        os.makedirs(os.path.dirname(os.path.abspath(cfg.data_dir)), exist_ok=True)
+        with FileLock(os.path.abspath(cfg.data_dir) + ".lock"):
+            failed = not ready() and subprocess.run(command).returncode
+    except (OSError, ValueError) as e:
+        raise UserError(f"--prepare={cfg.prepare} for {cfg.data_dir}: {reason(e)}") from None
+    if failed:
+        raise UserError("preparing the data failed, see above")
+    if not ready():
+        raise UserError(f"--prepare={cfg.prepare} made no shards in {cfg.data_dir}: see its --help")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -456,6 +460,7 @@ def train_step(
 # Dense bfloat16 FLOP/s by the vendors' data sheets. What is not here prints n/a, not an A100's.
 PEAK_FLOPS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -463,8 +468,8 @@ PEAK_FLOPS = {
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "RTX 4090$": 165e12,  # not the laptop's
+    "RTX 3090$": 71e12,
 }
 
 
@@ -473,7 +478,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((f for key, f in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+    known = (f for key, f in PEAK_FLOPS.items() if re.search(rf"\b{key}(?!\w)", name))
+    return next(known, None) if "MIG" not in name else None  # a part of a GPU
 
 
 # ------------------------------------------------------------------------------------------------
@@ -490,7 +496,6 @@ def evaluate(model: nn.Module, data: Data, cfg: Config, device: torch.device, au
     places = [(s, i) for s, count in enumerate(counts) for i in range(count)]
     places = places[: cfg.val_tokens // T]
     losses, weights = [torch.zeros((), device=device)], [0]
-    model.eval()
     error = ""
     for first in range(rank * micro, len(places), world * micro):
         try:
@@ -505,24 +510,28 @@ def evaluate(model: nn.Module, data: Data, cfg: Config, device: torch.device, au
         with autocast():
             losses.append(model(x.to(device), y.to(device))[1])
         weights.append(len(tokens) * T)
-    model.train()
+    agree(error)
     weight = torch.tensor(weights, dtype=torch.float64)
     total = (torch.stack(losses).cpu().double() * weight).sum()
-    sums = torch.tensor([total, weight.sum(), bool(error)], dtype=torch.float64)
+    sums = torch.stack((total, weight.sum()))
     if dist.is_initialized():
         dist.all_reduce(sums)
-    if sums[2]:
-        raise_first(error)
     return float(sums[0] / sums[1])
 
 
-def raise_first(error: str) -> None:
-    """Called by all ranks, of which some have an error: a UserError with the first one, on all."""
+def agree(error: str, stop: bool = False) -> bool:
+    """Whether any rank was told to stop. Called by all of them; where one has an error, all raise the
+    first of these as a UserError."""
+    word = torch.tensor(2 if error else int(stop))
     errors = [error]
     if dist.is_initialized():
-        errors = [""] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-    raise UserError(next(e for e in errors if e))
+        dist.all_reduce(word, dist.ReduceOp.MAX)
+        if word == 2:
+            errors *= dist.get_world_size()
+            dist.all_gather_object(errors, error)
+    if word == 2:
+        raise UserError(next(e for e in errors if e))
+    return bool(word)
 
 
 @torch.no_grad()
@@ -538,8 +547,8 @@ def active_fraction(model: GPT, data: Data, device: torch.device, autocast) -> f
     if not hooks:
         return None
     counts = window_counts(data.val, model.config.block_size)
-    first = [(int(counts.argmax() if counts[0] == 0 else 0), 0)]
-    tokens = read_windows(data.val, first, model.config.block_size, data.n_vocab)
+    first = next(s for s, count in enumerate(counts) if count)
+    tokens = read_windows(data.val, [(first, 0)], model.config.block_size, data.n_vocab)
     with autocast():
         model.model(tokens[:, :-1].to(device))
     for hook in hooks:
@@ -591,7 +600,7 @@ def save_checkpoint(path: str, checkpoint: dict) -> None:
             os.remove(path + ".tmp")
         kept = "the last one is intact" if os.path.exists(path) else "there is none yet"
         raise UserError(
-            f"cannot save {path} at step {checkpoint['step']} ({str(e).splitlines()[0]}); {kept}: "
+            f"cannot save {path} at step {checkpoint['step']} ({reason(e)}); {kept}: "
             "make room, then go on with --init_from=auto"
         ) from None
 
@@ -614,8 +623,9 @@ def load_checkpoint(path: str) -> dict:
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: check --out_dir, or --init_from=scratch") from None
     except Exception as e:  # whatever a damaged or hostile file makes torch.load raise
-        why = (str(e).splitlines() or [type(e).__name__])[0][:120]
-        raise UserError(f"{path} cannot be loaded ({why}): --init_from=scratch starts anew") from None
+        raise UserError(
+            f"{path} cannot be loaded ({reason(e)}): --init_from=scratch starts anew"
+        ) from None
 
 
 def resume_flags(cfg: Config, given: set[str], saved: dict) -> Config:
@@ -642,23 +652,24 @@ def say(text: str) -> None:
 
 def write_row(path: str, row: dict, warned: list[str]) -> None:
     """Append to log.jsonl. A full disk is a warning, once, and leaves no half a row."""
-    size = os.path.getsize(path) if os.path.exists(path) else 0
+    line = (json.dumps(row) + "\n").encode()
     try:
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        with open(path, "ab", buffering=0) as f:
+            size = f.tell()
+            if f.write(line) < len(line):
+                f.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as e:
         if not warned:
             say(f"warning: cannot write {path} ({e.strerror}): going on without")
         warned.append(path)
-        if os.path.exists(path):
-            os.truncate(path, size)
 
 
 def cut_log(path: str, step: int) -> None:
     """Drop the rows after a step: the resumed run writes them again."""
     kept = []
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
                 try:
                     if json.loads(line)["step"] <= step:
@@ -725,7 +736,6 @@ def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None
         f"model   {n['layers']:,} parameters in the layers' matrices, {n['total']:,} in all",
         f"ffn     {cfg.ffn}, hidden {hidden}: {cost['params']:,} parameters, FLOPs/token forward "
         f"{cost['flops']:,} executed, {cost['active_flops']:,} active (ideal)",
-        f"match   {cost['params']:,} - SwiGLU's {target:,} = {cost['params'] - target:+,} parameters",
         f"step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x "
         f"{cfg.block_size} tokens = {per_step:,} tokens",
         f"run     {cfg.max_iters} steps x {per_step:,} = {tokens:,} tokens = {epochs:.2f} epochs of "
@@ -734,7 +744,10 @@ def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None
         f"{flops:,} per token, {flops * tokens:.3g} in all, peak "
         + (f"{peak / 1e12:.0f} TFLOP/s per device" if peak else "n/a"),
     ]
-    return "\n".join(line for line in lines if cfg.ffn_match == "params" or line[:5] != "match")
+    if cfg.ffn_match == "params":
+        over = cost["params"] - target
+        lines.insert(2, f"match   {cost['params']:,} - SwiGLU's {target:,} = {over:+,} parameters")
+    return "\n".join(lines)
 
 
 @torch.library.custom_op(
@@ -787,28 +800,27 @@ def compiled(f: Callable, device: torch.device, mode: str = "default") -> Callab
 def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn.Module:
     """One pass forward and backward that changes nothing: compiles, and shows that every parameter
     gets a gradient. Where torch.compile cannot work, says so and goes on without."""
-    shape = (cfg.micro_batch_size, cfg.block_size)
-    tokens = torch.zeros(shape, dtype=torch.int64, device=model.lm_head.weight.device)
+    device = model.lm_head.weight.device
+    tokens = torch.zeros((cfg.micro_batch_size, cfg.block_size), dtype=torch.int64, device=device)
     targets = torch.zeros_like(tokens)  # not tokens itself: the compiled graph would demand that
-    start, ready = time.perf_counter(), model
+
+    def one_pass(model: nn.Module) -> nn.Module:
+        with autocast():
+            model(tokens, targets)[1].backward()
+        return model
+
+    start, ready = time.perf_counter(), None
     if cfg.compile:
-        ready = compiled(model, tokens.device)
-    try:
-        with autocast():
-            ready(tokens, targets)[1].backward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:  # no C++ compiler, a GPU too old, an FFN that cannot be traced
-        if not cfg.compile:
+        try:
+            ready = one_pass(compiled(model, device))
+            say(f"compile {time.perf_counter() - start:.1f} s")
+        except torch.OutOfMemoryError:
             raise
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:100]
-        say(f"compile off: torch.compile does not work here ({why})")
-        model.zero_grad(set_to_none=True)
-        ready = model
-        with autocast():
-            ready(tokens, targets)[1].backward()
-    if ready is not model:
-        say(f"compile {time.perf_counter() - start:.1f} s")
+        except Exception as e:  # no C++ compiler, a GPU too old, an FFN that cannot be traced
+            say(f"compile off: torch.compile does not work here ({reason(e)})")
+            model.zero_grad(set_to_none=True)
+    if ready is None:
+        ready = one_pass(model)
     frozen = check_gradients(model, optimizers)
     if frozen:
         say(f"frozen  {len(frozen)} parameters get no gradient by design, e.g. {frozen[0]}")
@@ -824,6 +836,58 @@ def start_wandb(cfg: Config):
         raise UserError("--wandb_project needs: pip install wandb") from None
     name = os.path.basename(os.path.normpath(cfg.out_dir))
     return wandb.init(project=cfg.wandb_project, name=name, config=asdict(cfg), dir=cfg.out_dir)
+
+
+def connect(device: torch.device, step: int, shards: dict) -> None:
+    """Join the other ranks; a UserError where they start from another step or other shards."""
+    # NCCL carries the gradients of GPUs, gloo all that is on the CPU; every wait has an end.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    wait = timedelta(minutes=10)
+    # torchrun's store outlives the ranks, and ranks that it starts again must not read the dead
+    # ones' addresses (pytorch issue 135712). Nodes need not agree on the count of restarts.
+    store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+    found = [(step, shards)] * world
+    dist.all_gather_object(found, (step, shards))
+    if any(other != found[0] for other in found):
+        raise UserError(
+            f"the ranks found different shards or checkpoints (of steps {[f[0] for f in found]}): "
+            "--out_dir must be one folder that all machines share, --data_dir have the same shards"
+        )
+
+
+def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
+    """Load a checkpoint's weights and optimizer states; a UserError where they do not fit."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+            # Fused AdamW takes shapes on trust, and would write beyond a smaller tensor.
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                state = optimizer.state.get(p, {})
+                shapes = {value.shape for name, value in state.items() if name != "step"}
+                if checkpoint["step"] and shapes != {p.shape}:
+                    raise ValueError("an optimizer state of another shape")
+    except Exception as e:  # another vocabulary, or whatever is in a file made elsewhere
+        raise UserError(f"{path} does not fit this model and data ({reason(e)})") from None
+
+
+def catch_signals(ddp: bool) -> list[float]:
+    """When SIGTERM or SIGINT came, a list that grows; the second one ends the process at once."""
+    times: list[float] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        # Under torchrun one Ctrl-C comes twice, from the terminal and from torchrun: count it once.
+        if times and (not ddp or time.monotonic() - times[0] > 5):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        times.append(time.monotonic())
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    return times
 
 
 # ------------------------------------------------------------------------------------------------
@@ -879,62 +943,19 @@ def main() -> None:
     if rank == 0 and not cfg.eval_only:
         made_with = {"encoding": data.encoding, "vocab_size": config.vocab_size, "world": world}
         claim_out_dir(cfg, versions(device) | made_with, step if checkpoint else None)
-    if ddp:  # NCCL carries the gradients of GPUs, gloo all that is on the CPU; every wait has an end
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        wait = timedelta(minutes=10)
-        # torchrun's store outlives the ranks, and ranks that it starts again must not read the dead
-        # ones' addresses (pytorch issue 135712). Nodes need not agree on the count of restarts.
-        store, rank, world = next(dist.rendezvous("env://", timeout=wait))
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
-        found = [(step, shards)] * world
-        dist.all_gather_object(found, (step, shards))
-        if any(other != found[0] for other in found):
-            raise UserError(
-                f"the ranks found different shards or checkpoints (of steps {[f[0] for f in found]}): "
-                "--out_dir must be one folder that all machines share, --data_dir have the same shards"
-            )
+    if ddp:
+        connect(device, step, shards)
     raw = GPT(config).to(device)
     optimizers = make_optimizers(raw, cfg)
     if checkpoint:
-        try:
-            raw.load_state_dict(checkpoint["model"])
-            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-                # Fused AdamW takes shapes on trust, and would write beyond a smaller tensor.
-                for p in (p for group in optimizer.param_groups for p in group["params"]):
-                    state = optimizer.state.get(p, {})
-                    if step and {v.shape for k, v in state.items() if k != "step"} != {p.shape}:
-                        raise ValueError("an optimizer state of another shape")
-        except Exception as e:  # another vocabulary, or whatever is in a file made elsewhere
-            why = str(e).splitlines()[0][:100]
-            raise UserError(f"{ckpt_path} does not fit this model and data ({why})") from None
+        restore(raw, optimizers, checkpoint, ckpt_path)
     checkpoint_step, checkpoint = step if checkpoint else None, None
     peak = peak_flops(device) if bf16 else None
     flops, per_step = raw.flops_per_token(), cfg.batch_size * cfg.block_size
     say(f"device  {device} x {world}, {'bfloat16' if bf16 else 'float32'}")
     say(describe(raw, cfg, data, world, peak))
 
-    # -- how to stop: a signal to any rank stops all of them after the same step
-    signals: list[float] = []
-
-    def on_signal(number: int, frame: object) -> None:
-        # Under torchrun one Ctrl-C comes twice, from the terminal and from torchrun: count it once.
-        if signals and (not ddp or time.monotonic() - signals[0] > 5):
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        signals.append(time.monotonic())
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-
-    def agree(word: int) -> int:
-        """The greatest word of all ranks: 0 go on, 1 stop, 2 an error."""
-        words = torch.tensor(word)
-        if ddp:
-            dist.all_reduce(words, dist.ReduceOp.MAX)
-        return int(words)
+    signals = catch_signals(ddp)
 
     # -- how to log and save
     wandb = start_wandb(cfg) if cfg.wandb_project and rank == 0 and not cfg.eval_only else None
@@ -992,12 +1013,14 @@ def main() -> None:
                 check_finite()
                 window_time += time.perf_counter() - mark
                 if evaluate_now:
+                    raw.eval()
                     val_loss = evaluate(model, data, cfg, device, autocast)
                     active = active_fraction(raw, data, device, autocast)
                     row = {"step": step, "tokens": step * per_step, "val_loss": val_loss}
                     log(row if active is None else row | {"active": active})
                     note = "" if active is None else f" | active {active:.1%}"
                     say(f"{bold}step {step:>6}/{cfg.max_iters} | val  {val_loss:.4f}{note}{plain}")
+                    raw.train()
                 if save_now:
                     save()
                 mark = time.perf_counter()
@@ -1012,10 +1035,7 @@ def main() -> None:
                 batch = read_windows(data.train, places, cfg.block_size, data.n_vocab)
             except UserError as e:
                 error = str(e)
-            word = agree(2 if error else 1 if signals else 0)
-            if word == 2:
-                raise_first(error)
-            if word == 1:
+            if agree(error, stop=bool(signals)):
                 check_finite()
                 if fresh:
                     save()
@@ -1051,9 +1071,8 @@ def main() -> None:
     except RuntimeError as e:
         if not ddp or not re.search("gloo|NCCL|onnection|peer|timed out|imeout", str(e)):
             raise
-        why = str(e).splitlines()[0][:80]
         raise UserError(
-            f"another rank is gone, nothing was saved after step {step} ({why}): go on from the "
+            f"another rank is gone, nothing was saved after step {step} ({reason(e)}): go on from the "
             "last checkpoint with --init_from=auto"
         ) from None
 
@@ -1071,6 +1090,7 @@ def main() -> None:
             say(f"checkpoint       {ckpt_path}")
             say(f"plot             python experiments/compare.py --report {out_dir}")
         if cfg.sample_tokens and rank == 0:
+            raw.eval()
             say("\n" + sample(raw, cfg, data, device, autocast))
     if wandb:
         wandb.finish()

@@ -508,6 +508,21 @@ def test_no_space_for_the_log(here: Path):
     assert 12 not in steps
 
 
+def test_a_log_that_is_lost_is_a_warning(here: Path):
+    """A folder where log.jsonl was, during the run; and bytes that are no text, before it."""
+    run = start(here, **{**LONG, "max_iters": 400, "out_dir": "o"})
+    run.wait_for("step      2")
+    (here / "o" / "log.jsonl").unlink()
+    (here / "o" / "log.jsonl").mkdir()
+    assert run.works().out.count("warning: cannot write") == 1
+    assert load(here / "o")["step"] == 400
+    train(here, out_dir="p", max_iters=2, lr_decay_iters=4)
+    log = here / "p" / "log.jsonl"
+    log.write_bytes(b"\xff\xfe\n" + log.read_bytes() + b'{"step": \xff')
+    train(here, out_dir="p", init_from="resume", max_iters=4)
+    assert list(losses(here / "p")) == [1, 2, 3, 4]
+
+
 def test_no_space_for_the_checkpoint(here: Path):
     """Exit code 1, the last good checkpoint kept and nothing half-written beside it; with room
     again the run goes on to the bits of an undisturbed one."""

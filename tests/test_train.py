@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +304,25 @@ def test_compiled_products_are_right():
         assert torch.allclose(p.grad.double(), q.grad, rtol=1e-5, atol=1e-3)
 
 
+def test_where_compiling_fails_the_run_goes_on(monkeypatch, capsys):
+    """Whatever torch.compile raises, when called or at the first pass, becomes one line."""
+    model = GPT(GPTConfig(8, 128, 1, 2, 2, 16, ffn_hidden=16))
+    cfg = train_py.Config(micro_batch_size=1, block_size=8)
+    for error in (RuntimeError("not here\nand not there"), RuntimeError()):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        for when in ("called", "run"):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "compile", fail if when == "called" else lambda *a, **k: fail)
+                ready = train_py.compile_and_check(
+                    model, train_py.make_optimizers(model, cfg), cfg, nullcontext
+                )
+            assert ready is model
+            assert capsys.readouterr().out.startswith("compile off: torch.compile does not work here (")
+
+
 # What a resumed run may change, by the design: all else is data, model, optimizer or schedule.
 MAY_CHANGE = set(
     "out_dir data_dir prepare init_from eval_only eval_interval val_tokens log_interval save_interval "
@@ -475,6 +495,40 @@ def test_what_is_printed_before_the_first_step(here: Path):
     assert "0.10 epochs" in head  # 12 windows of 115
 
 
+def test_evaluating_and_sampling_are_not_training(here: Path):
+    """An FFN with dropout drops in training steps only: not while evaluating, measuring `active` or
+    sampling, and again after each of them."""
+    code = f"""if True:
+        import runpy, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import torch, model
+        class Picky(model.SparseGLU):
+            def forward(self, x):
+                assert self.training == torch.is_grad_enabled()
+                return super().forward(x)
+            decode = forward
+        model.FFNS["picky"] = Picky
+        runpy.run_path({TRAIN!r}, run_name="__main__")
+    """
+    argv = flags("--sample_tokens=4", out_dir="o", ffn="picky", max_iters=4, eval_interval=2)
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sample (4 tokens" in done.stdout
+
+
+def test_active_is_that_of_the_first_validation_window(tmp_path: Path):
+    """Which is in the first shard that has one, not in the largest."""
+    sizes = {"x_train_000001.bin": 99, "x_val_000000.bin": 9, "x_val_000001.bin": 50}
+    folder = make_data(tmp_path / "data", {**sizes, "x_val_000002.bin": 500})
+    data = train_py.open_data(str(folder), BLOCK)
+    shape = {k: v for k, v in TINY.items() if hasattr(GPTConfig, k)}
+    model = GPT(GPTConfig(ffn="sparseglu", vocab_size=384, **shape))
+    seen = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    assert train_py.active_fraction(model, data, torch.device("cpu"), nullcontext) == pytest.approx(0.25)
+    assert np.array_equal(seen[0][0].numpy(), tokens(50, 2)[:BLOCK])
+
+
 def test_log_interval_and_the_mean_of_the_step(here: Path):
     """train_loss is the step's own, not the last micro batch's nor a mean since the last row."""
     train(here, out_dir="a", max_iters=9, micro_batch_size=1)
@@ -498,6 +552,15 @@ def test_data_are_made_when_there_are_none(here: Path):
     assert "sample (9 tokens" in first.out
     a, b = losses(here / "a"), losses(here / "b")
     assert max(abs(a[step] - b[step]) for step in a) < 1e-5
+
+
+def test_preparing_that_makes_nothing_is_told(here: Path):
+    """Arguments with which prepare_fineweb.py ends well and leaves no shards, and a folder that cannot
+    be made."""
+    for prepare in ("--help", "--verify=data", "--out_dir=elsewhere --verify=data"):
+        start(here, data_dir="none", prepare=prepare, out_dir="o").fails("--prepare", "none")
+    (here / "file").touch()
+    start(here, data_dir="file/below", prepare="--input=stdlib", out_dir="o").fails("file")
 
 
 def test_public_shards_without_meta_are_gpt2(here: Path):
