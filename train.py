@@ -157,6 +157,16 @@ def pick_device(cfg: Config, local_rank: int, local_world: int) -> torch.device:
     return torch.device(name)
 
 
+def use_bfloat16(cfg: Config, device: torch.device) -> bool:
+    """Whether to autocast to bfloat16; a GPU that has none uses float32, and the run says so."""
+    if device.type != "cuda" or cfg.dtype == "float32":
+        return cfg.dtype == "bfloat16"
+    if torch.cuda.get_device_capability(device)[0] >= 8:
+        return True
+    say(f"{torch.cuda.get_device_name(device)} has no bfloat16: float32 instead")
+    return False
+
+
 # ------------------------------------------------------------------------------------------------
 # Data: shards -> windows -> batches
 
@@ -916,10 +926,7 @@ def main() -> None:
     device = pick_device(cfg, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if device.type == "cpu":
         keep_freed_memory()
-    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
-    if bf16 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
-        say(f"{torch.cuda.get_device_name(device)} has no bfloat16: float32 instead")
-        bf16 = False
+    bf16 = use_bfloat16(cfg, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
 
     # -- data

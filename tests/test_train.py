@@ -12,11 +12,13 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainer import (
     BATCH,
     BLOCK,
@@ -321,6 +323,42 @@ def test_where_compiling_fails_the_run_goes_on(monkeypatch, capsys):
                 )
             assert ready is model
             assert capsys.readouterr().out.startswith("compile off: torch.compile does not work here (")
+
+
+# What makes the host wait for a GPU: a value that it asks for, or a shape that depends on values.
+WAITS = "_local_scalar_dense item equal is_nonzero nonzero masked_select unique_dim _unique2".split()
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+def test_a_step_asks_for_no_value(ffn: str):
+    """With fused AdamW nothing in a step waits for the device, whatever the numbers: all that it
+    dispatches is watched, here on a CPU. Muon asks once, and that is seen."""
+
+    class Watch(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(func.overloadpacket.__name__)
+            if self.seen[-1] in ("index", "index_put_") and any(
+                x is not None and x.dtype == torch.bool for x in args[1]
+            ):
+                self.seen.append("nonzero")  # which a boolean mask is on a GPU
+            return func(*args, **(kwargs or {}))
+
+    shape = {k: v for k, v in TINY.items() if hasattr(GPTConfig, k)}
+    model = GPT(GPTConfig(ffn=ffn, vocab_size=384, **shape))
+    batches = [torch.randint(257, (2, BLOCK + 1)) for _ in range(2)]
+    for optimizer in ("adamw", "muon"):
+        cfg = train_py.Config(lr_decay_iters=9, optimizer=optimizer)
+        optimizers = train_py.make_optimizers(model, cfg)
+        with Watch() as watch:
+            for step in range(2):
+                train_py.train_step(model, optimizers, batches, cfg, step, torch.zeros(()))
+        assert "_fused_adamw_" in watch.seen
+        assert ("_local_scalar_dense" in watch.seen) == (optimizer == "muon")
+        if optimizer == "adamw":
+            assert not set(WAITS) & set(watch.seen)
+        watch.seen.clear()
 
 
 # What a resumed run may change, by the design: all else is data, model, optimizer or schedule.
@@ -665,6 +703,50 @@ def test_bad_layouts(here: Path):
     ranks[0].fails("--batch_size=4", "2 x 4", "--batch_size=8")
     ranks[1].process.kill()
     assert ranks[1].err == ""
+
+
+def test_which_device_is_taken(monkeypatch, capsys):
+    """As on machines with other devices than this one: their counts and names are made up, what
+    train.py makes of them is not."""
+    auto, two = train_py.Config(), train_py.Config(device="cuda:2")
+    set_to = []
+    monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
+    for n_cuda, mps, cfg, local_rank, local_world, device in [
+        (0, False, auto, 0, 1, "cpu"),
+        (0, True, auto, 0, 1, "mps"),
+        (1, False, auto, 0, 1, "cuda:0"),
+        (1, True, train_py.Config(device="cpu"), 0, 1, "cpu"),
+        (4, False, two, 0, 1, "cuda:2"),
+        (8, False, auto, 5, 8, "cuda:5"),
+        (8, False, auto, 8, 9, "9 ranks here, and 8 CUDA GPUs: lower --nproc_per_node"),
+        (2, False, two, 0, 1, "--device=cuda:2 with 1 ranks here, and 2 CUDA GPUs"),
+        (1, False, train_py.Config(device="mps"), 0, 1, "needs macOS"),
+    ]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=n_cuda: n)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        try:
+            found = str(train_py.pick_device(cfg, local_rank, local_world))
+        except train_py.UserError as e:
+            found = str(e)
+        assert device in found
+    assert set_to == [0, 2, 5]
+
+    names = {"NVIDIA A100-SXM4-80GB": (8, 0), "Tesla T4": (7, 5), "NVIDIA GeForce RTX 4090": (8, 9)}
+    names |= {"NVIDIA H100 80GB HBM3": (9, 0), "NVIDIA H100 PCIe": (9, 0), "NVIDIA L4": (8, 9)}
+    names |= {"NVIDIA GeForce RTX 4090 Laptop GPU": (8, 9), "NVIDIA H100 80GB HBM3 MIG 1g.10gb": (9, 0)}
+    peaks = []
+    for name, capability in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        cuda = torch.device("cuda", 0)
+        assert train_py.use_bfloat16(auto, cuda) == (name != "Tesla T4")
+        assert not train_py.use_bfloat16(train_py.Config(dtype="float32"), cuda)
+        peaks.append(train_py.peak_flops(cuda))
+    assert peaks == [312e12, None, 165e12, 989e12, 756e12, 121e12, None, None]
+    assert capsys.readouterr().out == "Tesla T4 has no bfloat16: float32 instead\n"
+    for device in ("cpu", "mps"):
+        assert not train_py.use_bfloat16(auto, torch.device(device))
+        assert train_py.use_bfloat16(train_py.Config(dtype="bfloat16"), torch.device(device))
 
 
 def test_files_of_flags_and_help(here: Path):
