@@ -782,8 +782,9 @@ def has_onednn(device: torch.device) -> bool:
 
 
 def compiled(f: Callable, device: torch.device, mode: str = "default") -> Callable:
-    """torch.compile for one shape. MKL gives CPUs other than Intel's its slow kernels, half as fast
-    as oneDNN's where there is AVX-512: there float32 products are handed over (experiments/LOG.md)."""
+    """torch.compile for one shape; `mode` is for GPUs. On a CPU float32 products go to oneDNN: MKL
+    gives CPUs other than Intel's its slow kernels, half as fast where there is AVX-512
+    (experiments/LOG.md)."""
     if not has_onednn(device):
         return torch.compile(f, mode=mode, dynamic=False)
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
