@@ -442,14 +442,21 @@ def save_meta(out_dir: str, meta: dict) -> None:
 
 
 def load_meta(out_dir: str) -> dict | None:
+    """meta.json of a folder, None if it has none. What only this program notes may be missing."""
     path = os.path.join(out_dir, "meta.json")
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except FileNotFoundError:
+            meta = json.load(f)
+        meta |= {"eot": -1, "source": "unknown", "flags": {}} | meta
+        lacks = {"encoding", "vocab_size", "complete", "shards"} - meta.keys()
+        if lacks or any({"name", "tokens"} - shard.keys() for shard in meta["shards"]):
+            raise ValueError("it lacks what every meta.json says")
+        return meta
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path} ({e}): delete {out_dir} and start again") from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
+        cure = f"put it right, or delete {out_dir} and start again"
+        raise UserError(f"cannot read {path} ({e}): {cure}") from None
 
 
 def shard_name(index: int) -> str:
@@ -564,8 +571,10 @@ def begin(cfg: Config) -> dict:
             raise UserError(f"{cfg.out_dir} has shards but no meta.json: take another --out_dir")
         return {"encoding": cfg.encoding, "vocab_size": 0, "eot": 0, "source": "", "shards": [],
                 "complete": False, "flags": flags}  # fmt: skip
+    if flags.keys() != meta["flags"].keys():
+        raise UserError(f"{cfg.out_dir} was not begun with such flags: take another --out_dir")
     for key, value in flags.items():
-        if (old := meta["flags"].get(key)) != value:
+        if (old := meta["flags"][key]) != value:
             raise UserError(f"{cfg.out_dir} was begun with --{key}={old}, not --{key}={value}: "
                             "give the same flags, or another --out_dir")  # fmt: skip
     known = {shard["name"] for shard in meta["shards"]} | {shard_name(len(meta["shards"]))}
@@ -743,9 +752,14 @@ def verify(folder: str) -> None:
     if meta is None:
         meta = {"vocab_size": 50257, "eot": 50256, "source": "no meta.json", "encoding": "gpt2",
                 "shards": [{"name": name} for name in names], "complete": True}  # fmt: skip
-        numbers = [int(n.rsplit("_", 1)[1].split(".")[0]) for n in names]
-        gaps = set(range(max(numbers, default=0))) - set(numbers)
-        wrong += [f"{folder}: shard {i} is missing" for i in sorted(gaps)]
+        found = {name: re.search(r"_(\d+)\.bin$", name) for name in names}
+        cure = "a shard's name ends in its number, e.g. _000001.bin: rename it"
+        wrong += [f"{os.path.join(folder, name)}: {cure}" for name in names if not found[name]]
+        numbers = sorted(int(number[1]) for number in found.values() if number)
+        for a, b in itertools.pairwise([-1, *numbers]):
+            if b > a + 1:
+                gap = f"shard {a + 1} is" if b == a + 2 else f"shards {a + 1} to {b - 1} are"
+                wrong.append(f"{folder}: {gap} missing")
     listed = [shard["name"] for shard in meta["shards"]]
     if not listed:
         raise UserError(f"{folder} has no shards: check the path")
@@ -786,12 +800,14 @@ def main() -> None:
     if 0 < cfg.max_tokens <= cfg.val_tokens:
         raise UserError(f"--max_tokens={cfg.max_tokens} leaves nothing to train on after "
                         f"--val_tokens={cfg.val_tokens}: raise one or lower the other")  # fmt: skip
-    import filelock
-
     try:
+        import filelock
+
         os.makedirs(cfg.out_dir, exist_ok=True)
         with filelock.FileLock(os.path.join(cfg.out_dir, ".lock"), timeout=0):
             (download if cfg.pretokenized else prepare)(cfg)
+    except ImportError as e:
+        raise UserError(f"{e.name} is missing: pip install -r requirements.txt") from None
     except filelock.Timeout:
         raise UserError(f"another run is writing to {cfg.out_dir}: wait for it") from None
     except KeyboardInterrupt:

@@ -718,6 +718,15 @@ def test_zstandard_missing(tmp_path, monkeypatch):
                    "--encoding=bytes")  # fmt: skip
 
 
+@pytest.mark.parametrize("package", ["filelock", "tiktoken", "datasets"])
+def test_package_missing(tmp_path, monkeypatch, package):
+    (tmp_path / "a.txt").write_text("some text")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package} is missing: pip install -r requirements\.txt"):
+        in_process(monkeypatch, f"--input={tmp_path}/a.txt", "--encoding=bytes", "--workers=1",
+                   f"--out_dir={tmp_path}/out")  # fmt: skip
+
+
 def test_help_and_import():
     """--help prints each flag's comment; importing costs no heavy library."""
     text = works(prep("--help"))
@@ -789,6 +798,56 @@ def test_verify(tmp_path, monkeypatch, capsys):
     result = prep("--verify", good)
     assert "shard 2 is missing" in result.stdout
     assert result.returncode == 1
+
+
+def small_shard(path: Path) -> None:
+    header = np.array([20240520, 1, 5] + [0] * 253, dtype="<i4")
+    path.write_bytes(header.tobytes() + np.array([256, 1, 2, 256, 3], dtype="<u2").tobytes())
+
+
+def test_verify_names_and_gaps_without_meta(tmp_path):
+    """A name without a number is named with its cure, a gap of any size is one line, at once."""
+    for name in ("x_val_000000.bin", "x_train_abc.bin", "x_train_000003.bin", "x_train_9999999999.bin"):
+        small_shard(tmp_path / name)
+    result = prep("--verify", tmp_path)
+    fails(result, "3 things are wrong")
+    assert "x_train_abc.bin: a shard's name ends in its number, e.g. _000001.bin" in result.stdout
+    assert "shards 1 to 2 are missing" in result.stdout
+    assert "shards 4 to 9999999998 are missing" in result.stdout
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    small_shard(tmp_path / "x_train_000000.bin")
+    fails(prep("--verify", tmp_path / "x_train_000000.bin"), "no shards", "check the path")
+
+
+META = {"encoding": "bytes", "vocab_size": 257, "complete": True,
+        "shards": [{"name": "x_train_000000.bin", "tokens": 5}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", '"x"', "{}", "[" * 100_000, '{"shards": 5}', json.dumps(META | {"shards": [5]}),
+     json.dumps(META | {"shards": [{"name": "x_train_000000.bin"}]})],
+    ids=["list", "string", "empty", "deep", "no list", "number", "no count"],
+)  # fmt: skip
+def test_meta_that_is_none(tmp_path, monkeypatch, text):
+    """A meta.json that is JSON and no meta.json: one line with the cure, whatever was asked."""
+    small_shard(tmp_path / "x_train_000000.bin")
+    (tmp_path / "meta.json").write_text(text)
+    for flags in (["--verify", tmp_path], ["--pretokenized=1", f"--out_dir={tmp_path}"],
+                  ["--input=stdlib", "--encoding=bytes", f"--out_dir={tmp_path}"]):  # fmt: skip
+        with pytest.raises(UserError, match=r"cannot read .*meta\.json .*delete"):
+            in_process(monkeypatch, *flags)
+
+
+def test_meta_of_another_program(tmp_path, monkeypatch):
+    """What training needs is enough to verify; to go on with it is refused."""
+    small_shard(tmp_path / "x_train_000000.bin")
+    (tmp_path / "meta.json").write_text(json.dumps(META))
+    assert "1 shards" in works(prep("--verify", tmp_path))
+    for flags in (["--pretokenized=1"], ["--input=stdlib", "--encoding=bytes"]):
+        with pytest.raises(UserError, match="not begun with .*take another --out_dir"):
+            in_process(monkeypatch, *flags, f"--out_dir={tmp_path}")
 
 
 # ---- the network ------------------------------------------------------------------------------
