@@ -18,6 +18,7 @@ shard, to the same bytes. Neither interruptions nor the number of workers change
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -33,11 +34,11 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -81,11 +82,8 @@ FREE_FLAGS = {"out_dir", "workers", "pretokenized", "verify"}
 
 
 def load_encoding(name: str) -> tiktoken.Encoding:
-    """
-    The tiktoken encoding `name`; "bytes" is the 256 bytes and end-of-text = 256, made in memory.
-
-    Raises UserError if it is unknown, cannot be had, or does not fit shards of uint16.
-    """
+    """The tiktoken encoding `name`; "bytes" is the 256 bytes and end-of-text = 256, made in memory.
+    Raises UserError if it is unknown, cannot be had, or does not fit shards of uint16."""
     import tiktoken
 
     if name == "bytes":
@@ -170,14 +168,12 @@ def encode_in_order(
     pool: ProcessPoolExecutor, workers: int, batches: Iterator[tuple[dict, list[str]]]
 ) -> Iterator[tuple[dict, np.ndarray]]:
     """(position, texts) -> (position, tokens), in order, with a bounded number in flight."""
-    pending: deque = deque()
+    futures = ((position, pool.submit(encode_batch, texts)) for position, texts in batches)
     try:
-        for position, texts in batches:
-            pending.append((position, pool.submit(encode_batch, texts)))
-            if len(pending) > 2 * workers + 2:
-                position, future = pending.popleft()
-                yield position, future.result()
-        for position, future in pending:
+        pending = deque(itertools.islice(futures, 2 * workers + 2))
+        while pending:
+            pending.extend(itertools.islice(futures, 1))
+            position, future = pending.popleft()
             yield position, future.result()
     except BrokenProcessPool:
         raise UserError(
@@ -204,8 +200,6 @@ def find_files(cfg: Config) -> tuple[str, list[str]]:
             raise UserError(f"cannot tell what {path} is: --input takes {', '.join(KINDS)}")
         if extension == ".jsonl.zst" and not importlib.util.find_spec("zstandard"):
             raise UserError(f"{path} needs the zstandard package: pip install zstandard")
-        if not os.access(path, os.R_OK):
-            raise UserError(f"cannot read {path}: check its permissions")
         kinds[KINDS[extension]] = path
     if len(kinds) > 1:
         raise UserError(f"--input mixes {' and '.join(kinds.values())}: take one kind at a time")
@@ -225,25 +219,34 @@ def stdlib_files() -> list[str]:
 def text_bytes(cfg: Config, kind: str, paths: list[str]) -> int:
     """About how many bytes of text the files hold, for the time left. Checks parquet headers."""
     if kind != "parquet":
-        plain = (".jsonl", ".txt", ".py")
-        return sum(os.path.getsize(p) * (1 if p.endswith(plain) else 3) for p in paths)
-    import pyarrow
-    import pyarrow.parquet
+        return sum(os.path.getsize(p) * (3 if p.endswith((".gz", ".zst")) else 1) for p in paths)
+    from pyarrow import parquet
 
     total = 0
     for path in paths:
-        try:
-            meta = pyarrow.parquet.read_metadata(path)
-        except (pyarrow.ArrowException, OSError) as e:
-            raise cannot_read(path, e) from None
-        names = meta.schema.to_arrow_schema().names
+        with reading(path):
+            meta = parquet.read_metadata(path)
+            names = meta.schema.to_arrow_schema().names
         if cfg.text_column not in names:
             raise no_column(cfg.text_column, path, names)
         for group in map(meta.row_group, range(meta.num_row_groups)):
-            columns = [group.column(i) for i in range(group.num_columns)]
-            sizes = {c.path_in_schema: c.total_uncompressed_size for c in columns}
-            total += sizes.get(cfg.text_column, 0)
+            for column in map(group.column, range(group.num_columns)):
+                if column.path_in_schema == cfg.text_column:
+                    total += column.total_uncompressed_size
     return total
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """One line for whatever datasets, pyarrow, a decompressor, the hub or the network raise."""
+    try:
+        yield
+    except (UserError, ImportError):
+        raise
+    except Exception as e:
+        reason = f"{type(e).__name__}: {str(e).strip()}".splitlines()[0]
+        cure = "check the input and the network, then run the same command again: it goes on"
+        raise UserError(f"cannot read {what} ({reason[:300]}): {cure}") from e
 
 
 def no_column(name: str, where: str, names: list[str]) -> UserError:
@@ -251,11 +254,8 @@ def no_column(name: str, where: str, names: list[str]) -> UserError:
 
 
 def find_source(cfg: Config, meta: dict) -> tuple[str, list[str], int]:
-    """
-    Find the input: its kind, its local files and about how many tokens it holds (0: unknown).
-
-    Notes in meta what it is, so that a run is never taken up again with another input.
-    """
+    """Find the input: its kind, its local files and about how many tokens it holds (0: unknown).
+    Notes in meta what it is, so that a run is never taken up again with another input."""
     if not cfg.input:
         meta["revision"] = meta.get("revision") or pin_revision(cfg)
         meta["source"] = f"{cfg.dataset} {cfg.name} {cfg.split} at {meta['revision']}"
@@ -279,42 +279,23 @@ def pin_revision(cfg: Config) -> str:
         return ""
     from huggingface_hub import HfApi
 
-    try:
+    with reading(f"the dataset {cfg.dataset}"):
         return HfApi().dataset_info(cfg.dataset, revision=cfg.revision or None, timeout=30).sha
-    except Exception as e:  # no such dataset or revision, no permission, no network
-        raise cannot_read(f"the dataset {cfg.dataset}", e) from None
 
 
-def open_texts(
-    cfg: Config, meta: dict, kind: str, paths: list[str], cache_dir: str
-) -> tuple[Iterator[str], dict, Callable[[], dict]]:
-    """
-    The documents, beginning with the last one of meta's shards: (texts, position, state).
-
-    A position is where a document is: {"state": the stream's state, or None at its start;
-    "documents": how many to skip from there}. state() is the stream's present state.
-    """
+def go_on(stream, meta: dict) -> dict:
+    """Move the stream to where meta's shards end, and return the position of the first document to
+    take, the last one begun: {"state": the stream's state, "documents": how many to skip from it}."""
     import datasets
 
-    try:
-        stream = open_stream(cfg, kind, paths, meta.get("revision"), cache_dir)
-    except Exception as e:  # no such name, split or file type; the network; a corrupt file
-        raise cannot_read(meta["source"], e) from e
-
-    def state() -> dict:
-        return {"version": datasets.__version__, "stream": stream.state_dict()}
-
-    shards = meta["shards"]
-    begun = sum(shard["documents"] for shard in shards)
-    position = {"state": None, "documents": max(begun - 1, 0)}
-    resume = meta.get("resume")
-    saved = resume["position"]["state"] if resume and resume["shards"] == len(shards) else None
     # a state spares reading all that comes before, but only its own version can tell it
-    if saved and saved["version"] == datasets.__version__:
-        stream.load_state_dict(saved["stream"])
-        position = resume["position"]
-    texts = read_texts(cfg, kind, iter(stream), meta["source"])
-    return itertools.islice(texts, position["documents"], None), position, state
+    resume = meta.get("resume", {"shards": -1})
+    state = resume["shards"] == len(meta["shards"]) and resume["position"]["state"]
+    if state and state["version"] == datasets.__version__:
+        stream.load_state_dict(state["stream"])
+        return resume["position"]
+    begun = sum(shard["documents"] for shard in meta["shards"])
+    return {"state": None, "documents": max(begun - 1, 0)}
 
 
 def open_stream(cfg: Config, kind: str, paths: list[str], revision: str | None, cache_dir: str):
@@ -326,21 +307,18 @@ def open_stream(cfg: Config, kind: str, paths: list[str], revision: str | None, 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # would stall without a network
     datasets.config.HF_DATASETS_CACHE = cache_dir  # it leaves lock files even when it streams
     datasets.config.TORCH_AVAILABLE = False  # would import torch, for seconds and for nothing
-    options = {"split": cfg.split, "streaming": True}
+    load = functools.partial(datasets.load_dataset, streaming=True)
     if kind == "hub":
-        name, revision = cfg.name or None, revision or None
-        return datasets.load_dataset(cfg.dataset, name, revision=revision, **options)
-    options["split"] = "train"
+        return load(cfg.dataset, cfg.name or None, split=cfg.split, revision=revision or None)
     if kind == "text":
         return datasets.IterableDataset.from_generator(read_files, gen_kwargs={"paths": paths})
-    options["data_files"] = [glob.escape(os.path.abspath(path)) for path in paths]
+    files = {"data_files": [glob.escape(os.path.abspath(path)) for path in paths], "split": "train"}
     if kind == "parquet":  # few rows at a time: a novel is a megabyte
-        return datasets.load_dataset(kind, columns=[cfg.text_column], batch_size=64, **options)
+        return load(kind, columns=[cfg.text_column], batch_size=64, **files)
     # jsonl is read as lines and parsed here. The json builder of `datasets` guesses types (a text
     # like a date becomes one), drops lone surrogates, wants the same keys in every file, and on an
     # error it reads the whole file anew, whose first documents would come twice.
-    encoding = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
-    return datasets.load_dataset("text", **encoding, **options)
+    return load("text", encoding="utf-8-sig", encoding_errors="replace", **files)
 
 
 def read_files(paths: list[str]) -> Iterator[dict]:
@@ -352,7 +330,7 @@ def read_files(paths: list[str]) -> Iterator[dict]:
 
 def read_texts(cfg: Config, kind: str, rows: Iterator[dict], where: str) -> Iterator[str]:
     """The text of each row; a null is an empty document, and a blank line of jsonl is none."""
-    try:
+    with reading(where):
         for row in rows:
             if kind == "jsonl":
                 if not row["text"].strip():
@@ -365,10 +343,6 @@ def read_texts(cfg: Config, kind: str, rows: Iterator[dict], where: str) -> Iter
                 what = f"column {cfg.text_column!r} of {where} holds {type(text).__name__}"
                 raise UserError(f"{what}, not text: set --text_column; columns: {', '.join(row)}")
             yield text or ""
-    except UserError:
-        raise
-    except Exception as e:  # whatever datasets, pyarrow, a decompressor or the network raise
-        raise cannot_read(where, e) from e
 
 
 def parse_line(line: str, where: str) -> dict:
@@ -381,28 +355,20 @@ def parse_line(line: str, where: str) -> dict:
     return row
 
 
-def cannot_read(where: str, e: Exception) -> UserError:
-    reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
-    cure = "check the input and the network, then run the same command again: it goes on"
-    return UserError(f"cannot read {where} ({reason[:300]}): {cure}")
+def make_batches(texts: Iterator[str], stream, position: dict) -> Iterator[tuple[dict, list[str]]]:
+    """Group the stream's texts, the first of which is at position, into batches of about BATCH_CHARS,
+    each with the position of its first text."""
+    import datasets
 
-
-def make_batches(
-    texts: Iterator[str], position: dict, state: Callable[[], dict]
-) -> Iterator[tuple[dict, list[str]]]:
-    """
-    Group documents into batches of about BATCH_CHARS, each with the position of its first one.
-
-    `position` is that of the first document of all, state() tells the stream's present state.
-    """
     batch: list[str] = []
     size = 0
-    for text in texts:
+    for text in itertools.islice(texts, position["documents"], None):
         batch.append(text)
         size += len(text) + 100
         if size >= BATCH_CHARS:
             yield position, batch
-            position, batch, size = {"state": state(), "documents": 0}, [], 0
+            state = {"version": datasets.__version__, "stream": stream.state_dict()}
+            position, batch, size = {"state": state, "documents": 0}, [], 0
     if batch:
         yield position, batch
 
@@ -410,35 +376,32 @@ def make_batches(
 # ---- files ------------------------------------------------------------------------------------
 
 
-def save(path: str, *parts: bytes) -> None:
-    """Write a file that has its name only when it is complete and on disk."""
+@contextlib.contextmanager
+def whole_file(path: str) -> Iterator[BinaryIO]:
+    """A file to write, which has its name only when it is complete and on disk."""
     try:
         with open(path + ".tmp", "wb") as f:
-            for part in parts:
-                f.write(part)
-        replace_durably(path + ".tmp", path)
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+        if os.name == "posix":  # the new name, too
+            folder = os.open(os.path.dirname(path), os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as e:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
         raise UserError(
             f"cannot write {path} ({e.strerror}): make room or check the folder, then run the "
             "same command again: it goes on from the last complete shard"
         ) from None
-
-
-def replace_durably(source: str, path: str) -> None:
-    """Rename once the bytes are on disk, and return once the new name is."""
-    with open(source, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(source, path)
-    if os.name == "posix":
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
 
 
 def save_meta(out_dir: str, meta: dict) -> None:
-    save(os.path.join(out_dir, "meta.json"), (json.dumps(meta, indent=1) + "\n").encode())
+    with whole_file(os.path.join(out_dir, "meta.json")) as f:
+        f.write((json.dumps(meta, indent=1) + "\n").encode())
 
 
 def load_meta(out_dir: str) -> dict | None:
@@ -467,10 +430,11 @@ def save_shard(out_dir: str, index: int, tokens: np.ndarray) -> dict:
     """Write tokens (n,) uint16 as shard `index`; returns its name, token count and sha256."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    parts = header.tobytes(), memoryview(tokens.astype("<u2", copy=False)).cast("B")
-    save(os.path.join(out_dir, shard_name(index)), *parts)
-    digest = hashlib.sha256(parts[0])
-    digest.update(parts[1])
+    digest = hashlib.sha256()
+    with whole_file(os.path.join(out_dir, shard_name(index))) as f:
+        for part in (header, tokens.astype("<u2", copy=False)):
+            f.write(part.data)
+            digest.update(part.data)
     return {"name": shard_name(index), "tokens": len(tokens), "sha256": digest.hexdigest()}
 
 
@@ -482,13 +446,8 @@ def shard_files(out_dir: str) -> list[str]:
 # ---- the run ----------------------------------------------------------------------------------
 
 
-def prepare(cfg: Config) -> None:
+def prepare(cfg: Config, meta: dict) -> None:
     """Tokenize the input into cfg.out_dir, going on where an earlier run was interrupted."""
-    start = time.monotonic()
-    meta = begin(cfg)
-    if meta["complete"]:
-        print(f"{cfg.out_dir} is finished already, nothing to do")
-        return
     encoding = load_encoding(cfg.encoding)
     kind, paths, estimate = find_source(cfg, meta)
     meta |= {"vocab_size": encoding.n_vocab, "eot": encoding.eot_token}
@@ -511,9 +470,12 @@ def prepare(cfg: Config) -> None:
         for _ in range(workers):  # they start while this process imports datasets
             pool.submit(encode_batch, [])
         cache_dir = stack.enter_context(tempfile.TemporaryDirectory())
-        texts, position, state = open_texts(cfg, meta, kind, paths, cache_dir)
+        with reading(meta["source"]):
+            stream = open_stream(cfg, kind, paths, meta.get("revision"), cache_dir)
+            position = go_on(stream, meta)
         save_meta(cfg.out_dir, meta)
-        batches = make_batches(texts, position, state)
+        texts = read_texts(cfg, kind, iter(stream), meta["source"])
+        batches = make_batches(texts, stream, position)
         bar = stack.enter_context(progress(done, cfg.max_tokens or estimate))
 
         # the first document is the last one begun: `at` of its tokens are in the shards already
@@ -551,59 +513,55 @@ def prepare(cfg: Config) -> None:
         if filled:
             finish_shard(cut=0)
     if len(shards) < 2:
-        remove_all(cfg.out_dir, meta)
+        for name in [*(shard["name"] for shard in shards), "meta.json"]:
+            os.remove(os.path.join(cfg.out_dir, name))
         raise UserError(
             f"the input has only {done:,} tokens and --val_tokens={cfg.val_tokens} leaves no "
             f"training shard: set --val_tokens={max(1, done // 10)} or give more text"
         )
     meta.pop("resume", None)
-    meta["complete"] = True
-    save_meta(cfg.out_dir, meta)
-    print_table(cfg.out_dir, meta, time.monotonic() - start)
 
 
 def begin(cfg: Config) -> dict:
-    """meta.json of cfg.out_dir, or a new one; refuses flags other than those it was begun with."""
+    """meta.json of cfg.out_dir without shards that are missing or cut, or a new one. Raises UserError
+    for flags other than those that its shards were made with, and for shards of another run."""
     flags = {key: value for key, value in asdict(cfg).items() if key not in FREE_FLAGS}
-    meta = load_meta(cfg.out_dir)
-    if meta is None:
-        if shard_files(cfg.out_dir):
-            raise UserError(f"{cfg.out_dir} has shards but no meta.json: take another --out_dir")
+    if cfg.pretokenized:
+        flags = {"pretokenized": cfg.pretokenized}
+    meta, there = load_meta(cfg.out_dir), shard_files(cfg.out_dir)
+    if meta is None and there:
+        raise UserError(f"{cfg.out_dir} has shards but no meta.json: take another --out_dir")
+    shards = meta["shards"] if meta else []
+    known = {shard["name"] for shard in shards} | {shard_name(len(shards))}
+    if strange := [name for name in there if name not in known]:
+        raise UserError(f"{cfg.out_dir}/{strange[0]} is not of this run: move it away")
+    if not shards:  # perhaps a first try failed, and its flags are to be put right
         return {"encoding": cfg.encoding, "vocab_size": 0, "eot": 0, "source": "", "shards": [],
                 "complete": False, "flags": flags}  # fmt: skip
     if flags.keys() != meta["flags"].keys():
-        raise UserError(f"{cfg.out_dir} was not begun with such flags: take another --out_dir")
+        how = "--pretokenized" if cfg.pretokenized else "such flags"
+        raise UserError(f"{cfg.out_dir} was not begun with {how}: take another --out_dir")
     for key, value in flags.items():
-        if (old := meta["flags"][key]) != value:
+        old = meta["flags"][key]
+        if old != value and not (key == "pretokenized" and old < value):  # more is welcome
             raise UserError(f"{cfg.out_dir} was begun with --{key}={old}, not --{key}={value}: "
                             "give the same flags, or another --out_dir")  # fmt: skip
-    known = {shard["name"] for shard in meta["shards"]} | {shard_name(len(meta["shards"]))}
-    if strange := [name for name in shard_files(cfg.out_dir) if name not in known]:
-        raise UserError(f"{cfg.out_dir}/{strange[0]} is not of this run: move it away")
-    keep_sound_shards(cfg.out_dir, meta)
-    return meta
-
-
-def keep_sound_shards(out_dir: str, meta: dict) -> None:
-    """Drop from meta the first shard that is missing or cut, and those after it."""
-    for i, shard in enumerate(meta["shards"]):
-        path = os.path.join(out_dir, shard["name"])
+    meta["complete"] &= meta["flags"] == flags
+    meta["flags"] = flags
+    for i, shard in enumerate(shards):
+        path = os.path.join(cfg.out_dir, shard["name"])
         if not os.path.isfile(path) or os.path.getsize(path) != shard_bytes(shard["tokens"]):
             print(f"{path} is missing or cut: making it and what follows again")
-            for later in meta["shards"][i:]:
+            for later in shards[i:]:
                 with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(out_dir, later["name"]))
-            meta["shards"], meta["complete"] = meta["shards"][:i], False
+                    os.remove(os.path.join(cfg.out_dir, later["name"]))
+            meta["shards"], meta["complete"] = shards[:i], False
             break
+    return meta
 
 
 def shard_bytes(tokens: int) -> int:
     return 4 * HEADER_INTS + 2 * tokens
-
-
-def remove_all(out_dir: str, meta: dict) -> None:
-    for name in [*(shard["name"] for shard in meta["shards"]), "meta.json"]:
-        os.remove(os.path.join(out_dir, name))
 
 
 def cores() -> int:
@@ -624,17 +582,14 @@ def progress(done: int, total: int, unit: str = "tok"):
 
 def print_table(out_dir: str, meta: dict, seconds: float | None = None) -> None:
     shards = meta["shards"]
-    total = {key: sum(s[key] or 0 for s in shards) for key in ("documents", "tokens", "bytes")}
-    print(f"{'shard':<26}{'documents':>12}{'tokens':>16}{'bytes/token':>13}")
-    shown = shards if len(shards) <= 12 else [*shards[:10], None, shards[-1]]
-    for s in [*shown, {"name": f"{len(shards)} shards", **total}]:
-        if s is None:
-            print("...")
-            continue
-        ratio = f"{s['bytes'] / s['tokens']:.3f}" if s["bytes"] else "n/a"
-        print(f"{s['name']:<26}{s['documents']:>12,}{s['tokens']:>16,}{ratio:>13}")
-    print(f"{out_dir} is complete: {meta['source']}, encoding {meta['encoding']}", end="")
-    print(f", {seconds:.1f} s" if seconds else "")
+    total = {key: sum(s.get(key) or 0 for s in shards) for key in ("documents", "tokens", "bytes")}
+    lines = [f"{'shard':<26}{'documents':>12}{'tokens':>16}{'bytes/token':>13}"]
+    for s in [*shards, {"name": f"{len(shards)} shards", **total}]:
+        ratio = f"{s['bytes'] / s['tokens']:.3f}" if s.get("bytes") else "n/a"
+        lines.append(f"{s['name']:<26}{s['documents']:>12,}{s['tokens']:>16,}{ratio:>13}")
+    print("\n".join(lines if len(lines) <= 14 else [*lines[:11], "...", *lines[-2:]]))
+    print(f"{out_dir} is complete: {meta['source']}, encoding {meta['encoding']}"
+          + (f", {seconds:.1f} s" if seconds else ""))  # fmt: skip
 
 
 # ---- ready-made shards, and checking ----------------------------------------------------------
@@ -655,69 +610,45 @@ def check_shard(path: str, vocab_size: int, eot: int) -> tuple[dict, list[str]]:
             while data := f.read(1 << 22):
                 digest.update(data)
                 ids = np.frombuffer(data[: len(data) // 2 * 2], "<u2")
-                if (ids >= vocab_size).any() and not any("id" in w for w in wrong):
+                if not wrong and (ids >= vocab_size).any():  # the first one is enough
                     at = int(np.argmax(ids >= vocab_size))
-                    where = found["tokens"] + at
-                    wrong.append(f"token {where:,} is id {ids[at]}, vocabulary {vocab_size:,}")
+                    where = f"token {found['tokens'] + at:,}"
+                    wrong.append(f"{where} is id {ids[at]}, vocabulary {vocab_size:,}")
                 found["tokens"] += len(ids)
                 found["documents"] += int((ids == eot).sum())
     except OSError as e:
         return found, [f"cannot be read ({e.strerror})"]
-    if os.path.getsize(path) != shard_bytes(count):
-        size, needed = os.path.getsize(path), shard_bytes(count)
+    if (size := os.path.getsize(path)) != (needed := shard_bytes(count)):
         wrong.append(f"{size:,} bytes, but its header's {count:,} tokens need {needed:,}")
     return found | {"sha256": digest.hexdigest()}, wrong
 
 
-def download(cfg: Config) -> None:
+def download(cfg: Config, meta: dict) -> None:
     """Get the ready-made validation shard and training shards 1 to cfg.pretokenized."""
     from huggingface_hub import hf_hub_url
 
-    meta = load_meta(cfg.out_dir)
-    if meta is None and shard_files(cfg.out_dir):
-        raise UserError(f"{cfg.out_dir} has shards but no meta.json: take another --out_dir")
-    meta = meta or {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256, "source": PRETOKENIZED,
-                    "shards": [], "complete": False, "flags": {"pretokenized": 0}}  # fmt: skip
-    if "pretokenized" not in meta["flags"]:
-        raise UserError(f"{cfg.out_dir} was not begun with --pretokenized: take another --out_dir")
-    if meta["flags"]["pretokenized"] > cfg.pretokenized:
-        raise UserError(f"{cfg.out_dir} was begun with --pretokenized="
-                        f"{meta['flags']['pretokenized']}: give at least that")  # fmt: skip
-    meta["flags"]["pretokenized"] = cfg.pretokenized  # more of the same is welcome
-    keep_sound_shards(cfg.out_dir, meta)
-    if len(meta["shards"]) == cfg.pretokenized + 1 and meta["complete"]:
-        print(f"{cfg.out_dir} is finished already, nothing to do")
-        return
-    meta["complete"] = False
+    meta |= {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256, "source": PRETOKENIZED}
     for i in range(len(meta["shards"]), cfg.pretokenized + 1):
-        path = os.path.join(cfg.out_dir, shard_name(i))
-        try:
-            fetch(hf_hub_url(PRETOKENIZED, shard_name(i), repo_type="dataset"), path + ".tmp")
-            found, wrong = check_shard(path + ".tmp", meta["vocab_size"], meta["eot"])
+        name = shard_name(i)
+        with whole_file(os.path.join(cfg.out_dir, name)) as f:
+            fetch(hf_hub_url(PRETOKENIZED, name, repo_type="dataset"), f)
+            f.flush()
+            found, wrong = check_shard(f.name, meta["vocab_size"], meta["eot"])
             if wrong:
-                raise UserError(f"{shard_name(i)} arrived damaged ({wrong[0]}): run this again")
-            replace_durably(path + ".tmp", path)
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(path + ".tmp")
+                raise UserError(f"{name} arrived damaged ({wrong[0]}): run this again")
         # bytes of text per token would need the tokenizer, which shards do not
-        meta["shards"].append({"name": shard_name(i), **found, "bytes": None})
-        meta["complete"] = i == cfg.pretokenized
+        meta["shards"].append({"name": name, **found, "bytes": None})
         save_meta(cfg.out_dir, meta)
-    print_table(cfg.out_dir, meta)
 
 
-def fetch(url: str, path: str) -> None:
-    """
-    Download url into path, going on where a connection broke.
-
-    hf_hub_download would try for ever where a server breaks off and cannot go on: any byte that
-    comes resets its count. Here only getting further than ever before does.
-    """
+def fetch(url: str, f: BinaryIO) -> None:
+    """Download url into f, going on where a connection broke. hf_hub_download would try for ever where
+    a server breaks off and cannot go on: any byte that comes resets its count. Here only getting
+    further than ever before does."""
     import requests
 
     failures = furthest = 0
-    with open(path, "wb") as f, progress(0, 0, "B") as bar:
+    with progress(0, 0, "B") as bar:
         while True:
             headers = {"Accept-Encoding": "identity"}  # or Range would count compressed bytes
             headers |= {"Range": f"bytes={f.tell()}-"} if f.tell() else {}
@@ -752,26 +683,22 @@ def verify(folder: str) -> None:
     if meta is None:
         meta = {"vocab_size": 50257, "eot": 50256, "source": "no meta.json", "encoding": "gpt2",
                 "shards": [{"name": name} for name in names], "complete": True}  # fmt: skip
-        found = {name: re.search(r"_(\d+)\.bin$", name) for name in names}
+        numbered = [name for name in names if re.search(r"_\d+\.bin$", name)]
         cure = "a shard's name ends in its number, e.g. _000001.bin: rename it"
-        wrong += [f"{os.path.join(folder, name)}: {cure}" for name in names if not found[name]]
-        numbers = sorted(int(number[1]) for number in found.values() if number)
-        for a, b in itertools.pairwise([-1, *numbers]):
-            if b > a + 1:
-                gap = f"shard {a + 1} is" if b == a + 2 else f"shards {a + 1} to {b - 1} are"
-                wrong.append(f"{folder}: {gap} missing")
+        wrong += [f"{os.path.join(folder, name)}: {cure}" for name in names if name not in numbered]
+        numbers = sorted(int(name[:-4].rsplit("_", 1)[1]) for name in numbered)
+        wrong += [f"{folder}: shard {a + 1} is missing" + (f", and on to {b - 1}" if b > a + 2 else "")
+                  for a, b in itertools.pairwise([-1, *numbers]) if b > a + 1]  # fmt: skip
     listed = [shard["name"] for shard in meta["shards"]]
     if not listed:
         raise UserError(f"{folder} has no shards: check the path")
-    strange = [name for name in names if name not in listed]
-    wrong += [f"{os.path.join(folder, name)}: not in meta.json" for name in strange]
+    wrong += [f"{os.path.join(folder, name)}: not in meta.json" for name in names if name not in listed]
     for shard in meta["shards"]:
         path = os.path.join(folder, shard["name"])
         found, problems = check_shard(path, meta["vocab_size"], meta["eot"])
         for key, value in found.items():
             if shard.setdefault(key, value) != value:
                 problems.append(f"{key} {value}, but meta.json says {shard[key]}")
-        shard.setdefault("bytes", None)
         wrong += [f"{path}: {problem}" for problem in problems]
     if not meta["complete"]:
         wrong.append(f"{folder}: unfinished, run its command again")
@@ -783,13 +710,13 @@ def verify(folder: str) -> None:
 
 def main() -> None:
     cfg, given = configure(Config, sys.argv[1:])
-    for mode in ("verify", "pretokenized"):
-        if strange := given - {mode, "out_dir"} if getattr(cfg, mode) else set():
-            raise UserError(f"--{mode} does not go with --{min(strange)}: leave one of them out")
+    hub_only = {"dataset", "name", "split", "revision"}
+    others = {mode: given - {mode, "out_dir"} for mode in ("verify", "pretokenized")}
+    for mode, clash in {**others, "input": given & hub_only}.items():
+        if getattr(cfg, mode) and clash:
+            raise UserError(f"--{mode} does not go with --{min(clash)}: leave one of them out")
     if cfg.verify:
         return verify(cfg.verify)
-    if cfg.input and (strange := given & {"dataset", "name", "split", "revision"}):
-        raise UserError(f"--input does not go with --{min(strange)}: leave one of them out")
     cfg.val_tokens = cfg.val_tokens or cfg.shard_tokens
     for name in ("shard_tokens", "val_tokens"):
         if not 1 <= getattr(cfg, name) < 2**31:
@@ -800,12 +727,19 @@ def main() -> None:
     if 0 < cfg.max_tokens <= cfg.val_tokens:
         raise UserError(f"--max_tokens={cfg.max_tokens} leaves nothing to train on after "
                         f"--val_tokens={cfg.val_tokens}: raise one or lower the other")  # fmt: skip
+    start = time.monotonic()
     try:
         import filelock
 
         os.makedirs(cfg.out_dir, exist_ok=True)
         with filelock.FileLock(os.path.join(cfg.out_dir, ".lock"), timeout=0):
-            (download if cfg.pretokenized else prepare)(cfg)
+            meta = begin(cfg)
+            if meta["complete"]:
+                return print(f"{cfg.out_dir} is finished already, nothing to do")
+            (download if cfg.pretokenized else prepare)(cfg, meta)
+            meta["complete"] = True
+            save_meta(cfg.out_dir, meta)
+            print_table(cfg.out_dir, meta, time.monotonic() - start)
     except ImportError as e:
         raise UserError(f"{e.name} is missing: pip install -r requirements.txt") from None
     except filelock.Timeout:

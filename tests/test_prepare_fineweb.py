@@ -570,8 +570,10 @@ def test_begun_folders(tmp_path, monkeypatch):
         go()
     (out / "meta.json").write_bytes(before["meta.json"])
     (out / "fineweb_train_000999.bin").write_bytes(b"mine")
-    with pytest.raises(UserError, match="000999.bin is not of this run"):
-        go()
+    for _ in ("finished", "without a shard"):
+        with pytest.raises(UserError, match="000999.bin is not of this run"):
+            go()
+        truncate(out, 0)
 
 
 def test_two_runs_at_once(tmp_path, monkeypatch):
@@ -710,6 +712,16 @@ def test_too_short_can_be_put_right(tmp_path, monkeypatch):
     assert stream(tmp_path / "out") == bytes_stream(some_texts(8, 20, 40))
 
 
+def test_what_has_no_shard_yet_can_be_begun_with_other_flags(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", ["some", "texts"])
+    flags = [f"--input={tmp_path}/a.jsonl", "--encoding=bytes", "--workers=1", "--val_tokens=5",
+             f"--out_dir={tmp_path}/out"]  # fmt: skip
+    with pytest.raises(UserError, match="set --text_column"):
+        in_process(monkeypatch, *flags, "--text_column=txt")
+    in_process(monkeypatch, *flags)
+    assert stream(tmp_path / "out") == bytes_stream(["some", "texts"])
+
+
 def test_zstandard_missing(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(b"")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -812,8 +824,8 @@ def test_verify_names_and_gaps_without_meta(tmp_path):
     result = prep("--verify", tmp_path)
     fails(result, "3 things are wrong")
     assert "x_train_abc.bin: a shard's name ends in its number, e.g. _000001.bin" in result.stdout
-    assert "shards 1 to 2 are missing" in result.stdout
-    assert "shards 4 to 9999999998 are missing" in result.stdout
+    assert "shard 1 is missing, and on to 2" in result.stdout
+    assert "shard 4 is missing, and on to 9999999998" in result.stdout
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     small_shard(tmp_path / "x_train_000000.bin")
