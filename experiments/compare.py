@@ -13,14 +13,19 @@ The same command skips what is done and goes on with what was cut. SwiGLU is alw
 
 from __future__ import annotations
 
+import functools
+import glob
+import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -30,8 +35,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from configurator import UserError, configure, run, suggest
+from configurator import UserError, configure, parse_value, run, suggest
 from model import GPT, GPTConfig, ffn_cost, parse_spec
+from prepare_fineweb import cores
 
 
 @dataclass
@@ -81,6 +87,7 @@ NEUTRAL = set(
 VARIED = {"ffn", "ffn_match", "seed", "data_seed", "learning_rate", "min_lr"}
 
 
+@functools.cache
 def meaning(spec: str) -> str:
     """The same text for two specs that build the same FFN (defaults, order of options)."""
     cls, options = parse_spec(spec)
@@ -138,7 +145,7 @@ class Run:
 
     @property
     def width(self) -> int:
-        return shape(self.flags).hidden
+        return width(**{name: self.flags[name] for name in ("ffn", "ffn_match", "n_embd", "ffn_hidden")})
 
     @property
     def group(self) -> tuple[str, int]:
@@ -150,23 +157,45 @@ def shape(flags: dict, **more: int) -> GPTConfig:
     return GPTConfig(**{k: v for k, v in flags.items() if hasattr(GPTConfig, k)}, **more)
 
 
+@functools.cache
+def width(**flags) -> int:
+    """Of an FFN. Cached: to match parameters, models are built."""
+    return GPTConfig(**flags).hidden
+
+
 def read_run(folder: str) -> Run | None:
     """A run's config.json and log.jsonl, however far it came; None where there is no run."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             made = json.load(f)
-        flags = asdict(train.Config(**made.pop("flags")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        flags, default = asdict(train.Config(**made.pop("flags"))), asdict(train.Config())
+        if "vocab_size" not in made or any(type(flags[k]) is not type(default[k]) for k in flags):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    rows = []
-    try:
-        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
-            for line in f:
-                if line.endswith("}\n"):  # else a run is just writing it, or was killed then
-                    rows.append(json.loads(line))
-    except (OSError, ValueError):
-        pass
+    log, rows = os.path.join(folder, "log.jsonl"), []
+    with suppress(OSError), open(log, encoding="utf-8", errors="replace") as f:
+        rows = [row for row in map(read_row, f) if row]
     return Run(folder, flags, made, rows)
+
+
+def read_row(line: str) -> dict | None:
+    """One of log.jsonl; None for half of one, which a killed run left or a run is just writing."""
+    with suppress(ValueError, KeyError, TypeError):
+        row = json.loads(line)
+        if all(isinstance(x, (int, float)) for x in (row["step"], row["tokens"], row.get("val_loss", 0))):
+            return row
+    return None
+
+
+def last_step(folder: str) -> int:
+    """By the end of the log: while runs are on, nobody reads whole logs."""
+    try:
+        with open(os.path.join(folder, "log.jsonl"), "rb") as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - 4096))
+            return int(re.findall(rb'"step": (\d+)', f.read())[-1])
+    except (OSError, IndexError):
+        return 0
 
 
 def middle(values: list[float | None]) -> float | None:
@@ -175,8 +204,9 @@ def middle(values: list[float | None]) -> float | None:
     return median(there) if there else None
 
 
-def differing(a: dict, b: dict, but: set[str] = NEUTRAL) -> str | None:
-    return next((name for name in a if name not in but and a[name] != b[name]), None)
+def differing(a: dict, b: dict) -> str | None:
+    """The first flag, of those that matter, in which two runs differ."""
+    return next((name for name in a if name not in NEUTRAL and a[name] != b[name]), None)
 
 
 def plan(cfg: Config, base: train.Config) -> list[Run]:
@@ -191,28 +221,26 @@ def plan(cfg: Config, base: train.Config) -> list[Run]:
         raise UserError("name the FFNs to compare with SwiGLU: --ffn=geglu,asg or --paper=asg")
     if cfg.ffn_match not in ("hidden", "params", "both"):
         raise UserError(f"--ffn_match={cfg.ffn_match}: valid: hidden, params, both")
-    try:
-        rates = [float(text) for text in cfg.lr_sweep.split(",") if text] or [base.learning_rate]
-    except ValueError:
-        raise UserError(f"--lr_sweep={cfg.lr_sweep}: write numbers, as 3e-4,6e-4") from None
-    if min(rates) <= 0:
-        raise UserError(f"--lr_sweep={cfg.lr_sweep}: learning rates are above 0")
+    sweep = [parse_value("--lr_sweep", text, float) for text in cfg.lr_sweep.split(",") if text]
+    if sweep and min(base.learning_rate, *sweep) <= 0:  # min_lr is scaled by their ratio
+        rates = f"--lr_sweep={cfg.lr_sweep} and --learning_rate={base.learning_rate}"
+        raise UserError(f"{rates}: all must be above 0")
     unique: dict[str, str] = {}
     for spec in ["swiglu", *specs]:
         unique.setdefault(meaning(spec), spec)
     folder, runs = os.path.join("out", cfg.name or cfg.paper or "compare"), []
     for seed in range(cfg.seeds):
-        for rate in rates:
+        for rate in dict.fromkeys(sweep or [base.learning_rate]):
             for spec in unique.values():
                 flags = asdict(base) | {"ffn": spec, "seed": seed, "data_seed": seed}
                 flags |= {"init_from": "auto", "learning_rate": rate}
-                flags["min_lr"] = base.min_lr * (rate / base.learning_rate)
+                flags["min_lr"] = base.min_lr * (rate / base.learning_rate) if sweep else base.min_lr
                 flags["lr_decay_iters"] = base.lr_decay_iters or base.max_iters
                 same = shape(flags | {"ffn_match": "params"}).hidden == base.ffn_hidden
                 both = ["hidden", "params"] if cfg.ffn_match == "both" else [cfg.ffn_match]
                 for match in ["hidden"] if same or spec == "swiglu" else both:
                     name = f"{spec}-s{seed}" + ("-params" if match == "params" else "")
-                    name += f"-lr{rate:g}" if cfg.lr_sweep else ""
+                    name += f"-lr{rate:g}" if sweep else ""
                     mine = flags | {"ffn_match": match, "out_dir": os.path.join(folder, name)}
                     shape(mine).check()
                     runs.append(Run(mine["out_dir"], mine, {}, []))
@@ -233,8 +261,8 @@ def start(planned: Run, passed: list[str], base: train.Config, slot: int, jobs: 
     its cores. What it prints goes to train.txt in the run's folder."""
     devices = gpus(base)
     each = max(1, len(devices) // jobs)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = int(os.environ.get("OMP_NUM_THREADS") or cores or 1) // (jobs * each)
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # "4,2": for nested levels
+    threads = (int(asked) if asked.isdigit() else cores()) // (jobs * each)
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, threads))}
     command = [sys.executable]
     if each > 1:
@@ -280,7 +308,7 @@ def run_all(planned: list[Run], passed: list[str], cfg: Config, base: train.Conf
                 "another --name, or delete that folder"
             )
     waiting = [p for p in planned if not (before[p.dir] and before[p.dir].done)]
-    steps = {p.dir: before[p.dir].step if before[p.dir] else 0 for p in waiting}
+    steps = {p.dir: last_step(p.dir) for p in waiting}
     if not base.prepare and waiting:
         train.open_data(base.data_dir, base.block_size)  # one error now instead of one for each
     print(f"{len(planned)} runs: {len(planned) - len(waiting)} done, "
@@ -308,13 +336,13 @@ def run_all(planned: list[Run], passed: list[str], cfg: Config, base: train.Conf
                 for _, process in running.values():
                     process.send_signal(signal.SIGINT)
             for slot, (p, process) in list(running.items()):
-                code, now = process.poll(), read_run(p.dir)
-                if now and now.step > steps[p.dir]:
-                    bar.update(now.step - steps[p.dir])
-                    steps[p.dir] = now.step
+                code, step = process.poll(), max(steps[p.dir], last_step(p.dir))
+                bar.update(step - steps[p.dir])
+                steps[p.dir] = step
                 if code is None:
                     continue
                 del running[slot]
+                now = read_run(p.dir)
                 place = f"[{todo - len(waiting) - len(running)}/{todo}] {p.dir}"
                 if now and now.done:
                     bar.write(f"{place}: {now.loss:.4f}")
@@ -340,7 +368,7 @@ def find_runs(folders: list[str]) -> list[Run]:
     """The runs in folders: each a run's own, or one that holds runs' folders."""
     found: dict[str, Run] = {}
     for folder in folders:
-        inner = sorted(str(p) for p in Path(folder).iterdir()) if os.path.isdir(folder) else []
+        inner = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
         here = [r for r in map(read_run, [folder, *inner]) if r]
         if not here and not os.path.isfile(folder):  # a shell's * also names tables and plots
             print(f"left out: {folder} holds no run")
@@ -348,37 +376,37 @@ def find_runs(folders: list[str]) -> list[Run]:
     return list(found.values())
 
 
+def common(r: Run) -> dict:
+    """What all runs of a table have in common. A sweep scales min_lr with the learning rate."""
+    rate, least = r.flags["learning_rate"], r.flags["min_lr"]
+    found = {name: value for name, value in r.flags.items() if name not in VARIED}
+    return found | {"min_lr": f"{least / rate:.6g}" if rate else least, "device": r.made.get("device")}
+
+
 def check_alike(runs: list[Run]) -> None:
     """Refuse finished runs whose difference would not be the FFN's."""
     cure = "report only runs that differ in nothing but --ffn, --ffn_match and the seeds"
     done = [r for r in runs if r.done]
-    first, seen = done[0], {}
+    first, expected, seen = done[0], common(done[0]), {}
     for r in done:
-        name = differing(first.flags, r.flags, NEUTRAL | VARIED)
-        values = (first.flags[name], r.flags[name]) if name else ()
-        # a sweep scales min_lr with the learning rate
-        ratios = [f"{x.flags['min_lr'] / x.flags['learning_rate']:.6g}" for x in (first, r)]
-        if not name and ratios[0] != ratios[1]:
-            name = differing(first.flags, r.flags, set(first.flags) - {"min_lr"}) or "learning_rate"
-            values = (first.flags[name], r.flags[name])
-        if not name and first.made.get("device") != r.made.get("device"):
-            name, values = "device", (first.made.get("device"), r.made.get("device"))
+        name = differing(expected, common(r))
+        if name == "min_lr" and first.flags[name] == r.flags[name]:
+            name = "learning_rate"
         if name:
-            both = f"{first.dir} and {r.dir}"
-            raise UserError(f"{both} differ in --{name} ({values[0]} and {values[1]}): {cure}")
+            a, b = ((x.made if name == "device" else x.flags).get(name) for x in (first, r))
+            raise UserError(f"{first.dir} and {r.dir} differ in --{name} ({a} and {b}): {cure}")
         key = (*r.group, r.flags["learning_rate"], r.seeds)
         if key in seen:
             raise UserError(f"{seen[key]} and {r.dir} are the same run twice: leave one out")
         seen[key] = r.dir
     # A learning rate may differ where all were tried for all. A run that failed was tried.
     tried = {(r.group, r.flags["learning_rate"]) for r in runs}
-    for a in done:
-        for b in done:
-            if (b.group, a.flags["learning_rate"]) not in tried:
-                raise UserError(
-                    f"{a.dir} and {b.dir} differ in --learning_rate, and {label(b.flags)} was not "
-                    f"tried at {a.flags['learning_rate']:g}: {cure}, or sweep it for all"
-                )
+    rates = {r.flags["learning_rate"]: r for r in done}
+    groups = {r.group: r for r in done}
+    for (rate, a), (group, b) in itertools.product(rates.items(), groups.items()):
+        if (group, rate) not in tried:
+            raise UserError(f"{a.dir} and {b.dir} differ in --learning_rate, and {label(b.flags)} was "
+                            f"not tried at {rate:g}: {cure}, or sweep it for all")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------

@@ -163,6 +163,8 @@ def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path):
         (["c.py", "--ffn=geglu", "--seed=3"], ("--seed ", "--seeds")),
         (["c.py", "--ffn=geglu", "--seeds=0"], ("--seeds=0",)),
         (["c.py", "--ffn=geglu", "--lr_sweep=1e-3,fast"], ("--lr_sweep",)),
+        (["c.py", "--ffn=geglu", "--lr_sweep=1e-3,nan"], ("--lr_sweep",)),
+        (["c.py", "--ffn=geglu", "--lr_sweep=1e-3", "--learning_rate=0"], ("--learning_rate",)),
         (["c.py", "--ffn=geglu", "--ffn_match=wide"], ("--ffn_match=wide",)),
         (["c.py", "--ffn=geglu", "--batch_size=5"], ("--batch_size=5",)),
         (["c.py", "--ffn=geglu", "--data_dir=nowhere"], ("nowhere",)),
@@ -204,12 +206,15 @@ def test_what_is_planned(monkeypatch, tmp_path):
     runs = planned(monkeypatch, tmp_path, "c.py", "--ffn=sparseglu:p=64,swiglu,sparseglu", "--seeds=1")
     assert list(runs) == ["compare/swiglu-s0", "compare/sparseglu:p=64-s0"]
 
-    argv = ["c.py", "--ffn=geglu", "--seeds=1", "--lr_sweep=3e-3,1e-2", "--name=n"]
+    argv = ["c.py", "--ffn=geglu", "--seeds=1", "--lr_sweep=3e-3,1e-2,0.003", "--name=n"]
     runs = planned(monkeypatch, tmp_path, *argv)
     assert list(runs) == ["n/swiglu-s0-lr0.003", "n/geglu-s0-lr0.003",
                           "n/swiglu-s0-lr0.01", "n/geglu-s0-lr0.01"]  # fmt: skip
     assert [run["learning_rate"] for run in runs.values()] == [3e-3, 3e-3, 1e-2, 1e-2]
     assert [run["min_lr"] for run in runs.values()] == pytest.approx([3e-4, 3e-4, 1e-3, 1e-3])
+
+    runs = planned(monkeypatch, tmp_path, "c.py", "--ffn=asg", "--seeds=1", "--learning_rate=0")
+    assert [run["learning_rate"] for run in runs.values()] == [0, 0]
 
     specs = {
         "asg": ["asg", "asg:threshold=fixed:tau=0.1", "asg:threshold=neuron", "asg:sparse=False",
@@ -252,8 +257,35 @@ def test_the_machine_is_shared_out(monkeypatch, tmp_path):
     assert commands(gpus=4, jobs=1) == [(True, "2", "0,1,2,3")]
     assert commands(gpus=4, jobs=2) == [(True, "2", "0,1"), (True, "2", "2,3")]
     assert [c[2] for c in commands(gpus=2, jobs=3)] == ["0", "1", "0"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "6,2")  # OpenMP's way to say it for nested levels
+    assert commands(gpus=0, jobs=2) == [(False, "3", None)] * 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert [c[2] for c in commands(gpus=2, jobs=2)] == ["5", "7"]
+
+
+def test_waiting_reads_no_logs(monkeypatch, tmp_path):
+    """However long a run takes, its log is read before it starts and after it has ended."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    monkeypatch.chdir(tmp_path)
+    import compare
+
+    read, polls = [], iter([None] * 50 + [0])
+
+    class Process:
+        def poll(self):
+            return next(polls)
+
+    def start(planned, *rest):
+        make_run(Path(planned.dir), [6, 3, 2], **dict(planned.flags, out_dir=planned.dir))
+        return Process()
+
+    read_run = compare.read_run
+    monkeypatch.setattr(compare, "read_run", lambda folder: read.append(folder) or read_run(folder))
+    monkeypatch.setattr(compare, "start", start)
+    monkeypatch.setattr(compare.time, "sleep", lambda seconds: None)
+    cfg, base = compare.Config(ffn="swiglu", seeds=1), train.Config(max_iters=4, prepare="x")
+    assert compare.run_all(compare.plan(cfg, base), [], cfg, base) == 0
+    assert len(read) == 2
 
 
 @pytest.mark.slow
@@ -276,7 +308,7 @@ def make_run(folder: Path, losses: list[float], speed: float = 1000.0, active=No
     folder.mkdir(parents=True)
     flags = {"max_iters": 4, "lr_decay_iters": 4, "batch_size": 2, "block_size": 8, "n_layer": 2,
              "n_head": 2, "n_kv_head": 1, "n_embd": 128, "ffn_hidden": 256, **flags}  # fmt: skip
-    resolved = asdict(train.Config(**flags, out_dir=str(folder)))
+    resolved = asdict(train.Config(**{"out_dir": str(folder), **flags}))
     made = {"flags": resolved, "torch": "2", "device": "cpu", "git_commit": "abc", "vocab_size": 384}
     (folder / "config.json").write_text(json.dumps(made))
     log = []
@@ -473,6 +505,60 @@ def test_a_sweep_shows_the_best_rate_of_each(tmp_path):
     for folder in list((tmp_path / "out").glob("geglu-*-lr0.002")):
         folder.rename(tmp_path / folder.name)
     fails(tmp_path, "--report", "out", needles=("--learning_rate", "geglu"))
+
+
+def test_report_without_a_learning_rate(tmp_path):
+    """A control that learns nothing: no ratio to divide by, and min_lr still has to be the same."""
+    for spec in ("swiglu", "geglu"):
+        make_run(tmp_path / "out" / spec, [6, 6, 6], ffn=spec, learning_rate=0.0, min_lr=0.0)
+    found, _ = report(tmp_path)
+    assert found["geglu hidden"]["difference"] == 0
+    make_run(tmp_path / "out" / "other", [6, 6, 6], ffn="asg", learning_rate=0.0, min_lr=1e-5)
+    fails(tmp_path, "--report", "out", needles=("--min_lr ", "other"))
+
+
+def test_report_of_many_runs_is_linear(tmp_path, monkeypatch):
+    """100 runs of matched width: the width of each of the two FFNs is found once."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import compare
+
+    import model
+
+    asked = []
+    match_hidden = model.match_hidden
+    monkeypatch.setattr(model, "match_hidden", lambda *a: asked.append(a) or match_hidden(*a))
+    for s in range(50):
+        for spec in ("asg", "dsg"):
+            make_run(tmp_path / f"{spec}-s{s}", [6, 3, 2], ffn=spec, ffn_match="params", seed=s,
+                     ffn_hidden=264)  # fmt: skip
+    runs = compare.find_runs([str(tmp_path), str(tmp_path)])  # given twice, taken once
+    assert len(runs) == 100
+    compare.check_alike(runs)
+    assert len(asked) == 2
+
+
+def test_report_reads_odd_files(tmp_path):
+    """What is half written, not UTF-8, not a row or not a run has no part and is no traceback."""
+    make_runs(tmp_path / "out", {"swiglu": 0, "geglu": 0.01}, seeds=2)
+    expected, _ = report(tmp_path)
+    log = tmp_path / "out" / "geglu-s1" / "log.jsonl"
+    first, *others = log.read_text().splitlines(keepends=True)
+    odd = ['{"step": 1, "tok\n', "5\n", "[1]\n", "{}\n", '{"step": "x", "tokens": 1, "val_loss": 1}\n',
+           '{"step": 1, "tokens": 1, "val_loss": null}\n', "\n"]  # fmt: skip
+    log.write_bytes("".join([first, *odd]).encode() + b"\xff\xfe\n" + "".join(others).encode())
+    with open(log, "a") as f:
+        f.write('{"step": 4, "tok')
+    for name, config in {"list": "[]", "text": "\xff", "deep": "[" * 100_000, "old": "{}",
+                         "kind": json.dumps({"flags": {"ffn_hidden": "wide"}})}.items():  # fmt: skip
+        (tmp_path / "out" / name).mkdir()
+        (tmp_path / "out" / name / "config.json").write_text(config, encoding="latin-1")
+    (tmp_path / "out" / "file").write_text("not a folder")
+    found, out = report(tmp_path)
+    assert found == expected
+    for name in ("list", "text", "deep", "old", "kind"):
+        assert re.search(rf"left out: .*{name} holds no run", out)
+    for folder in ("out/file", "report/compare.md"):
+        fails(tmp_path, "--report", "out", f"--out={folder}", needles=("cannot write", "--out"))
 
 
 def test_one_run_and_many_rows_are_plotted(tmp_path):
