@@ -104,8 +104,7 @@ def reported(spec: str) -> tuple[str, str] | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------
-# Runs, planned and on disk
+# ---- runs, planned and on disk ----------------------------------------------------------------
 
 
 @dataclass
@@ -183,7 +182,8 @@ def read_row(line: str) -> dict | None:
     """One of log.jsonl; None for half of one, which a killed run left or a run is just writing."""
     with suppress(ValueError, KeyError, TypeError):
         row = json.loads(line)
-        if all(isinstance(x, (int, float)) for x in (row["step"], row["tokens"], row.get("val_loss", 0))):
+        numbers = row["step"], row["tokens"], row.get("val_loss", 0)
+        if all(isinstance(x, (int, float)) for x in numbers):
             return row
     return None
 
@@ -202,6 +202,10 @@ def middle(values: list[float | None]) -> float | None:
     """The median of those that are there."""
     there = [value for value in values if value is not None]
     return median(there) if there else None
+
+
+def spread(values: list[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
 
 
 def differing(a: dict, b: dict) -> str | None:
@@ -298,16 +302,14 @@ def run_all(planned: list[Run], passed: list[str], cfg: Config, base: train.Conf
     """Run what is not done yet. Returns how many failed; exits with 130 when stopped by a signal."""
     from tqdm import tqdm
 
-    before = {p.dir: read_run(p.dir) for p in planned}
+    waiting = []
     for p in planned:
-        old = before[p.dir]
-        name = old and differing(p.flags, old.flags)
-        if name:
-            raise UserError(
-                f"{p.dir} was made with --{name}={old.flags[name]}, not {p.flags[name]}: choose "
-                "another --name, or delete that folder"
-            )
-    waiting = [p for p in planned if not (before[p.dir] and before[p.dir].done)]
+        old = read_run(p.dir)
+        if old and (name := differing(p.flags, old.flags)):
+            raise UserError(f"{p.dir} was made with --{name}={old.flags[name]}, not {p.flags[name]}: "
+                            "choose another --name, or delete that folder")  # fmt: skip
+        if not (old and old.done):
+            waiting.append(p)
     steps = {p.dir: last_step(p.dir) for p in waiting}
     if not base.prepare and waiting:
         train.open_data(base.data_dir, base.block_size)  # one error now instead of one for each
@@ -317,9 +319,7 @@ def run_all(planned: list[Run], passed: list[str], cfg: Config, base: train.Conf
 
     signals: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: a terminal that closes
-    usual = {number: signal.getsignal(number) for number in numbers}
-    for number in usual:
-        signal.signal(number, lambda number, frame: signals.append(number))
+    usual = {n: signal.signal(n, lambda number, frame: signals.append(number)) for n in numbers}
     running: dict[int, tuple[Run, subprocess.Popen]] = {}
     todo, failed, passed_on = len(waiting), 0, 0
     total = sum(base.max_iters - s for s in steps.values())
@@ -409,8 +409,7 @@ def check_alike(runs: list[Run]) -> None:
                             f"not tried at {rate:g}: {cure}, or sweep it for all")  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------
-# Statistics
+# ---- statistics -------------------------------------------------------------------------------
 
 
 def paired_test(differences: list[float]) -> tuple[float, float, float]:
@@ -418,10 +417,10 @@ def paired_test(differences: list[float]) -> tuple[float, float, float]:
     No spread at all (the same FFN, written twice) is p = 1 at 0 and p = 0 elsewhere."""
     from scipy import stats
 
-    n, center, spread = len(differences), mean(differences), stdev(differences)
-    if spread == 0:
+    n, center, noise = len(differences), mean(differences), stdev(differences)
+    if noise == 0:
         return center, center, float(center == 0)
-    error = spread / math.sqrt(n)
+    error = noise / math.sqrt(n)
     margin = float(stats.t.ppf(0.975, n - 1)) * error
     return center - margin, center + margin, float(2 * stats.t.sf(abs(center) / error, n - 1))
 
@@ -437,40 +436,28 @@ def holm(p: list[float]) -> list[float]:
 MOST_SEEDS = 1000
 
 
-def seeds_needed(spread: float, difference: float) -> int | None:
+def seeds_needed(noise: float, difference: float) -> int | None:
     """Seeds for which a paired two-sided t-test at 5% finds a true difference with power 0.8, if
     single differences have this standard deviation. None: more than MOST_SEEDS."""
     import numpy as np
     from scipy import stats
 
-    if spread == 0:
+    if noise == 0:
         return 2
     n = np.arange(2, MOST_SEEDS + 1)
-    edge, shift = stats.t.ppf(0.975, n - 1), difference / spread * np.sqrt(n)
+    edge, shift = stats.t.ppf(0.975, n - 1), difference / noise * np.sqrt(n)
     power = stats.nct.sf(edge, n - 1, shift) + stats.nct.cdf(-edge, n - 1, shift)
     enough = np.flatnonzero(power >= 0.8)
     return int(n[enough[0]]) if len(enough) else None
 
 
-# ------------------------------------------------------------------------------------------------
-# The table
+# ---- the table --------------------------------------------------------------------------------
 
 
 def label(flags: dict) -> str:
     """Of train.py's flags, or of a row."""
     match = flags.get("ffn_match", flags.get("match"))
     return flags["ffn"] + (" (params)" if match == "params" else "")
-
-
-def vocabulary(runs: list[Run]) -> int:
-    """Of the runs' models: from config.json, or from a checkpoint."""
-    for r in runs:
-        if "vocab_size" in r.made:
-            return r.made["vocab_size"]
-        path = os.path.join(r.dir, "ckpt.pt")
-        if os.path.exists(path):
-            return len(train.load_checkpoint(path)["model"]["model.embed_tokens.weight"])
-    raise UserError(f"{runs[0].dir} has no ckpt.pt, which tells the size of the vocabulary")
 
 
 def best_rate(runs: list[Run]) -> list[Run]:
@@ -488,23 +475,28 @@ def summarize(runs: list[Run], detect: float) -> tuple[list[dict], list[list[Run
     grouped: dict[tuple, list[Run]] = {}
     for r in runs:
         grouped.setdefault(r.group, []).append(r)
-    own = {r.group for r in runs if r.group == (meaning("swiglu"), r.flags["ffn_hidden"])}
-    groups = [best_rate(grouped[g]) for g in sorted(grouped, key=lambda g: g not in own)]
-    base = {r.seeds: r for r in groups[0]} if own else {}
-    vocab_size, rows = vocabulary(runs), []
+    own = meaning("swiglu"), runs[0].flags["ffn_hidden"]
+    groups = [best_rate(grouped[g]) for g in sorted(grouped, key=lambda g: g != own)]
+    base = {r.seeds: r for r in groups[0]} if own in grouped else {}
+    rows = []
     for group in groups:
-        flags, losses = group[0].flags, [r.loss for r in group]
+        flags, baseline, losses = group[0].flags, group[0].group == own, [r.loss for r in group]
         with torch.device("meta"):
-            model = GPT(shape(flags, vocab_size=vocab_size))
+            model = GPT(shape(flags, vocab_size=runs[0].made["vocab_size"]))
         ffn = {k: v * flags["n_layer"] for k, v in ffn_cost(model.model.layers[0].mlp).items()}
         active = [r.val[-1]["active"] for r in group if "active" in r.val[-1]]
-        pairs = [(r, base[r.seeds]) for r in group if r.seeds in base and group is not groups[0]]
-        row = {
+        pairs = [(r, base[r.seeds]) for r in group if r.seeds in base and not baseline]
+        differences = [a.loss - b.loss for a, b in pairs]
+        low, high, p = paired_test(differences) if len(pairs) > 1 else (None, None, None)
+        noise = spread(differences)
+        match = "hidden" if group[0].width == flags["ffn_hidden"] else "params"
+        paper, reports = (match == "hidden" and reported(flags["ffn"])) or (None, None)
+        rows.append({
             "ffn": flags["ffn"],
             "hidden": group[0].width,
-            "match": "hidden" if group[0].width == flags["ffn_hidden"] else "params",
+            "match": match,
             "learning_rate": flags["learning_rate"],
-            "baseline": bool(own) and group is groups[0],
+            "baseline": baseline,
             "ffn_params": ffn["params"],
             "total_params": model.param_counts()["total"],
             "ffn_flops_per_token": ffn["flops"],
@@ -515,23 +507,20 @@ def summarize(runs: list[Run], detect: float) -> tuple[list[dict], list[list[Run
             "speed_vs_swiglu": middle([a.speed and b.speed and a.speed / b.speed for a, b in pairs]),
             "n": len(group),
             "val_loss": mean(losses),
-            "std": stdev(losses) if len(losses) > 1 else None,
+            "std": spread(losses),
             "pairs": len(pairs),
-            "difference": mean(a.loss - b.loss for a, b in pairs) if pairs else None,
-        }
-        row |= dict.fromkeys(("difference_std", "low", "high", "p", "p_holm", "seeds_needed"))
-        if len(pairs) > 1:
-            differences = [a.loss - b.loss for a, b in pairs]
-            row["low"], row["high"], row["p"] = paired_test(differences)
-            row["difference_std"] = stdev(differences)
-            row["seeds_needed"] = seeds_needed(row["difference_std"], detect)
-        paper, reports = (row["match"] == "hidden" and reported(flags["ffn"])) or (None, None)
-        row["paper"], row["paper_difference"] = paper, reports and float(reports)
-        row["runs"] = [
-            {"dir": r.dir, "seed": r.flags["seed"], "data_seed": r.flags["data_seed"],
-             "val_loss": r.loss, "tok_per_s": r.speed} for r in group
-        ]  # fmt: skip
-        rows.append(row)
+            "difference": mean(differences) if pairs else None,
+            "difference_std": noise,
+            "low": low,
+            "high": high,
+            "p": p,
+            "p_holm": None,  # below, when all p are there
+            "seeds_needed": None if noise is None else seeds_needed(noise, detect),
+            "paper": paper,
+            "paper_difference": reports and float(reports),
+            "runs": [{"dir": r.dir, "seed": r.flags["seed"], "data_seed": r.flags["data_seed"],
+                      "val_loss": r.loss, "tok_per_s": r.speed} for r in group],
+        })  # fmt: skip
     tested = [row for row in rows if row["p"] is not None]
     for row, p in zip(tested, holm([row["p"] for row in tested])):
         row["p_holm"] = p
@@ -550,14 +539,11 @@ def verdict(row: dict) -> str:
     return "one seed: no verdict" if row["pairs"] else "no SwiGLU run to compare with"
 
 
-def big(x: float) -> str:
-    """12345678 -> 12.3M"""
+def big(x: float, of: float | None = None) -> str:
+    """12345678 -> 12.3M, and how many times `of` that is."""
     unit = max(0, min(4, (len(str(int(abs(x)))) - 1) // 3))
-    return f"{x / 1000**unit:#.3g}".rstrip(".") + " KMGT"[unit].strip()
-
-
-def ratio(a: float, b: float | None) -> str:
-    return f" ({a / b:.2f}x)" if b else ""
+    text = f"{x / 1000**unit:#.3g}".rstrip(".") + " KMGT"[unit].strip()
+    return text + (f" ({x / of:.2f}x)" if of else "")
 
 
 def signed(x: float | None) -> str:
@@ -568,39 +554,33 @@ def signed(x: float | None) -> str:
 def markdown(rows: list[dict], notes: list[str], title: str, detect: float) -> str:
     """The table, aligned, and what its columns mean."""
     base = rows[0] if rows[0]["baseline"] else {}
+    flops = base.get("ffn_flops_per_token")
     swept = len({row["learning_rate"] for row in rows}) > 1
     lines = []
     for row in rows:
-        spread = "" if row["std"] is None else f" ± {row['std']:.4f}"
-        interval = ""
-        if row["low"] is not None:
-            interval = f" [{signed(row['low'])}, {signed(row['high'])}]"
+        deviation = "" if row["std"] is None else f" ± {row['std']:.4f}"
+        interval = "" if row["low"] is None else f" [{signed(row['low'])}, {signed(row['high'])}]"
         needed = row["seeds_needed"] or (row["p"] is not None and f"> {MOST_SEEDS}")
         speed = "" if row["tok_per_s"] is None else big(row["tok_per_s"])
-        speed += ratio(row["speed_vs_swiglu"] or 0, row["speed_vs_swiglu"] and 1)
-        cells = {
+        speed += f" ({row['speed_vs_swiglu']:.2f}x)" if row["speed_vs_swiglu"] else ""
+        lines.append({
             "FFN": f"`{row['ffn']}`",
             "width": f"{row['hidden']}" + (" (params)" if row["match"] == "params" else ""),
-            "learning rate": f"{row['learning_rate']:g}",
-            "FFN parameters": big(row["ffn_params"]) + ratio(row["ffn_params"], base.get("ffn_params")),
+            **({"learning rate": f"{row['learning_rate']:g}"} if swept else {}),
+            "FFN parameters": big(row["ffn_params"], base.get("ffn_params")),
             "all": big(row["total_params"]),
-            "FFN FLOPs/token": big(row["ffn_flops_per_token"])
-            + ratio(row["ffn_flops_per_token"], base.get("ffn_flops_per_token")),
-            "active": big(row["ffn_active_flops_per_token"])
-            + ratio(row["ffn_active_flops_per_token"], base.get("ffn_flops_per_token")),
+            "FFN FLOPs/token": big(row["ffn_flops_per_token"], flops),
+            "active": big(row["ffn_active_flops_per_token"], flops),
             "units": "" if row["active"] is None else f"{row['active']:.1%}",
             "tokens/s": speed,
-            "val loss": f"{row['val_loss']:.4f}{spread}",
+            "val loss": f"{row['val_loss']:.4f}{deviation}",
             "n": str(row["n"]),
             "difference [95% CI]": signed(row["difference"]) + interval,
             "p (Holm)": "" if row["p_holm"] is None else f"{row['p_holm']:.2g}",
             "paper": reported(row["ffn"])[1] if row["paper"] else "",
             "verdict": row["verdict"],
             f"seeds for {detect:g}": str(needed or ""),
-        }
-        if not swept:
-            del cells["learning rate"]
-        lines.append(cells)
+        })  # fmt: skip
     heads = list(lines[0])
     widths = [max(len(head), *(len(cells[head]) for cells in lines)) for head in heads]
 
@@ -628,56 +608,43 @@ def explain(rows: list[dict], runs: list[Run], left_out: list[str], cfg: Config)
     commits = sorted({str(r.made.get("git_commit")) for r in runs})
     tested = sum(row["p_holm"] is not None for row in rows)
     notes = [
-        f"{flags['max_iters']} steps x {per_step:,} tokens = {flags['max_iters'] * per_step:,} "
-        f"tokens a run. Flags besides defaults: `{' '.join(other) or 'none'}`",
-        f"Run on {made.get('device')} with torch {made.get('torch')}, commit {', '.join(commits)}.",
-        "val loss: nats per token at the last step (no better checkpoint is picked), mean ± "
-        "standard deviation over n seeds. FLOPs are of all FFNs' matrix products, forward: executed, "
-        "and `active`, what an ideal implementation that skips zeros would need. units: the share "
-        "of hidden units that is not zero (asg: of its sparse pathway), by the last evaluation.",
-        "tokens/s: median over a run's log, ratio to SwiGLU's run of the same seed. Runs side by "
-        "side, or anything else on the machine, disturb it; bench.py times with care.",
-    ]
-    if tested:
-        notes.append(
-            "difference: to SwiGLU, paired by seed: same tokens, same shared initial weights; below "
-            "0 is better. 95% confidence interval and p by a two-sided paired t-test; p is "
-            f"Holm-corrected over the {tested} tested rows, the interval is not. Verdict: corrected "
-            "p < 0.05. `no difference shown` does not mean that there is none.",
-        )
-        notes.append(
-            f"seeds for {cfg.detect:g}: how many a true difference of {cfg.detect:g} nats would "
-            "need, at this row's measured noise, to be found with power 0.8 (paired t-test at 5%, "
-            "uncorrected). From few seeds the noise is itself a rough guess.",
-        )
-    if any(row["paper"] for row in rows):
-        notes.append(
-            'paper: what the paper by "Aardvark" (2025) that proposes or tabulates the FFN reports, '
-            "minus its SwiGLU (4.927; Dynamic GEGLU's 4.9266), on FineWeb at its own scale, without "
-            "a test. asg:sparse=False is stated there to equal SwiGLU.",
-        )
-    if any(row["match"] == "params" for row in rows):
-        notes.append(
-            "(params): as wide as makes the FFN's parameters match SwiGLU's; compared with the same "
-            "SwiGLU runs. An FFN of which that is the same width has one row.",
-        )
-    if len(rates) > 1:
-        notes.append(
-            f"Learning rates {', '.join(f'{rate:g}' for rate in rates)} were tried for every row, "
-            "min_lr in proportion; each row shows its best by mean val loss. Picking on the same "
-            "losses flatters all rows a little.",
-        )
-    if left_out:
-        notes.append("Not finished, left out: " + ", ".join(left_out))
-    if not cfg.report:
-        notes.append(f"Command: `{command()}`")
-    if cfg.jobs > 1:
-        notes.append(f"{cfg.jobs} runs side by side.")
-    return notes
+        (True, f"{flags['max_iters']} steps x {per_step:,} tokens = {flags['max_iters'] * per_step:,} "
+         f"tokens a run. Flags besides defaults: `{' '.join(other) or 'none'}`"),
+        (True, f"Run on {made.get('device')} with torch {made.get('torch')}, commit "
+         f"{', '.join(commits)}."),
+        (True, "val loss: nats per token at the last step (no better checkpoint is picked), mean ± "
+         "standard deviation over n seeds. FLOPs are of all FFNs' matrix products, forward: executed, "
+         "and `active`, what an ideal implementation that skips zeros would need. units: the share "
+         "of hidden units that is not zero (asg: of its sparse pathway), by the last evaluation."),
+        (True, "tokens/s: median over a run's log, ratio to SwiGLU's run of the same seed. Runs side by "
+         "side, or anything else on the machine, disturb it; bench.py times with care."),
+        (tested,
+         "difference: to SwiGLU, paired by seed: same tokens, same shared initial weights; below "
+         "0 is better. 95% confidence interval and p by a two-sided paired t-test; p is "
+         f"Holm-corrected over the {tested} tested rows, the interval is not. Verdict: corrected "
+         "p < 0.05. `no difference shown` does not mean that there is none."),
+        (tested, f"seeds for {cfg.detect:g}: how many a true difference of {cfg.detect:g} nats would "
+         "need, at this row's measured noise, to be found with power 0.8 (paired t-test at 5%, "
+         "uncorrected). From few seeds the noise is itself a rough guess."),
+        (any(row["paper"] for row in rows),
+         'paper: what the paper by "Aardvark" (2025) that proposes or tabulates the FFN reports, '
+         "minus its SwiGLU (4.927; Dynamic GEGLU's 4.9266), on FineWeb at its own scale, without "
+         "a test. asg:sparse=False is stated there to equal SwiGLU."),
+        (any(row["match"] == "params" for row in rows),
+         "(params): as wide as makes the FFN's parameters match SwiGLU's; compared with the same "
+         "SwiGLU runs. An FFN of which that is the same width has one row."),
+        (len(rates) > 1,
+         f"Learning rates {', '.join(f'{rate:g}' for rate in rates)} were tried for every row, "
+         "min_lr in proportion; each row shows its best by mean val loss. Picking on the same "
+         "losses flatters all rows a little."),
+        (left_out, "Not finished, left out: " + ", ".join(left_out)),
+        (not cfg.report, f"Command: `{command()}`"),
+        (cfg.jobs > 1, f"{cfg.jobs} runs side by side."),
+    ]  # fmt: skip
+    return [text for applies, text in notes if applies]
 
 
-# ------------------------------------------------------------------------------------------------
-# The plot
+# ---- the plot ---------------------------------------------------------------------------------
 
 # readable in black and white: colour, dashes and marker all differ
 STYLES = [
@@ -796,7 +763,7 @@ def plot_cost(ax, rows: list[dict], base: dict) -> None:
     ax.set_xlabel("over SwiGLU's")
     ax.margins(x=0.12)
     ax.locator_params(axis="x", nbins=5)
-    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.6 / ax.figure_height))
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.6 / ax.figure.get_figheight()))
 
 
 def plot(rows: list[dict], groups: list[list[Run]], path: str, title: str) -> list[str]:
@@ -809,18 +776,14 @@ def plot(rows: list[dict], groups: list[list[Run]], path: str, title: str) -> li
 
     compared = sorted((row for row in rows if row["pairs"]), key=lambda row: row["difference"])
     height = max(4.4, 1.9 + 0.27 * len(compared))
-    if not compared:
-        figure, ax = plt.subplots(figsize=(7, height), layout="constrained")
-        axes = [ax]
-    else:
-        figure, axes = plt.subplots(1, 3, figsize=(15, height), layout="constrained",
-                                    width_ratios=[5, 4.5, 3])  # fmt: skip
-    plot_losses(axes[0], rows, groups)
+    widths = [5, 4.5, 3] if compared else [5]
+    figure, axes = plt.subplots(1, len(widths), figsize=(15 if compared else 7, height), squeeze=False,
+                                layout="constrained", width_ratios=widths)  # fmt: skip
+    plot_losses(axes[0, 0], rows, groups)
     if compared:
-        axes[2].figure_height = height
-        plot_differences(axes[1], compared)
-        plot_cost(axes[2], compared, rows[0])
-        for ax in axes[1:]:
+        plot_differences(axes[0, 1], compared)
+        plot_cost(axes[0, 2], compared, rows[0])
+        for ax in axes[0, 1:]:
             ax.set_ylim(len(compared) - 0.4, -0.6)  # the best on top
             ax.grid(alpha=0.3)
     figure.suptitle(title, fontsize=11)
@@ -854,8 +817,7 @@ def plot(rows: list[dict], groups: list[list[Run]], path: str, title: str) -> li
     return [f"{path}.png", f"{path}_curves.png"]
 
 
-# ------------------------------------------------------------------------------------------------
-# All of it
+# ---- all of it --------------------------------------------------------------------------------
 
 
 def publish(runs: list[Run], cfg: Config, folder: str, left_out: list[str]) -> None:
@@ -865,8 +827,8 @@ def publish(runs: list[Run], cfg: Config, folder: str, left_out: list[str]) -> N
     notes = explain(rows, runs, left_out, cfg)
     text, path = markdown(rows, notes, title, cfg.detect), os.path.join(folder, "compare")
     flags = {k: v for k, v in runs[0].flags.items() if k not in NEUTRAL | VARIED}
-    record = {"title": title, "command": command(), "detect": cfg.detect, "rows": rows}
-    record |= {"notes": notes, "flags": flags, "made": runs[0].made}
+    record = {"title": title, "command": command(), "detect": cfg.detect, "rows": rows,
+              "notes": notes, "flags": flags, "made": runs[0].made}  # fmt: skip
     try:
         os.makedirs(folder, exist_ok=True)
         with open(f"{path}.md", "w", encoding="utf-8") as f:
@@ -926,8 +888,7 @@ def main() -> None:
         folder = cfg.out or os.path.relpath(common)
     else:
         base, given = configure(train.Config, passed)
-        set_here = {"seed", "data_seed"} & given
-        if set_here:
+        if set_here := {"seed", "data_seed"} & given:
             raise UserError(f"--{min(set_here)} is set by compare.py, run by run: use --seeds=N")
         if base.eval_only:
             raise UserError("--eval_only trains nothing: leave it out, or use --report")
@@ -936,14 +897,13 @@ def main() -> None:
         failed = run_all(planned, passed, cfg, base)
         runs = [r for r in map(read_run, (p.dir for p in planned)) if r]
         folder = cfg.out or os.path.join("out", cfg.name or cfg.paper or "compare")
-    left_out = [r.dir for r in runs if not r.done]
-    for r in runs:
-        if not r.done:
-            print(f"left out: {r.dir} is at step {r.step} of {r.flags['max_iters']}")
-    if not any(r.done for r in runs):
+    done, left_out = [r for r in runs if r.done], [r for r in runs if not r.done]
+    for r in left_out:
+        print(f"left out: {r.dir} is at step {r.step} of {r.flags['max_iters']}")
+    if not done:
         raise UserError("no finished run: " + ("see above" if runs or failed else "name their folders"))
     check_alike(runs)
-    publish([r for r in runs if r.done], cfg, folder, left_out)
+    publish(done, cfg, folder, [r.dir for r in left_out])
     if failed:
         sys.exit(f"error: {failed} runs failed, see above and their train.txt")
 
