@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import importlib.util
 import itertools
 import json
 import math
@@ -124,9 +125,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        last = self.val[-1:]
-        at_end = last and last[0]["step"] == self.flags["max_iters"]
-        return bool(at_end) and math.isfinite(last[0]["val_loss"])
+        return any(row["step"] == self.flags["max_iters"] for row in self.val[-1:])
 
     @property
     def loss(self) -> float:
@@ -179,11 +178,12 @@ def read_run(folder: str) -> Run | None:
 
 
 def read_row(line: str) -> dict | None:
-    """One of log.jsonl; None for half of one, which a killed run left or a run is just writing."""
+    """One of log.jsonl; None for half of one, which a killed run left or a run is just writing, and
+    for a loss that is not finite."""
     with suppress(ValueError, KeyError, TypeError):
         row = json.loads(line)
-        numbers = row["step"], row["tokens"], row.get("val_loss", 0)
-        if all(isinstance(x, (int, float)) for x in numbers):
+        losses = [row[name] for name in ("train_loss", "val_loss") if name in row]
+        if all(map(math.isfinite, [row["step"], row["tokens"], *losses])):
             return row
     return None
 
@@ -275,8 +275,7 @@ def start(planned: Run, passed: list[str], base: train.Config, slot: int, jobs: 
         mine = [devices[(slot * each + i) % len(devices)] for i in range(each)]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     command += [os.path.abspath(train.__file__), *passed]
-    for name in sorted(VARIED | {"out_dir", "init_from"}):
-        command.append(f"--{name}={planned.flags[name]}")
+    command += [f"--{name}={planned.flags[name]}" for name in sorted(VARIED | {"out_dir", "init_from"})]
     try:
         os.makedirs(planned.dir, exist_ok=True)
         with open(os.path.join(planned.dir, "train.txt"), "w", encoding="utf-8") as f:
@@ -732,8 +731,7 @@ def plot_differences(ax, rows: list[dict]) -> None:
     for y, row in enumerate(rows):
         x, color = row["difference"], "black"
         if abs(x) > limit:
-            edge = math.copysign(limit, x) * 0.97
-            ax.plot(edge, y, marker=">" if x > 0 else "<", color=color, markersize=8)
+            ax.plot(0.97 * math.copysign(limit, x), y, ">" if x > 0 else "<", color=color, markersize=8)
             continue
         if row["low"] is not None:
             ax.plot([row["low"], row["high"]], [y, y], color=color, linewidth=1.3)
@@ -869,12 +867,9 @@ def main() -> None:
         configure(Config, ["--help"])
     mine, passed, folders = split(sys.argv[1:])
     cfg, _ = configure(Config, mine)
-    try:
-        import matplotlib  # noqa: F401
-        import scipy  # noqa: F401
-        import tqdm  # noqa: F401
-    except ImportError as e:
-        raise UserError(f"{e.name} is missing: pip install -r requirements-dev.txt") from None
+    for package in ("matplotlib", "scipy", "tqdm"):  # now, and not after hours of runs
+        if not importlib.util.find_spec(package):
+            raise UserError(f"{package} is missing: pip install -r requirements-dev.txt")
     for name in ("seeds", "jobs", "detect"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"--{name}={getattr(cfg, name)} must be above 0")
@@ -884,8 +879,8 @@ def main() -> None:
         if passed or not folders:
             raise UserError(f"--report takes folders of runs and runs nothing: {passed or 'no folder'}")
         runs = find_runs(folders)
-        common = os.path.commonpath([os.path.abspath(r.dir) for r in runs]) if runs else "."
-        folder = cfg.out or os.path.relpath(common)
+        above_all = os.path.commonpath([os.path.abspath(r.dir) for r in runs] or [os.getcwd()])
+        folder = cfg.out or os.path.relpath(above_all)
     else:
         base, given = configure(train.Config, passed)
         if set_here := {"seed", "data_seed"} & given:
