@@ -768,6 +768,7 @@ def plot(rows: list[dict], groups: list[list[Run]], path: str, title: str) -> li
     """Draw path.png, and path_curves.png where one panel cannot hold all rows. Returns both names."""
     import matplotlib
 
+    matplotlib.rcParams["text.parse_math"] = False  # a folder's name may hold $
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
