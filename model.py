@@ -600,6 +600,7 @@ def ffn_cost(ffn: nn.Module) -> dict[str, int]:
     return {"params": params, "flops": flops, "active_flops": active}
 
 
+@functools.cache
 def match_hidden(spec: str, d: int, hidden: int) -> int:
     """The multiple of 8 whose FFN parameters come closest to SwiGLU's at `hidden`."""
 

@@ -143,7 +143,7 @@ class Run:
 
     @property
     def width(self) -> int:
-        return width(**{name: self.flags[name] for name in ("ffn", "ffn_match", "n_embd", "ffn_hidden")})
+        return shape(self.flags).hidden
 
     @property
     def group(self) -> tuple[str, int]:
@@ -153,12 +153,6 @@ class Run:
 
 def shape(flags: dict, **more: int) -> GPTConfig:
     return GPTConfig(**{k: v for k, v in flags.items() if hasattr(GPTConfig, k)}, **more)
-
-
-@functools.cache
-def width(**flags) -> int:
-    """Of an FFN. Cached: to match parameters, models are built."""
-    return GPTConfig(**flags).hidden
 
 
 def read_run(folder: str) -> Run | None:

@@ -518,15 +518,15 @@ def test_report_without_a_learning_rate(tmp_path):
 
 
 def test_report_of_many_runs_is_linear(tmp_path, monkeypatch):
-    """100 runs of matched width: the width of each of the two FFNs is found once."""
+    """100 runs of matched width: the width of each of the two FFNs is found once, by a few trials."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import compare
 
     import model
 
     asked = []
-    match_hidden = model.match_hidden
-    monkeypatch.setattr(model, "match_hidden", lambda *a: asked.append(a) or match_hidden(*a))
+    make_ffn = model.make_ffn
+    monkeypatch.setattr(model, "make_ffn", lambda *a: asked.append(a) or make_ffn(*a))
     for s in range(50):
         for spec in ("asg", "dsg"):
             make_run(tmp_path / f"{spec}-s{s}", [6, 3, 2], ffn=spec, ffn_match="params", seed=s,
@@ -534,7 +534,7 @@ def test_report_of_many_runs_is_linear(tmp_path, monkeypatch):
     runs = compare.find_runs([str(tmp_path), str(tmp_path)])  # given twice, taken once
     assert len(runs) == 100
     compare.check_alike(runs)
-    assert len(asked) == 2
+    assert len(asked) <= 20
 
 
 def test_report_reads_odd_files(tmp_path):
