@@ -120,8 +120,8 @@ def products(
     product = train.onednn_product if onednn else torch.mm
     work, flops = [], 0
     for p in layer.parameters():
-        if p.ndim == 2:
-            w = p.detach().to(dtype)
+        if p.ndim >= 2:
+            w = p.detach().to(dtype).flatten(0, -2)
             work.append((w, randn(n, w.size(1), like=w), randn(n, w.size(0), like=w), p))
             flops += 2 * n * w.numel() * (3 if p.requires_grad else 1)
 
@@ -153,7 +153,10 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
     calls, layers = {}, {}
     for spec in dict.fromkeys([*specs, "swiglu"]):
         say(f"preparing {spec}")
-        stack = [make_ffn(spec, d, h).to(device, dtype).eval() for _ in range(cfg.layers)]
+        stack = [make_ffn(spec, d, h).to(device).eval() for _ in range(cfg.layers)]
+        for name, part in (found for layer in stack for found in layer.named_modules()):
+            if isinstance(part, nn.Linear) and "predictor" not in name:
+                part.to(dtype)  # norms, scalars and predictors work in float32, as when training
         layers[spec] = stack[0]
 
         def token(x: Tensor, stack=stack) -> Tensor:
@@ -161,7 +164,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
                 x = x + getattr(layer, "decode", layer.forward)(x)
             return x
 
-        one = maybe_compile(token, cfg, device, mode)
+        one = autocast(maybe_compile(token, cfg, device, mode), device, dtype)
         calls[spec] = lambda one=one: one(x)
         calls[spec]()
     times = measure(calls, cfg.rounds, device)
@@ -504,6 +507,10 @@ def main() -> None:
     for path in filter(None, (cfg.json, cfg.plot)):
         if not Path(path).resolve().parent.is_dir():
             raise UserError(f"cannot write {path}: its folder does not exist")
+        if Path(path).is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
+    if cfg.plot and Path(cfg.plot).suffix != ".png":
+        raise UserError(f"--plot={cfg.plot} must end in .png")
     device, dtype, name = pick_device(cfg)
     if device.type == "cpu":
         train.keep_freed_memory()

@@ -460,9 +460,10 @@ def top_k_mask(score: Tensor, k: int) -> Tensor:
 
 @torch.library.custom_op("ffn::top_k", mutates_args=(), schema="(Tensor score, int k) -> Tensor")
 def top_k_by_counting(score: Tensor, k: int) -> Tensor:
-    """top_k_mask for finite float32 on a CPU, of ties the first: a third of the time of topk. As an
-    operator it is compiled once and not for each layer."""
-    return compiled_count()(score, k)
+    """top_k_mask for float32 on a CPU, of ties the first: a third of the time of topk. As an operator
+    it is compiled once and not for each layer."""
+    finite = score.nan_to_num(nan=torch.finfo(torch.float32).max)
+    return compiled_count()(finite, k)
 
 
 top_k_by_counting.register_fake(lambda score, k: torch.empty_like(score))
@@ -594,7 +595,7 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
 def ffn_cost(ffn: nn.Module) -> dict[str, int]:
     """Parameters, and FLOPs per token of the forward pass's matrix products: `flops` as executed,
     `active_flops` as an ideal implementation would need that skips what is zero."""
-    flops = sum(2 * p.numel() for p in ffn.parameters() if p.ndim == 2)
+    flops = sum(2 * p.numel() for p in ffn.parameters() if p.ndim >= 2)
     active = ffn.active_flops() if hasattr(ffn, "active_flops") else flops
     params = sum(p.numel() for p in ffn.parameters())
     return {"params": params, "flops": flops, "active_flops": active}
@@ -811,7 +812,7 @@ class GPT(nn.Module):
     def param_counts(self) -> dict[str, int]:
         """`layers`: in matrices of the layers (the papers' "134M"); `matrices`: these and lm_head;
         `total`: every parameter, a tied one once."""
-        layers = sum(p.numel() for p in self.model.layers.parameters() if p.ndim == 2)
+        layers = sum(p.numel() for p in self.model.layers.parameters() if p.ndim >= 2)
         return {
             "layers": layers,
             "matrices": layers + self.lm_head.weight.numel(),

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import UserError, configure, reason, run, suggest
-from model import GPT, GPTConfig, ffn_cost
+from model import GPT, GPTConfig, ffn_cost, parse_spec
 
 # ------------------------------------------------------------------------------------------------
 # Flags
@@ -126,6 +126,7 @@ def check_flags(cfg: Config, world: int) -> None:
             raise UserError(f"--{name}={getattr(cfg, name)} must be below 1")
     if max(cfg.seed, cfg.data_seed) >= 2**32:
         raise UserError("--seed and --data_seed must be below 2**32")
+    parse_spec(cfg.ffn)
     per_pass = world * cfg.micro_batch_size
     if cfg.batch_size % per_pass and not cfg.eval_only:
         near = max(1, cfg.batch_size // per_pass) * per_pass
@@ -418,6 +419,13 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
+def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T + 1) -> (B, T) twice. Copies: torch.compile would compile anew for other strides, and for
+    contiguous() a slice of one row is contiguous already."""
+    x, y = batch[:, :-1], batch[:, 1:]
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in (x, y))
+
+
 def train_step(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
@@ -438,8 +446,8 @@ def train_step(
     for i, batch in enumerate(batches):
         if isinstance(model, DDP):
             model.require_backward_grad_sync = i == len(batches) - 1
-        with autocast():  # contiguous: torch.compile would compile anew for other strides
-            _, loss = model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
+        with autocast():
+            _, loss = model(*inputs_and_targets(batch))
         loss = loss / len(batches)
         loss.backward()
         total += loss.detach()
@@ -516,9 +524,9 @@ def evaluate(model: nn.Module, data: Data, cfg: Config, device: torch.device, au
         # One shape for all batches, so that torch.compile sees one: rows of padding, not counted.
         batch = torch.full((micro, T + 1), -100)
         batch[: len(tokens)] = tokens
-        x, y = batch[:, :-1].clamp(min=0).contiguous(), batch[:, 1:].contiguous()
+        x, y = inputs_and_targets(batch.to(device))
         with autocast():
-            losses.append(model(x.to(device), y.to(device))[1])
+            losses.append(model(x.clamp(min=0), y)[1])
         weights.append(len(tokens) * T)
     agree(error)
     weight = torch.tensor(weights, dtype=torch.float64)
@@ -699,7 +707,7 @@ def versions(device: torch.device) -> dict[str, str]:
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
         git = ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -720,9 +728,9 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
     try:
         os.makedirs(cfg.out_dir, exist_ok=True)
         if resumed_step is None:
-            for name in ("config.json", "log.jsonl", "ckpt.pt"):
-                if os.path.exists(path(name)):
-                    os.replace(path(name), path(name + ".prev"))
+            left = [n for n in ("log.jsonl", "ckpt.pt", "config.json") if os.path.exists(path(n))]
+            for name in left if left != ["config.json"] else []:  # alone: of a start that failed
+                os.replace(path(name), path(name + ".prev"))
         else:
             cut_log(path("log.jsonl"), resumed_step)
         with open(path("config.json.tmp"), "w", encoding="utf-8") as f:
@@ -767,6 +775,7 @@ def onednn_product(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     """a @ b + c, float32 on a CPU, by oneDNN. a: (m, k), b: (k, n), c: (n,) or None."""
     if not a.numel() or not b.numel():  # which oneDNN refuses
         return a @ b if c is None else torch.addmm(c, a, b)
+    c = None if c is None else c.contiguous()  # of c it would not look at the strides
     # Where neither a tensor nor its transpose is contiguous, oneDNN takes a thousand times longer.
     a, b = (x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous() for x in (a, b))
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), c, "none", [], "")
@@ -812,8 +821,10 @@ def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn
     """One pass forward and backward that changes nothing: compiles, and shows that every parameter
     gets a gradient. Where torch.compile cannot work, says so and goes on without."""
     device = model.lm_head.weight.device
-    tokens = torch.zeros((cfg.micro_batch_size, cfg.block_size), dtype=torch.int64, device=device)
-    targets = torch.zeros_like(tokens)  # not tokens itself: the compiled graph would demand that
+    shape, vocab_size = (cfg.micro_batch_size, cfg.block_size), model.config.vocab_size
+    tokens = torch.arange(math.prod(shape), device=device).remainder(vocab_size).view(shape)
+    targets = tokens.clone()  # not tokens itself: the compiled graph would demand that
+    buffers = [buffer.clone() for buffer in model.buffers()]
 
     def one_pass(model: nn.Module) -> nn.Module:
         with autocast():
@@ -836,6 +847,8 @@ def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn
     if frozen:
         say(f"frozen  {len(frozen)} parameters get no gradient by design, e.g. {frozen[0]}")
     model.zero_grad(set_to_none=True)
+    for buffer, before in zip(model.buffers(), buffers):
+        buffer.copy_(before)
     return ready
 
 
@@ -846,7 +859,10 @@ def start_wandb(cfg: Config):
     except ImportError:
         raise UserError("--wandb_project needs: pip install wandb") from None
     name = os.path.basename(os.path.normpath(cfg.out_dir))
-    return wandb.init(project=cfg.wandb_project, name=name, config=asdict(cfg), dir=cfg.out_dir)
+    try:
+        return wandb.init(project=cfg.wandb_project, name=name, config=asdict(cfg), dir=cfg.out_dir)
+    except Exception as e:  # no login, no network, no such project
+        raise UserError(f"--wandb_project={cfg.wandb_project}: {reason(e)}") from None
 
 
 def connect(device: torch.device, step: int, shards: dict) -> None:
@@ -1015,8 +1031,8 @@ def main() -> None:
             last = step >= cfg.max_iters or cfg.eval_only
             fresh = step != checkpoint_step  # a resumed run did these before it stopped
             evaluate_now = last or (fresh and step % cfg.eval_interval == 0)
-            save_now = fresh and step > 0 and not cfg.eval_only
-            save_now = save_now and (last or step % cfg.save_interval == 0)
+            save_now = last or (step > 0 and step % cfg.save_interval == 0)
+            save_now = save_now and fresh and not cfg.eval_only
             if evaluate_now or save_now:
                 check_finite()
                 window_time += time.perf_counter() - mark

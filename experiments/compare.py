@@ -845,7 +845,7 @@ def split(argv: list[str]) -> tuple[list[str], list[str], list[str] | None]:
         if not arg.startswith("-"):
             (passed if folders is None else folders).append(arg)
         elif name not in {*own, *theirs}:
-            raise UserError(f"unknown flag {arg!r}: {suggest(name, {*own, *theirs})}")
+            raise UserError(f"unknown flag {arg!r}: {suggest(name, dict.fromkeys([*own, *theirs]))}")
         elif name == "report":
             folders = [*(folders or []), *([value] if equals else [])]
             mine.append("--report=yes")

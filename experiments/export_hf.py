@@ -123,7 +123,10 @@ def main() -> None:
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("safetensors is missing: pip install safetensors") from None
-    checkpoint = train.load_checkpoint(os.path.join(source, "ckpt.pt"))
+    path = os.path.join(source, "ckpt.pt")
+    if not os.path.exists(path):
+        raise UserError(f"there is no {path}: name the folder of a run that has saved")
+    checkpoint = train.load_checkpoint(path)
     flags, state = checkpoint["flags"], checkpoint["model"]
     check_ffn(flags["ffn"])
     if os.path.isfile(target) or (os.path.isdir(target) and os.listdir(target)):

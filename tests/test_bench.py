@@ -105,6 +105,15 @@ def test_decode_table(tmp_path):
     assert math.isclose(by_name["spark"]["speedup"] / by_name["gelu"]["speedup"], faster)
 
 
+def test_decode_in_bfloat16(tmp_path):
+    """The default on a GPU: every FFN, with weights of matrix products in it, and what works in float32
+    by design left so."""
+    args = ["--mode=decode", *TINY, "--d=64", "--h=256", "--layers=2", "--dtype=bfloat16"]
+    result, by_name, _ = rows("bench.py", tmp_path / "d.json", *args, "--compile=False", "--rounds=1")
+    assert len(by_name) == 13
+    assert all(row["read_mib"] == row["active_flops"] / 2 * 2 / 2**20 for row in result["rows"])
+
+
 def test_step_table_and_profile(tmp_path):
     """A step's FLOPs by the formula, memory not below weights and optimizer state, no MFU on a CPU,
     and a trace that tools can read."""
@@ -150,7 +159,9 @@ def test_data_table(tmp_path):
         (["--device=cuda:7"], "cuda:7"),
         (["--dtype=float16"], "float16"),
         (["--json=no/such/folder/x.json"], "no/such/folder"),
+        (["--json=."], "cannot write .: it is a folder"),
         (["--mode=decode", "--plot=x.png"], "--plot"),
+        (["--plot=x.foo"], "x.foo"),
         (["--profile=x"], "--profile"),
         (["--mode=step", "--n_head=5"], "n_head"),
         (["--token=3"], "tokens"),

@@ -745,6 +745,8 @@ def test_compiled_selection_is_exact():
     score[14:16] *= 1e37
     score[16] = -3e38
     score[17:] = [[-1], [1], [-2]] * np.abs(score[17:])
+    score[4, 10:90] = -np.inf  # closed by masked_fill
+    score[5, 7:9] = np.inf
     torch.compiler.reset()
     ks = [1, 37, 100]
     select = torch.compile(
@@ -865,6 +867,27 @@ def cost_by_hand(name: str, d: int, h: int, **options) -> tuple[int, int]:
         r, keep = o["r"] or d // 2, round(o["k"] * h)
         return 2 * dh, 2 * r * h + 2 * (d - r) * keep + 2 * d * keep
     return 3 * dh, 3 * dh
+
+
+def test_stacked_weights_cost_what_their_products_do(monkeypatch):
+    """Experts in one parameter (n, d, h / n): as many FLOPs as the same in matrices, forward and in the
+    step, and they are parameters of the layers' matrices."""
+
+    class Experts(nn.Module):
+        def __init__(self, d: int, h: int):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, d, h // 4))
+            self.down = nn.Parameter(torch.randn(4, h // 4, d))
+
+        def forward(self, x):
+            hidden = torch.relu(torch.einsum("...d,ndh->...nh", x, self.up))
+            return torch.einsum("...nh,nhd->...d", hidden, self.down)
+
+    monkeypatch.setitem(FFNS, "experts", Experts)
+    assert ffn_cost(make_ffn("experts", 32, 64)) == ffn_cost(make_ffn("relu2", 32, 64))
+    one, two = GPT(small(ffn="experts")), GPT(small(ffn="relu2"))
+    assert one.param_counts() == two.param_counts()
+    assert one.flops_per_token() == two.flops_per_token()
 
 
 @all_cases

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from textwrap import dedent
 from typing import ClassVar
 
 import numpy as np
@@ -76,6 +77,13 @@ def mean_loss(model: GPT, windows: np.ndarray) -> float:
         batch = torch.from_numpy(np.asarray(windows))
         logits = model(batch[:, :-1])[0].double()
         return float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
+
+
+def train_with(cwd: Path, code: str, *argv: str) -> subprocess.CompletedProcess:
+    """A train.py that knows one more FFN, `mine`: the class Mine of this code."""
+    code = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, model\n{dedent(code)}\n"
+    code += f"model.FFNS['mine'] = Mine\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", code, *argv], cwd=cwd, capture_output=True, text=True)
 
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -266,6 +274,8 @@ PRODUCTS = {  # of a (6, 40), b (40, 24), c (24,)
     "with a bias": lambda a, b, c: torch.addmm(c, a, b),
     "with one number as bias": lambda a, b, c: torch.addmm(c[:1], a, b),
     "with a matrix as bias": lambda a, b, c: torch.addmm(c.repeat(6, 1), a, b),
+    "with a column as bias": lambda a, b, c: torch.addmm(b[:24, 3], a, b),
+    "with one number repeated as bias": lambda a, b, c: torch.addmm(c[3:4].expand(24), a, b),
     "scaled": lambda a, b, c: torch.addmm(c, a, b, alpha=2, beta=0.5),
     "a linear layer of three dimensions": lambda a, b, c: F.linear(a.view(2, 3, 40), b.t(), c),
     "transposed": lambda a, b, c: b.t() @ a.t(),
@@ -509,15 +519,17 @@ def test_wandb_says_the_same_as_the_log(here: Path):
         assert {k: v for k, v in row.items() if k[0] != "_"} == expected
 
 
-def test_wandb_that_is_missing(here: Path):
-    """An optional import: one line with the cure."""
+@pytest.mark.parametrize("what, says", [("raise ImportError", "pip install wandb"),
+    ("def init(**_): raise RuntimeError('No API key')", "No API key")])  # fmt: skip
+def test_wandb_that_is_missing(here: Path, what: str, says: str):
+    """An optional import, and one that may have no login: one line with the cure."""
     (here / "hidden").mkdir()
-    (here / "hidden" / "wandb.py").write_text("raise ImportError")
+    (here / "hidden" / "wandb.py").write_text(what)
     code = f"import runpy, sys; sys.path[:0] = ['hidden', {str(ROOT)!r}]\n"
     code += f"runpy.run_path({TRAIN!r}, run_name='__main__')"
     argv = [sys.executable, "-c", code, *flags(out_dir="o", max_iters=2, wandb_project="p")]
     done = subprocess.run(argv, cwd=here, capture_output=True, text=True)
-    one_line(done.returncode, done.stderr, "pip install wandb")
+    one_line(done.returncode, done.stderr, says)
 
 
 def test_what_is_printed_before_the_first_step(here: Path):
@@ -533,23 +545,42 @@ def test_what_is_printed_before_the_first_step(here: Path):
     assert "0.10 epochs" in head  # 12 windows of 115
 
 
+def test_one_shape_for_the_compiler(monkeypatch):
+    """Whatever the micro-batch: of one sequence too, whose slice counts as contiguous but has the
+    strides of a longer one, all that a model sees has the strides of the pass before the first step."""
+    strides = set()
+
+    class Spy(torch.nn.Module):
+        def __init__(self, raw: GPT):
+            super().__init__()
+            self.raw = raw
+
+        def forward(self, idx, targets):
+            strides.add((idx.stride(), targets.stride()))
+            return self.raw(idx, targets)
+
+    raw = GPT(GPTConfig(8, 384, 1, 2, 2, 16, ffn_hidden=16))
+    cfg = train_py.Config(micro_batch_size=1, block_size=8, compile=True, lr_decay_iters=9)
+    monkeypatch.setattr(train_py, "compiled", lambda model, device: Spy(model))
+    optimizers = train_py.make_optimizers(raw, cfg)
+    model = train_py.compile_and_check(raw, optimizers, cfg, nullcontext)
+    batches = torch.randint(257, (2, 9)).split(1)
+    train_py.train_step(model, optimizers, batches, cfg, 0, torch.zeros(()))
+    assert strides == {((8, 1), (8, 1))}
+
+
 def test_evaluating_and_sampling_are_not_training(here: Path):
     """An FFN with dropout drops in training steps only: not while evaluating, measuring `active` or
     sampling, and again after each of them."""
-    code = f"""if True:
-        import runpy, sys
-        sys.path.insert(0, {str(ROOT)!r})
-        import torch, model
-        class Picky(model.SparseGLU):
+    code = """
+        class Mine(model.SparseGLU):
             def forward(self, x):
                 assert self.training == torch.is_grad_enabled()
                 return super().forward(x)
             decode = forward
-        model.FFNS["picky"] = Picky
-        runpy.run_path({TRAIN!r}, run_name="__main__")
     """
-    argv = flags("--sample_tokens=4", out_dir="o", ffn="picky", max_iters=4, eval_interval=2)
-    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=here, capture_output=True, text=True)
+    argv = flags("--sample_tokens=4", out_dir="o", ffn="mine", max_iters=4, eval_interval=2)
+    done = train_with(here, code, *argv)
     assert done.returncode == 0, done.stderr
     assert "sample (4 tokens" in done.stdout
 
@@ -599,6 +630,43 @@ def test_preparing_that_makes_nothing_is_told(here: Path):
         start(here, data_dir="none", prepare=prepare, out_dir="o").fails("--prepare", "none")
     (here / "file").touch()
     start(here, data_dir="file/below", prepare="--input=stdlib", out_dir="o").fails("file")
+
+
+def test_failed_starts_leave_the_run_before_them(here: Path):
+    """A start that stops before its first step, twice: the good run's three files are still one set."""
+    train(here, out_dir="o", max_iters=2, ffn="asg")
+    good = {name: (here / "o" / name).read_bytes() for name in ("config.json", "log.jsonl", "ckpt.pt")}
+    code = """
+        class Mine(model.SwiGLU):
+            def __init__(self, d, h):
+                super().__init__(d, h)
+                self.w = torch.nn.Parameter(torch.ones(()))
+    """
+    for _ in range(2):
+        done = train_with(here, code, *flags(out_dir="o", max_iters=2, ffn="mine"))
+        one_line(done.returncode, done.stderr, "mlp.w receives no gradient")
+    assert {name: (here / "o" / f"{name}.prev").read_bytes() for name in good} == good
+
+
+def test_buffers_are_those_of_the_steps(here: Path):
+    """An FFN with a running mean: the pass before the first step, which compiles and checks, leaves no
+    trace in it, so that a resumed run has the same bits."""
+    code = """
+        class Mine(model.SwiGLU):
+            def __init__(self, d, h):
+                super().__init__(d, h)
+                self.register_buffer("mean", torch.zeros(d))
+            def forward(self, x):
+                if self.training:
+                    self.mean.lerp_(x.detach().mean((0, 1)), 0.1)
+                return super().forward(x - self.mean)
+    """
+    for out, steps, init in (("a", 8, "scratch"), ("b", 3, "scratch"), ("b", 8, "resume")):
+        argv = flags(out_dir=out, max_iters=steps, lr_decay_iters=8, ffn="mine", init_from=init)
+        done = train_with(here, code, *argv)
+        assert done.returncode == 0, done.stderr
+    assert load(here / "a")["model"]["model.layers.0.mlp.mean"].any()
+    assert_same_run(here / "a", here / "b")
 
 
 def test_public_shards_without_meta_are_gpt2(here: Path):
@@ -747,6 +815,13 @@ def test_which_device_is_taken(monkeypatch, capsys):
     for device in ("cpu", "mps"):
         assert not train_py.use_bfloat16(auto, torch.device(device))
         assert train_py.use_bfloat16(train_py.Config(dtype="bfloat16"), torch.device(device))
+
+
+def test_no_steps_at_all(here: Path):
+    """--max_iters=0 is a run that has ended: evaluated, saved, sampled from."""
+    train(here, out_dir="o", max_iters=0)
+    assert load(here / "o")["step"] == 0
+    assert list(losses(here / "o", "val_loss")) == [0]
 
 
 def test_files_of_flags_and_help(here: Path):
