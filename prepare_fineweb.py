@@ -448,8 +448,8 @@ def shard_files(out_dir: str) -> list[str]:
 
 def prepare(cfg: Config, meta: dict) -> None:
     """Tokenize the input into cfg.out_dir, going on where an earlier run was interrupted."""
-    kind, paths, estimate = find_source(cfg, meta)
     encoding = load_encoding(cfg.encoding)
+    kind, paths, estimate = find_source(cfg, meta)
     meta |= {"vocab_size": encoding.n_vocab, "eot": encoding.eot_token}
     eot = encoding.eot_token
     lengths = np.zeros(encoding.n_vocab, dtype=np.int64)  # bytes of text in each token

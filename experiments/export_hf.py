@@ -125,7 +125,7 @@ def main() -> None:
         raise UserError("safetensors is missing: pip install safetensors") from None
     path = os.path.join(source, "ckpt.pt")
     if not os.path.exists(path):
-        raise UserError(f"there is no {path}: name the folder of a run that has saved")
+        raise UserError(f"no checkpoint {path}: name the folder of a run that has saved")
     checkpoint = train.load_checkpoint(path)
     flags, state = checkpoint["flags"], checkpoint["model"]
     check_ffn(flags["ffn"])

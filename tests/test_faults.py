@@ -604,7 +604,7 @@ def test_a_signal_at_any_moment_of_the_start(here: Path):
 
 def test_a_second_signal_stops_at_once(here: Path):
     """A step of several seconds is not waited for, and nothing is saved."""
-    slow = {**LONG, "n_layer": 12, "batch_size": 115, "micro_batch_size": 1}
+    slow = {**LONG, "n_layer": 60, "batch_size": 115, "micro_batch_size": 1}
     run = start(here, **slow)
     run.wait_for("step      0/")
     time.sleep(0.5)
