@@ -706,11 +706,10 @@ def test_thirty_kills(here: Path):
     is under way: there is a whole checkpoint each time, --init_from=auto goes on from it, and the
     weights at the end are those of an undisturbed run."""
     rng = random.Random(0)
-    values = {"n_layer": 2, "max_iters": 1500, "save_interval": 3, "eval_interval": 50}
-    train(here, **{**values, "out_dir": "straight", "save_interval": 1500})
+    values = {"n_layer": 2, "lr_decay_iters": 1500, "save_interval": 3, "eval_interval": 50}
     kills, during_save, steps = 0, 0, []
     while kills < 30:
-        run = start(here, out_dir="o", init_from="auto", **values)
+        run = start(here, out_dir="o", init_from="auto", max_iters=100_000, **values)
         tmp, moment = here / "o" / "ckpt.pt.tmp", rng.random()
         if kills % 3 == 0:
             tmp.unlink(missing_ok=True)
@@ -723,14 +722,16 @@ def test_thirty_kills(here: Path):
             wait_until(lambda r=run: "step" in r.out or not r.process.is_alive(), 60)
             time.sleep(moment / 2)
         run.kill(signal.SIGKILL)
-        assert run.wait().code == -signal.SIGKILL, "the run was faster than 30 kills"
+        assert run.wait().code == -signal.SIGKILL
         kills += 1
         during_save += tmp.exists()
         if (here / "o" / "ckpt.pt").exists():
             steps.append(intact(here / "o")["step"])
             assert steps[-1] % 3 == 0
     assert steps == sorted(steps), "a checkpoint was lost"
+    values["max_iters"] = steps[-1] + 20
     train(here, out_dir="o", init_from="auto", **values)
+    train(here, **{**values, "out_dir": "straight", "save_interval": 100_000})
     assert_same_run(here / "o", here / "straight")
     assert losses(here / "o") == losses(here / "straight")
     print(f"\n30 kills, {during_save} during a save, {len(set(steps))} different checkpoints")
