@@ -5,7 +5,7 @@ Train a Qwen3-style language model whose FFN is picked by a flag, on shards of t
     torchrun --nproc_per_node=8 train.py --ffn=sparseglu             # the full run
 
 The file is one story from top to bottom: flags, data, schedule, optimizer, evaluation, checkpoint,
-and main() with the loop. Step n is the state after n updates. Batches are a pure function of
+compiling, and main() with the loop. Step n is the state after n updates. Batches are a pure function of
 (data_seed, step) and weights of (seed, name), so two runs that differ in --ffn see the same tokens
 from the same start, on any number of GPUs, resumed or not.
 """
@@ -718,54 +718,7 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Before the loop
-
-
-def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> None:
-    """Make the run's folder and config.json, or fail now and not at the first save. A run from
-    scratch renames what an earlier one left to *.prev; a resumed one cuts the log at its step."""
-    path = functools.partial(os.path.join, cfg.out_dir)
-    try:
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        if resumed_step is None:
-            left = [n for n in ("log.jsonl", "ckpt.pt", "config.json") if os.path.exists(path(n))]
-            for name in left if left != ["config.json"] else []:  # alone: of a start that failed
-                os.replace(path(name), path(name + ".prev"))
-        else:
-            cut_log(path("log.jsonl"), resumed_step)
-        with open(path("config.json.tmp"), "w", encoding="utf-8") as f:
-            json.dump({"flags": asdict(cfg), **made_with}, f, indent=2)
-        os.replace(path("config.json.tmp"), path("config.json"))
-    except OSError as e:
-        why = f"cannot write to --out_dir={cfg.out_dir} ({e.strerror}): name another"
-        raise UserError(why) from None
-
-
-def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None) -> str:
-    """The derived arithmetic of the run."""
-    n, cost = model.param_counts(), ffn_cost(model.model.layers[0].mlp)
-    hidden, target = model.config.hidden, 3 * cfg.n_embd * cfg.ffn_hidden
-    passes = cfg.batch_size // (world * cfg.micro_batch_size)
-    per_step = cfg.batch_size * cfg.block_size
-    tokens, train_tokens = cfg.max_iters * per_step, sum(shard.tokens for shard in data.train)
-    epochs = cfg.max_iters * cfg.batch_size / window_counts(data.train, cfg.block_size).sum()
-    flops = model.flops_per_token()
-    lines = [
-        f"model   {n['layers']:,} parameters in the layers' matrices, {n['total']:,} in all",
-        f"ffn     {cfg.ffn}, hidden {hidden}: {cost['params']:,} parameters, FLOPs/token forward "
-        f"{cost['flops']:,} executed, {cost['active_flops']:,} active (ideal)",
-        f"step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x "
-        f"{cfg.block_size} tokens = {per_step:,} tokens",
-        f"run     {cfg.max_iters} steps x {per_step:,} = {tokens:,} tokens = {epochs:.2f} epochs of "
-        f"{train_tokens:,}, {tokens / n['layers']:.2f} per parameter in the layers' matrices",
-        f"flops   6 x {n['matrices']:,} + 6 x {cfg.n_layer} x {cfg.n_embd} x {cfg.block_size} = "
-        f"{flops:,} per token, {flops * tokens:.3g} in all, peak "
-        + (f"{peak / 1e12:.0f} TFLOP/s per device" if peak else "n/a"),
-    ]
-    if cfg.ffn_match == "params":
-        over = cost["params"] - target
-        lines.insert(2, f"match   {cost['params']:,} - SwiGLU's {target:,} = {over:+,} parameters")
-    return "\n".join(lines)
+# Compiling
 
 
 @torch.library.custom_op(
@@ -850,6 +803,57 @@ def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn
     for buffer, before in zip(model.buffers(), buffers):
         buffer.copy_(before)
     return ready
+
+
+# ------------------------------------------------------------------------------------------------
+# Before the loop
+
+
+def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> None:
+    """Make the run's folder and config.json, or fail now and not at the first save. A run from
+    scratch renames what an earlier one left to *.prev; a resumed one cuts the log at its step."""
+    path = functools.partial(os.path.join, cfg.out_dir)
+    try:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        if resumed_step is None:
+            left = [n for n in ("log.jsonl", "ckpt.pt", "config.json") if os.path.exists(path(n))]
+            for name in left if left != ["config.json"] else []:  # alone: of a start that failed
+                os.replace(path(name), path(name + ".prev"))
+        else:
+            cut_log(path("log.jsonl"), resumed_step)
+        with open(path("config.json.tmp"), "w", encoding="utf-8") as f:
+            json.dump({"flags": asdict(cfg), **made_with}, f, indent=2)
+        os.replace(path("config.json.tmp"), path("config.json"))
+    except OSError as e:
+        why = f"cannot write to --out_dir={cfg.out_dir} ({e.strerror}): name another"
+        raise UserError(why) from None
+
+
+def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None) -> str:
+    """The derived arithmetic of the run."""
+    n, cost = model.param_counts(), ffn_cost(model.model.layers[0].mlp)
+    hidden, target = model.config.hidden, 3 * cfg.n_embd * cfg.ffn_hidden
+    passes = cfg.batch_size // (world * cfg.micro_batch_size)
+    per_step = cfg.batch_size * cfg.block_size
+    tokens, train_tokens = cfg.max_iters * per_step, sum(shard.tokens for shard in data.train)
+    epochs = cfg.max_iters * cfg.batch_size / window_counts(data.train, cfg.block_size).sum()
+    flops = model.flops_per_token()
+    lines = [
+        f"model   {n['layers']:,} parameters in the layers' matrices, {n['total']:,} in all",
+        f"ffn     {cfg.ffn}, hidden {hidden}: {cost['params']:,} parameters, FLOPs/token forward "
+        f"{cost['flops']:,} executed, {cost['active_flops']:,} active (ideal)",
+        f"step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x "
+        f"{cfg.block_size} tokens = {per_step:,} tokens",
+        f"run     {cfg.max_iters} steps x {per_step:,} = {tokens:,} tokens = {epochs:.2f} epochs of "
+        f"{train_tokens:,}, {tokens / n['layers']:.2f} per parameter in the layers' matrices",
+        f"flops   6 x {n['matrices']:,} + 6 x {cfg.n_layer} x {cfg.n_embd} x {cfg.block_size} = "
+        f"{flops:,} per token, {flops * tokens:.3g} in all, peak "
+        + (f"{peak / 1e12:.0f} TFLOP/s per device" if peak else "n/a"),
+    ]
+    if cfg.ffn_match == "params":
+        over = cost["params"] - target
+        lines.insert(2, f"match   {cost['params']:,} - SwiGLU's {target:,} = {over:+,} parameters")
+    return "\n".join(lines)
 
 
 def start_wandb(cfg: Config):
