@@ -172,7 +172,9 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
     rows, dense = [], ffn_cost(layers["swiglu"])["active_flops"]
     for spec in specs:
         cost, seconds = ffn_cost(layers[spec]), statistics.median(times[spec]) / cfg.layers
-        read = cost["active_flops"] // 2 * dtype.itemsize  # a weight is one multiply and one add
+        # A weight is one multiply and one add. A predictor's are of float32.
+        wide = sum(p.numel() for p in layers[spec].parameters() if p.ndim >= 2 and p.dtype != dtype)
+        read = cost["active_flops"] // 2 * dtype.itemsize + wide * (4 - dtype.itemsize)
         rows.append({
             "ffn": spec,
             **cost,

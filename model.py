@@ -196,7 +196,7 @@ class ASG(nn.Module):
         """z: (..., h) -> (..., h), 1 where |z| is over the threshold."""
         with torch.autocast(z.device.type, enabled=False):
             over = widen(z).abs() - (self.tau if self.t is None else torch.sigmoid(self.t))
-            mask = above_zero(over).detach()
+            mask = above_zero(over.detach())
             return mask if self.grad == "hard" else pass_gradient(mask, torch.sigmoid(over / 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -460,9 +460,9 @@ def top_k_mask(score: Tensor, k: int) -> Tensor:
 
 @torch.library.custom_op("ffn::top_k", mutates_args=(), schema="(Tensor score, int k) -> Tensor")
 def top_k_by_counting(score: Tensor, k: int) -> Tensor:
-    """top_k_mask for float32 on a CPU, in a third of the time, but that NaN counts as the least. As an
-    operator it is compiled once and not for each layer."""
-    mask, found = compiled_count()(score, k)
+    """top_k_mask for float32 on a CPU, in a third of the time, but that k numbers come before any NaN.
+    As an operator it is compiled for a shape, and not for each layer."""
+    mask, found = compiled_count()(score, torch.tensor(k))  # an int would be compiled for, too
     others = found != k  # ties with the k-th largest
     mask[others] = top_k_mask(score[others], k)
     return mask
@@ -472,11 +472,11 @@ top_k_by_counting.register_fake(lambda score, k: torch.empty_like(score))
 
 
 @functools.cache
-def compiled_count() -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+def compiled_count() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return torch.compile(at_least_kth, dynamic=False)  # not above: importing it takes seconds
 
 
-def at_least_kth(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def at_least_kth(score: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """1 where a score reaches the k-th largest, and how many do."""
 
     def as_float(order: Tensor) -> Tensor:  # whole numbers in the order of the floats of their bits
@@ -597,7 +597,8 @@ def ffn_cost(ffn: nn.Module) -> dict[str, int]:
 
 @functools.cache
 def match_hidden(spec: str, d: int, hidden: int) -> int:
-    """The multiple of 8 whose FFN parameters come closest to SwiGLU's at `hidden`."""
+    """The multiple of 8 whose FFN parameters come closest to SwiGLU's at `hidden`. Remembered by
+    name: for another class of the same name, cache_clear() it."""
 
     def params(spec: str, h: int) -> int:
         with torch.device("meta"):

@@ -414,6 +414,8 @@ def load_meta(out_dir: str) -> dict | None:
         lacks = {"encoding", "vocab_size", "complete", "shards"} - meta.keys()
         if lacks or any({"name", "tokens"} - shard.keys() for shard in meta["shards"]):
             raise ValueError("it lacks what every meta.json says")
+        if not isinstance(meta["flags"], dict):
+            raise ValueError(f"flags: {meta['flags']}")
         return meta
     except (FileNotFoundError, NotADirectoryError):
         return None

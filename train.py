@@ -13,7 +13,6 @@ from the same start, on any number of GPUs, resumed or not.
 from __future__ import annotations
 
 import ctypes
-import errno
 import functools
 import glob
 import json
@@ -28,7 +27,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -324,7 +323,7 @@ def read_windows(
 
 
 def prepare_data(cfg: Config, local_rank: int) -> None:
-    """Run prepare_fineweb.py if data_dir has no shards yet; the other local ranks wait for it."""
+    """Run prepare_fineweb.py if data_dir has no finished shards; the other local ranks wait for it."""
     from filelock import FileLock  # torch depends on it
 
     def ready() -> bool:
@@ -674,9 +673,13 @@ def write_row(path: str, row: dict, warned: list[str]) -> None:
     try:
         with open(path, "ab", buffering=0) as f:
             size = f.tell()
-            if f.write(line) < len(line):
-                f.truncate(size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            try:
+                while line:
+                    line = line[f.write(line) :]
+            except OSError:
+                with suppress(OSError):  # what is no file cannot be cut
+                    f.truncate(size)
+                raise
     except OSError as e:
         if not warned:
             say(f"warning: cannot write {path} ({e.strerror}): going on without")
@@ -707,7 +710,7 @@ def versions(device: torch.device) -> dict[str, str]:
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
         git = ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -801,7 +804,8 @@ def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn
         say(f"frozen  {len(frozen)} parameters get no gradient by design, e.g. {frozen[0]}")
     model.zero_grad(set_to_none=True)
     for buffer, before in zip(model.buffers(), buffers):
-        buffer.copy_(before)
+        if not torch.equal(buffer, before):  # an expanded one can be read only
+            buffer.copy_(before)
     return ready
 
 
@@ -897,8 +901,8 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
             optimizer.load_state_dict(state)
             # Fused AdamW takes shapes on trust, and would write beyond a smaller tensor.
             for p in (p for group in optimizer.param_groups for p in group["params"]):
-                state = optimizer.state.get(p, {})
-                shapes = {value.shape for name, value in state.items() if name != "step"}
+                own = optimizer.state.get(p, {})
+                shapes = {value.shape for name, value in own.items() if name != "step"}
                 if checkpoint["step"] and shapes != {p.shape}:
                     raise ValueError("an optimizer state of another shape")
     except Exception as e:  # another vocabulary, or whatever is in a file made elsewhere
@@ -906,7 +910,8 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
 
 
 def catch_signals(ddp: bool) -> list[float]:
-    """When SIGTERM or SIGINT came, a list that grows; the second one ends the process at once."""
+    """The times of SIGTERM and SIGINT, a list that grows. A second one ends the process at once, under
+    torchrun if it comes 5 seconds later or more."""
     times: list[float] = []
 
     def on_signal(number: int, frame: object) -> None:

@@ -174,7 +174,7 @@ def read_run(folder: str) -> Run | None:
 def read_row(line: str) -> dict | None:
     """One of log.jsonl; None for half of one, which a killed run left or a run is just writing, and
     for a loss that is not finite."""
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
         row = json.loads(line)
         losses = [row[name] for name in ("train_loss", "val_loss") if name in row]
         if all(map(math.isfinite, [row["step"], row["tokens"], *losses])):

@@ -543,7 +543,8 @@ def test_report_reads_odd_files(tmp_path):
     expected, _ = report(tmp_path)
     log = tmp_path / "out" / "geglu-s1" / "log.jsonl"
     first, *others = log.read_text().splitlines(keepends=True)
-    odd = ['{"step": 1, "tok\n', "5\n", "[1]\n", "{}\n", '{"step": "x", "tokens": 1, "val_loss": 1}\n',
+    odd = ['{"step": %s, "tokens": 1}\n' % ("9" * 400), "[" * 100_000 + "\n", '{"step": 1, "tok\n',
+           "5\n", "[1]\n", "{}\n", '{"step": "x", "tokens": 1, "val_loss": 1}\n',
            '{"step": 1, "tokens": 1, "val_loss": null}\n', "\n"]  # fmt: skip
     log.write_bytes("".join([first, *odd]).encode() + b"\xff\xfe\n" + "".join(others).encode())
     with open(log, "a") as f:

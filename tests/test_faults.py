@@ -445,6 +445,19 @@ def test_ranks_with_different_checkpoints(here: Path):
     assert load(here / "zero" / "o")["step"] == 2
 
 
+def test_ranks_with_different_shards(here: Path):
+    """Two machines of which one has other data: refused, not trained on either."""
+    make_data(here / "other", {**SIZES, "x_train_000003.bin": 701})
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        start(here, env={**env, "RANK": str(rank), "LOCAL_RANK": "0"}, data_dir=folder,
+              out_dir="o", micro_batch_size=2) for rank, folder in enumerate(("data", "other"))
+    ]  # fmt: skip
+    for rank in ranks:
+        rank.fails("different shards", "--data_dir")
+    assert not (here / "o" / "ckpt.pt").exists()
+
+
 # ---- numbers ------------------------------------------------------------------------------------
 
 

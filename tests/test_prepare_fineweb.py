@@ -839,8 +839,8 @@ META = {"encoding": "bytes", "vocab_size": 257, "complete": True,
 @pytest.mark.parametrize(
     "text",
     ["[]", '"x"', "{}", "[" * 100_000, '{"shards": 5}', json.dumps(META | {"shards": [5]}),
-     json.dumps(META | {"shards": [{"name": "x_train_000000.bin"}]})],
-    ids=["list", "string", "empty", "deep", "no list", "number", "no count"],
+     json.dumps(META | {"shards": [{"name": "x_train_000000.bin"}]}), json.dumps(META | {"flags": None})],
+    ids=["list", "string", "empty", "deep", "no list", "number", "no count", "no flags"],
 )  # fmt: skip
 def test_meta_that_is_none(tmp_path, monkeypatch, text):
     """A meta.json that is JSON and no meta.json: one line with the cure, whatever was asked."""
@@ -961,13 +961,13 @@ def parquet_bytes(texts: list[str]) -> bytes:
 
 def test_streaming_from_the_hub(tmp_path, hub):
     """FineWeb's layout, streamed, pinned to a commit, interrupted and taken up again."""
-    texts = some_texts(11, 150, 60)
+    texts = some_texts(11, 600, 60)
     readme = (b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
               b"    path: data/*/*\n- config_name: sample-10BT\n  data_files:\n"
               b"  - split: train\n    path: sample/10BT/*\n---\n")  # fmt: skip
     have = {"README.md": readme, "data/CC-1/0.parquet": parquet_bytes(["other"] * 5)}
-    have |= {f"sample/10BT/{i:03d}.parquet": parquet_bytes(texts[50 * i : 50 * i + 50])
-             for i in range(3)}  # fmt: skip
+    have |= {f"sample/10BT/{i:03d}.parquet": parquet_bytes(part)
+             for i, part in enumerate((texts[:50], texts[50:100], texts[100:]))}  # fmt: skip
     handler, env = hub(have)
     out = tmp_path / "out"
     flags = ["--encoding=bytes", "--shard_tokens=1000", f"--out_dir={out}", "--workers=1"]
@@ -981,10 +981,11 @@ def test_streaming_from_the_hub(tmp_path, hub):
     shutil.rmtree(out)
     process = subprocess.Popen(command(*flags, batch_chars=2000), env={**os.environ, **env,
                                "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)  # fmt: skip
-    last = out / meta["shards"][-2]["name"]
-    wait_for(last.exists, process, "no shards come")
+    third = out / meta["shards"][len(meta["shards"]) * 3 // 10]["name"]
+    wait_for(third.exists, process, "no shards come")
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
+    assert not json.loads((out / "meta.json").read_text())["complete"]
     handler.log.clear()
     works(prep(*flags, env=env, batch_chars=2000))
     assert files(out) == expected
