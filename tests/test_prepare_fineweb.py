@@ -839,7 +839,8 @@ META = {"encoding": "bytes", "vocab_size": 257, "complete": True,
 @pytest.mark.parametrize(
     "text",
     ["[]", '"x"', "{}", "[" * 100_000, '{"shards": 5}', json.dumps(META | {"shards": [5]}),
-     json.dumps(META | {"shards": [{"name": "x_train_000000.bin"}]}), json.dumps(META | {"flags": None})],
+     json.dumps(META | {"shards": [{"name": "x_train_000000.bin"}]}),
+     json.dumps(META | {"flags": None})],
     ids=["list", "string", "empty", "deep", "no list", "number", "no count", "no flags"],
 )  # fmt: skip
 def test_meta_that_is_none(tmp_path, monkeypatch, text):
