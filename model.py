@@ -346,7 +346,7 @@ class SparseGLU(nn.Module):
         return per_token(self.decode_one, x)
 
     def decode_one(self, x: Tensor) -> Tensor:
-        first, _, second = self.predictor
+        first, _, second = self.predictor  # by matvec: 0.1 ms of a compiled layer's 1.5, not 0.3
         with torch.autocast(x.device.type, enabled=False):
             inner = F.relu(matvec(first.weight, widen(x[: self.r])) + first.bias)
             score = matvec(second.weight, inner) + second.bias
@@ -460,7 +460,7 @@ def top_k_mask(score: Tensor, k: int) -> Tensor:
 
 @torch.library.custom_op("ffn::top_k", mutates_args=(), schema="(Tensor score, int k) -> Tensor")
 def top_k_by_counting(score: Tensor, k: int) -> Tensor:
-    """top_k_mask for float32 on a CPU, in a third of the time, but that k numbers come before any NaN.
+    """top_k_mask for float32 on a CPU, in a quarter of the time, but that k numbers come before any NaN.
     As an operator it is compiled for a shape, and not for each layer."""
     mask, found = compiled_count()(score, torch.tensor(k))  # an int would be compiled for, too
     others = found != k  # ties with the k-th largest

@@ -820,7 +820,7 @@ def test_which_device_is_taken(monkeypatch, capsys):
 
 
 def test_no_steps_at_all(here: Path):
-    """--max_iters=0 is a run that has ended: evaluated, saved, sampled from."""
+    """--max_iters=0 is a run that has ended: evaluated and saved."""
     train(here, out_dir="o", max_iters=0)
     assert load(here / "o")["step"] == 0
     assert list(losses(here / "o", "val_loss")) == [0]
