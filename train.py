@@ -836,6 +836,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
 def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None) -> str:
     """The derived arithmetic of the run."""
     n, cost = model.param_counts(), ffn_cost(model.model.layers[0].mlp)
+    hidden = model.config.hidden
     passes = cfg.batch_size // (world * cfg.micro_batch_size)
     per_step = cfg.batch_size * cfg.block_size
     tokens, train_tokens = cfg.max_iters * per_step, sum(shard.tokens for shard in data.train)
@@ -843,7 +844,7 @@ def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None
     flops = model.flops_per_token()
     lines = [
         f"model   {n['layers']:,} parameters in the layers' matrices, {n['total']:,} in all",
-        f"ffn     {cfg.ffn}, hidden {model.config.hidden}: {cost['params']:,} parameters, FLOPs/token forward "
+        f"ffn     {cfg.ffn}, hidden {hidden}: {cost['params']:,} parameters, FLOPs/token forward "
         f"{cost['flops']:,} executed, {cost['active_flops']:,} active (ideal)",
         f"step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x "
         f"{cfg.block_size} tokens = {per_step:,} tokens",
