@@ -23,6 +23,7 @@ from typing import Literal, get_args, get_type_hints
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import UserError, parse_value, suggest
 
@@ -766,6 +767,8 @@ class GPT(nn.Module):
             return self.lm_head(x), None
         return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
+    # Not by cuDNN, PyTorch's choice on an H100: it would plan anew, for tens of ms, at each length.
+    @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     @torch.no_grad()
     def generate(
         self,

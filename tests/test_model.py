@@ -1353,6 +1353,24 @@ def test_sampling_follows_the_softmax(temperature, top_k, n_vocab):
     assert (np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / n) + 1e-9 + 2 / n).all()
 
 
+def test_generating_leaves_cudnn_attention_out(monkeypatch):
+    """It plans anew at each length of a cache, which takes longer than the token; training keeps it."""
+    seen = []
+    attention = F.scaled_dot_product_attention
+
+    def watched(*args, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    gpt = GPT(small())
+    gpt.generate(tokens(1, 3), 3)
+    assert seen and not any(seen)
+    seen.clear()
+    gpt(tokens(1, 3))
+    assert seen and all(seen)
+
+
 def test_generate_does_not_train_and_needs_no_gradient():
     gpt = GPT(small())
     gpt.generate(tokens(1, 3), 3)
