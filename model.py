@@ -209,7 +209,7 @@ class ASG(nn.Module):
 
     def active(self, x: Tensor) -> Tensor:
         """The share of the sparse pathway's units that pass the threshold (0 without one)."""
-        return self.mask(self.sparse_proj(x)).mean() if self.sparse else x.new_zeros(())
+        return self.mask(self.sparse_proj(x)).float().mean() if self.sparse else x.new_zeros(())
 
 
 class SparseGated(nn.Module):
@@ -267,7 +267,7 @@ class SparseGated(nn.Module):
         return down_rows(self, units, kept)
 
     def active(self, x: Tensor) -> Tensor:
-        return top_k_mask(self.key_proj(x), self.k).mean()
+        return top_k_mask(self.key_proj(x), self.k).float().mean()
 
     def active_flops(self) -> int:
         d, h = self.key_proj.in_features, self.key_proj.out_features
@@ -445,10 +445,15 @@ def pass_gradient(value: Tensor, to: Tensor) -> Tensor:
     return value + (to - to.detach())
 
 
+def mask_dtype(x: Tensor) -> torch.dtype:
+    """Of a mask over x, which the backward pass reads again: bool, a quarter of the bytes, but on a CPU
+    x's own, as compiled code there takes longer to write a bool than for all else between two products."""
+    return x.dtype if x.device.type == "cpu" else torch.bool
+
+
 def above_zero(x: Tensor) -> Tensor:
-    """1 where x > 0, else 0. As (x > 0).to(x.dtype), but torch.compile would keep that for the backward
-    pass as bool, and writing bool costs a CPU more than all else between two products."""
-    return F.relu(x).sign()
+    """1 where x > 0, else 0."""
+    return x > 0 if mask_dtype(x) == torch.bool else F.relu(x).sign()
 
 
 def top_k_mask(score: Tensor, k: int) -> Tensor:
@@ -456,7 +461,8 @@ def top_k_mask(score: Tensor, k: int) -> Tensor:
     score = score.detach()
     if torch.compiler.is_compiling() and score.device.type == "cpu" and score.dtype == torch.float32:
         return top_k_by_counting(score, k)
-    return torch.zeros_like(score).scatter(-1, score.topk(k, sorted=False).indices, 1.0)
+    mask = torch.zeros_like(score, dtype=mask_dtype(score))
+    return mask.scatter(-1, score.topk(k, sorted=False).indices, 1)
 
 
 @torch.library.custom_op("ffn::top_k", mutates_args=(), schema="(Tensor score, int k) -> Tensor")

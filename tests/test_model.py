@@ -760,6 +760,27 @@ def test_compiled_selection_is_exact():
         assert (least >= np.where(kept, -np.inf, score).max(-1)).all(), k
 
 
+@all_cases
+def test_masks_of_a_gpu_give_the_same(case, monkeypatch):
+    """There a mask is bool, here a float. The same outputs, gradients and share of active units."""
+
+    def results(ffn: nn.Module) -> list[torch.Tensor]:
+        x = inputs(2, 7, D).requires_grad_()
+        leaves = [x, *(p for p in ffn.parameters() if p.requires_grad)]
+        with torch.no_grad():
+            active = ffn.active(x) if hasattr(ffn, "active") else x.sum()
+        y = ffn(x)
+        return [active, y, *torch.autograd.grad(y, leaves, inputs(2, 7, D, seed=2))]
+
+    made: list[torch.dtype] = []
+    ffn, _ = build(*case)
+    here = results(ffn)
+    monkeypatch.setattr(model_module, "mask_dtype", lambda x: made.append(x.dtype) or torch.bool)
+    for there, want in zip(results(ffn), here, strict=True):
+        assert torch.equal(there.double(), want)
+    assert bool(made) == (case[0] in ("asg", "sparsegated", "sparseglu") and case[1].get("sparse", True))
+
+
 # -- specs ---------------------------------------------------------------------------------------
 
 BAD_SPECS = [  # (spec, d, h, what the one line must say)
