@@ -516,7 +516,6 @@ def main() -> None:
     device, dtype, name = pick_device(cfg)
     if device.type == "cpu":
         train.keep_freed_memory()
-    torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked for on a GPU
     torch._dynamo.config.recompile_limit = 64  # specs of one class share its code
 
     result = {"mode": cfg.mode, "device": name, "dtype": str(dtype)[6:], "torch": torch.__version__}

@@ -148,7 +148,6 @@ def contend(cfg: Config, system: str, pipe) -> None:
     try:
         device, dtype, _ = bench.pick_device(cfg)
         torch.manual_seed(cfg.seed)
-        torch.set_float32_matmul_precision("high")
         if system == "ours":
             model, calls = our_step(cfg, device, dtype)
         else:

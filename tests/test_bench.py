@@ -139,6 +139,16 @@ def test_step_table_and_profile(tmp_path):
     assert text.count("Self CPU time total") == 2
 
 
+def test_the_precision_timed_is_train_pys():
+    """No TF32, which train.py does not use and which would make a float32 predictor look cheap."""
+    code = "import sys, torch, bench; sys.argv = ['bench.py', *sys.argv[1:]]; bench.main(); "
+    code += "print(torch.get_float32_matmul_precision())"
+    args = ["--mode=decode", "--ffn=swiglu", "--layers=1", *TINY, "--d=64", "--h=128"]
+    command = [sys.executable, "-c", code, *args]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert done.stdout.splitlines()[-1] == "highest", done.stderr
+
+
 def test_data_table(tmp_path):
     """The loader is timed against a whole step of config/smoke.py."""
     _, by_name, _ = rows("bench.py", tmp_path / "l.json", "--mode=data", *TINY)
