@@ -446,8 +446,8 @@ def pass_gradient(value: Tensor, to: Tensor) -> Tensor:
 
 
 def mask_dtype(x: Tensor) -> torch.dtype:
-    """Of a mask over x, which the backward pass reads again: bool, a quarter of the bytes, but on a CPU
-    x's own, as compiled code there takes longer to write a bool than for all else between two products."""
+    """Of a mask over x, which the backward pass reads again: bool, a quarter of the bytes. On a CPU x's
+    own: compiled code there takes longer to write a bool than for all else between two products."""
     return x.dtype if x.device.type == "cpu" else torch.bool
 
 

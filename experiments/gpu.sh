@@ -4,7 +4,8 @@
 #     bash experiments/gpu.sh                # writes experiments/results/<device>.md and .json
 #     DEVICE=cpu bash experiments/gpu.sh     # the same lines at toy sizes, into out/gpu-dry-run
 #
-# Meant to take under 8 minutes; each part prints when it began. The first failing line ends it.
+# Meant to take under 8 minutes; each part prints when it began. The first failing line ends it, and
+# what was measured until then stays.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda} python=${PYTHON:-python}
@@ -32,6 +33,40 @@ else
     rounds=2
 fi
 mkdir -p "$results"
+
+# The results so far, written anew after every part.
+cat >"$work/report.py" <<'EOF'
+import datetime, json, pathlib, re, sys
+import torch
+
+work, results, device, seconds = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), *sys.argv[3:]
+name = torch.cuda.get_device_name() if device == "cuda" else "cpu dry run"
+day = datetime.date.today().isoformat()
+out = {"device": name, "date": day, "torch": torch.__version__, "seconds": int(seconds), "train": {}}
+text = [f"# {name}, {day}", f"`bash experiments/gpu.sh`, torch {torch.__version__}, {seconds} s.",
+        "Checks passed: every FFN, bfloat16, compile, decode, DDP with one rank, resuming."]
+for mode in ("ffn", "decode", "step", "data", "peers"):
+    table, path = ((work / mode).with_suffix(end) for end in (".txt", ".json"))
+    text += [f"## {mode}", f"```\n{table.read_text().strip()}\n```" if table.exists() else "not measured"]
+    out[mode] = json.loads(path.read_text()) if path.exists() else None
+rows = ["| system | loss | tokens/s | MFU |", "| --- | --- | --- | --- |"]
+for system in ("swiglu", "dsg", "asg", "sparsegated", "dynamicgeglu", "sparseglu"):
+    if not (work / system / "ckpt.pt").exists():  # which is saved at the end
+        rows.append(f"| {system} | not measured | | |")
+        continue
+    log = [json.loads(line) for line in (work / system / "log.jsonl").read_text().splitlines()]
+    train = [row for row in log if "train_loss" in row][-1]
+    val = [row for row in log if "val_loss" in row][-1]["val_loss"]
+    mfu = f"{train['mfu']:.1%}" if train["mfu"] else "n/a"
+    out["train"][system] = {"val_loss": val, "tok_per_s": train["tok_per_s"], "mfu": train["mfu"]}
+    rows.append(f"| {system} | {val:.4f} | {train['tok_per_s']:,.0f} | {mfu} |")
+text += ["## 50 steps of the default model, on bytes", "\n".join(rows)]
+stem = results / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+stem.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+stem.with_suffix(".json").write_text(json.dumps(out, indent=1) + "\n")
+print(f"{stem}.md and .json")
+EOF
+report() { $python "$work/report.py" "$work" "$results" "$device" $SECONDS >"$work/where"; }
 
 part "shards of bytes"
 $python - "$work/data" "$device" <<'EOF'
@@ -136,6 +171,7 @@ bench() {  # name, arguments: a table and its JSON
     part "bench: $1"
     { $python bench.py --device="$device" --rounds=$rounds --json="$work/$1.json" "${@:2}" \
         2>"$work/err" || { cat "$work/err" >&2; false; }; } | tee "$work/$1.txt"
+    report
 }
 bench ffn --mode=ffn $ffn
 bench decode --mode=decode $decode --ffn=swiglu,sparseglu,sparseglu:select=stat,sparsegated,spark
@@ -146,6 +182,7 @@ if $python -c 'import transformers' 2>/dev/null; then
     { $python experiments/peers.py --device="$device" --rounds=$rounds $model $step \
         --json="$work/peers.json" 2>"$work/err" || { cat "$work/err" >&2; false; }; } |
         tee "$work/peers.txt"
+    report
 else
     echo "not measured: transformers is not installed" | tee "$work/peers.txt"
 fi
@@ -155,35 +192,6 @@ for system in swiglu dsg asg sparsegated dynamicgeglu sparseglu; do
     quietly $python train.py --data_dir="$work/data" --device="$device" --ffn=$system $model $run \
         --eval_interval=1000 --out_dir="$work/$system"
     tail -n 1 "$work/$system/log.jsonl"
+    report
 done
-
-part "results"
-$python - "$work" "$results" "$device" $SECONDS <<'EOF'
-import datetime, json, pathlib, re, sys
-import torch
-
-work, results, device, seconds = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), *sys.argv[3:]
-name = torch.cuda.get_device_name() if device == "cuda" else "cpu dry run"
-day = datetime.date.today().isoformat()
-out = {"device": name, "date": day, "torch": torch.__version__, "seconds": int(seconds), "train": {}}
-text = [f"# {name}, {day}", f"`bash experiments/gpu.sh`, torch {torch.__version__}, {seconds} s.",
-        "Checks passed: every FFN, bfloat16, compile, decode, DDP with one rank, resuming."]
-for mode in ("ffn", "decode", "step", "data", "peers"):
-    text += [f"## {mode}", f"```\n{(work / mode).with_suffix('.txt').read_text().strip()}\n```"]
-    path = (work / mode).with_suffix(".json")
-    out[mode] = json.loads(path.read_text()) if path.exists() else None
-rows = ["| system | loss | tokens/s | MFU |", "| --- | --- | --- | --- |"]
-for system in ("swiglu", "dsg", "asg", "sparsegated", "dynamicgeglu", "sparseglu"):
-    log = [json.loads(line) for line in (work / system / "log.jsonl").read_text().splitlines()]
-    train = [row for row in log if "train_loss" in row][-1]
-    val = [row for row in log if "val_loss" in row][-1]["val_loss"]
-    mfu = f"{train['mfu']:.1%}" if train["mfu"] else "n/a"
-    out["train"][system] = {"val_loss": val, "tok_per_s": train["tok_per_s"], "mfu": train["mfu"]}
-    rows.append(f"| {system} | {val:.4f} | {train['tok_per_s']:,.0f} | {mfu} |")
-text += ["## 50 steps of the default model, on bytes", "\n".join(rows)]
-stem = results / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-stem.with_suffix(".md").write_text("\n\n".join(text) + "\n")
-stem.with_suffix(".json").write_text(json.dumps(out, indent=1) + "\n")
-print(f"{stem}.md and .json")
-EOF
-echo "== ${SECONDS}s  done"
+echo "== ${SECONDS}s  done: $(cat "$work/where")"

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -242,3 +243,28 @@ def test_gpu_script_without_a_gpu():
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_gpu_script_keeps_what_it_measured_before_it_is_killed(tmp_path):
+    """Killed in its second benchmark, it leaves the first one's table and says what is missing."""
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.*"), *ROOT.glob("config/*.py")]:
+        path = tmp_path / file.relative_to(ROOT)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(file.read_bytes())
+    env = os.environ | {"DEVICE": "cpu", "PYTHON": sys.executable}
+    command = ["bash", str(tmp_path / "experiments" / "gpu.sh")]
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
+    for line in run.stdout:
+        if "bench: decode" in line:
+            break
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    result = json.loads((tmp_path / "out/gpu-dry-run/cpu-dry-run.json").read_text())
+    assert len(result["ffn"]["rows"]) == 13
+    assert result["decode"] is None
+    text = (tmp_path / "out/gpu-dry-run/cpu-dry-run.md").read_text()
+    assert "dynamicgeglu" in text.split("## decode")[0]
+    assert text.count("not measured") == 4 + 6  # tables, systems
