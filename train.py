@@ -418,6 +418,10 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
+# Where fused AdamW heeds grad_scale and found_inf; on MPS it ignored both (pytorch pull request 186360).
+CLIPS_AND_SKIPS = ("cpu", "cuda")
+
+
 def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T + 1) -> (B, T) twice. Copies: torch.compile would compile anew for other strides, and for
     contiguous() a slice of one row is contiguous already."""
@@ -439,7 +443,7 @@ def train_step(
 
     Returns loss (mean over all ranks) and gradient norm before clipping, scalars on the device.
     `failed` holds the first step whose loss or gradient was not finite (0: none), is updated in
-    place, and from then on no weight moves. Nothing here waits for the device, but for Muon.
+    place, and from then on no weight moves. Nothing here waits for the device, but for Muon and MPS.
     """
     total = torch.zeros((), device=failed.device)
     for i, batch in enumerate(batches):
@@ -463,10 +467,10 @@ def train_step(
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if optimizer.defaults.get("fused"):  # clips and skips on the device by these two
+        if optimizer.defaults.get("fused") and failed.device.type in CLIPS_AND_SKIPS:
             optimizer.grad_scale, optimizer.found_inf = divisor, (failed > 0).float()
             optimizer.step()
-        elif not failed:  # Muon: waits for the device
+        elif not failed:  # waits for the device
             grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
             torch._foreach_div_(grads, divisor)
             optimizer.step()

@@ -372,6 +372,35 @@ def test_a_step_asks_for_no_value(ffn: str):
         watch.seen.clear()
 
 
+def test_clipping_and_skipping_where_fused_adamw_does_neither(monkeypatch):
+    """As on MPS before PyTorch heeded them there: the same weights, clipped, and none that is not
+    finite."""
+    fused = torch._fused_adamw_
+
+    def of_mps(*args, grad_scale=None, found_inf=None, **kwargs):
+        fused(*args, **kwargs)
+
+    def weights() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        shape = {k: v for k, v in TINY.items() if hasattr(GPTConfig, k)}
+        model = GPT(GPTConfig(vocab_size=384, **shape))
+        cfg = train_py.Config(lr_decay_iters=9, grad_clip=1e-3, beta2=0.5)
+        optimizers, failed = train_py.make_optimizers(model, cfg), torch.zeros(())
+        for step in range(4):
+            if step == 3:
+                with torch.no_grad():
+                    model.model.norm.weight[0] = math.inf
+            batch = torch.randint(257, (2, BLOCK + 1))
+            train_py.train_step(model, optimizers, [batch], cfg, step, failed)
+        assert failed == 4
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    want = weights()
+    monkeypatch.setattr(torch, "_fused_adamw_", of_mps)
+    monkeypatch.setattr(train_py, "CLIPS_AND_SKIPS", ())
+    assert same_bits(weights(), want)
+
+
 # What a resumed run may change, by the design: all else is data, model, optimizer or schedule.
 MAY_CHANGE = set(
     "out_dir data_dir prepare init_from eval_only eval_interval val_tokens log_interval save_interval "
