@@ -87,7 +87,7 @@ class Config:
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # autocast type: auto, float32, bfloat16
-    compile: bool = True  # torch.compile
+    compile: bool = True  # torch.compile, but on mps
     # after training
     wandb_project: str = ""  # also log to this Weights & Biases project
     sample_tokens: int = 0  # tokens of text to sample at the end
@@ -138,13 +138,21 @@ def check_flags(cfg: Config, world: int) -> None:
 def pick_device(cfg: Config, local_rank: int, local_world: int) -> torch.device:
     """The device of this rank. Raises UserError if there is none such."""
     n_cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    # Before 2.13 MPS is wrong and does not say so: attention in bfloat16 sees the future, without a
+    # gradient it mixes the batch's rows, a norm's backward pass is off (pytorch 195910, 181133, 183825).
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
     name = cfg.device
     if name == "auto":
-        name = "cuda" if n_cuda else "mps" if mps else "cpu"
+        name = "cuda" if n_cuda else "mps" if mps and not old else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device={name} is unknown: auto, cpu, cuda, cuda:N or mps")
     if name == "mps" and not mps:
         raise UserError("--device=mps needs macOS on Apple silicon: try --device=auto")
+    if name == "mps" and old:
+        raise UserError(
+            f"--device=mps computes wrong numbers with torch {torch.__version__}: pip install "
+            "'torch>=2.13,<2.14', or --device=cpu"
+        )
     if name.startswith("cuda"):
         index = int(name[5:] or 0) if local_world == 1 else local_rank
         if index >= n_cuda:
@@ -792,7 +800,9 @@ def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn
         return model
 
     start, ready = time.perf_counter(), None
-    if cfg.compile:
+    if cfg.compile and device.type == "mps":
+        say("compile off: torch.compile is a prototype on MPS")
+    elif cfg.compile:
         try:
             ready = one_pass(compiled(model, device))
             say(f"compile {time.perf_counter() - start:.1f} s")

@@ -820,9 +820,12 @@ def test_which_device_is_taken(monkeypatch, capsys):
         (8, False, auto, 8, 9, "9 ranks here, and 8 CUDA GPUs: lower --nproc_per_node"),
         (2, False, two, 0, 1, "--device=cuda:2 with 1 ranks here, and 2 CUDA GPUs"),
         (1, False, train_py.Config(device="mps"), 0, 1, "needs macOS"),
+        (0, "old", auto, 0, 1, "cpu"),
+        (0, "old", train_py.Config(device="mps"), 0, 1, "wrong numbers with torch 2.12.1+cpu: pip"),
     ]:
+        monkeypatch.setattr(torch, "__version__", "2.12.1+cpu" if mps == "old" else "2.13.0+cpu")
         monkeypatch.setattr(torch.cuda, "device_count", lambda n=n_cuda: n)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: bool(mps))
         try:
             found = str(train_py.pick_device(cfg, local_rank, local_world))
         except train_py.UserError as e:
