@@ -74,7 +74,7 @@ class Config:
     verify: str = ""  # check this folder against its meta.json instead
 
 
-# flags that cannot change the shards, so that they may differ when a run is taken up again
+# flags not compared when a run is taken up again: they do not change shards that it tokenizes
 FREE_FLAGS = {"out_dir", "workers", "pretokenized", "verify"}
 
 
@@ -378,22 +378,18 @@ def make_batches(texts: Iterator[str], stream, position: dict) -> Iterator[tuple
 
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[BinaryIO]:
-    """A file to write, which has its name only when it is complete and on disk."""
+    """A file to write, which has its name only when it is complete and on disk. OSError names it."""
     try:
         with open(path + ".tmp", "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
-        if os.name == "posix":  # the new name, too
-            folder = os.open(os.path.dirname(path), os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)  # the new name, too
+        os.fsync(folder)
+        os.close(folder)
     except OSError as e:
-        raise UserError(
-            f"cannot write {path} ({e.strerror}): make room or check the folder, then run the "
-            "same command again: it goes on from the last complete shard"
-        ) from None
+        raise OSError(e.errno, e.strerror, path) from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
@@ -567,10 +563,10 @@ def shard_bytes(tokens: int) -> int:
 
 
 def cores() -> int:
-    """The cores this process may use; Windows cannot wait for more than 61 processes."""
+    """The cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return min(os.cpu_count() or 1, 61)
+    return os.cpu_count() or 1
 
 
 def progress(done: int, total: int, unit: str = "tok"):
@@ -749,7 +745,8 @@ def main() -> None:
     except KeyboardInterrupt:
         raise UserError("stopped: run the same command again, it goes on from there") from None
     except OSError as e:
-        raise UserError(f"cannot use {cfg.out_dir} ({e}): take another --out_dir") from None
+        raise UserError(f"cannot write to {cfg.out_dir} ({e}): make room, then run the same command "
+                        "again, or take another --out_dir") from None  # fmt: skip
 
 
 if __name__ == "__main__":

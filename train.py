@@ -40,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import UserError, configure, reason, run, suggest
 from model import GPT, GPTConfig, ffn_cost, parse_spec
+from prepare_fineweb import HEADER_INTS, MAGIC, VERSION, load_encoding, whole_file
 
 # ------------------------------------------------------------------------------------------------
 # Flags
@@ -88,7 +89,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # autocast type: auto, float32, bfloat16
     compile: bool = True  # torch.compile, but on mps
-    # after training
+    # to watch it, and a sample at the end
     wandb_project: str = ""  # also log to this Weights & Biases project
     sample_tokens: int = 0  # tokens of text to sample at the end
     prompt: str = ""  # what the sample goes on from; empty: the start of a document
@@ -135,8 +136,22 @@ def check_flags(cfg: Config, world: int) -> None:
         )
 
 
+def saved_flags(saved: dict) -> dict:
+    """Checked flags of a checkpoint or config.json; the default where it is older than a flag."""
+    flags = asdict(Config(**saved))
+    for name, value in flags.items():
+        if type(value) is not type(getattr(Config, name)):
+            raise ValueError(f"its flag {name} is {value!r}")
+    return flags
+
+
+def model_config(flags: dict, **more: int) -> GPTConfig:
+    """The model's part of the flags."""
+    return GPTConfig(**{k: v for k, v in flags.items() if hasattr(GPTConfig, k)}, **more)
+
+
 def pick_device(cfg: Config, local_rank: int, local_world: int) -> torch.device:
-    """The device of this rank. Raises UserError if there is none such."""
+    """The device of this rank. Raises UserError if there is no such device."""
     n_cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     # Before 2.13 MPS is wrong and does not say so: attention in bfloat16 sees the future, without a
     # gradient it mixes the batch's rows, a norm's backward pass is off (pytorch 195910, 181133, 183825).
@@ -178,7 +193,7 @@ def use_bfloat16(cfg: Config, device: torch.device) -> bool:
 # ------------------------------------------------------------------------------------------------
 # Data: shards -> windows -> batches
 
-HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1
+HEADER_BYTES = 4 * HEADER_INTS
 
 
 class Shard(NamedTuple):
@@ -197,22 +212,20 @@ def open_data(data_dir: str, block_size: int) -> Data:
     """Find and check every shard of a folder: name, header, size, numbering, meta.json."""
     make = f"make it with: python prepare_fineweb.py --out_dir={data_dir}"
     meta_path = os.path.join(data_dir, "meta.json")
-    meta = {"encoding": "gpt2", "vocab_size": 50257}  # what public shards come without
+    meta = {"encoding": "gpt2", "vocab_size": 50257, "complete": True}  # of public shards
     listed = None
     try:
         if os.path.exists(meta_path):
             with open(meta_path, encoding="utf-8") as f:
                 meta = json.load(f)
             listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]}
-            if not meta["complete"]:
-                raise UserError(f"{data_dir} is not finished: run its prepare_fineweb.py line again")
-        encoding, n_vocab = str(meta["encoding"]), int(meta["vocab_size"])
+        encoding, n_vocab, complete = str(meta["encoding"]), int(meta["vocab_size"]), meta["complete"]
         if not 1 <= n_vocab <= 2**16:
             raise ValueError(f"vocab_size {n_vocab}")
     except (OSError, ValueError, KeyError, TypeError) as e:
-        if isinstance(e, UserError):
-            raise
         raise UserError(f"{meta_path} cannot be read ({e!r}): {make}") from None
+    if not complete:
+        raise UserError(f"{data_dir} is not finished: run its prepare_fineweb.py line again")
     splits = {}
     for split in ("train", "val"):
         paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), f"*_{split}_*.bin")))
@@ -242,13 +255,9 @@ def check_shard(path: str, listed: dict[str, int] | None) -> Shard:
     """Read a shard's header and hold it against its size on disk and meta.json."""
     again = "delete it and run prepare_fineweb.py again"
     try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as f:
-            header = np.frombuffer(f.read(HEADER_BYTES), "<i4")
+        size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_BYTES // 4)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}): {again}") from None
-    except ValueError:  # not a whole number of int32
-        header = np.zeros(0)
     if header.size < 256 or header[0] != MAGIC:
         raise UserError(f"{path}: not a token shard (magic number {MAGIC} missing): {again}")
     if header[1] != VERSION:
@@ -295,7 +304,7 @@ def locate(counts: np.ndarray, samples: np.ndarray, data_seed: int) -> list[tupl
         place = int(ends.searchsorted(w, side="right"))
         shard = int(order[place])
         windows = permutation(int(counts[shard]), data_seed, epoch, shard)
-        found.append((shard, int(windows[w - ends[place]])))  # from the end: ends[place] > w
+        found.append((shard, int(windows[w - (ends[place] - counts[shard])])))
     return found
 
 
@@ -370,9 +379,9 @@ def learning_rate(step: int, cfg: Config) -> float:
     if step >= cfg.lr_decay_iters:
         return cfg.min_lr
     if cfg.schedule == "wsd":
-        left = min(1.0, (cfg.lr_decay_iters - step) / max(1, 0.2 * cfg.lr_decay_iters))
+        left = min(1.0, (cfg.lr_decay_iters - step) / (0.2 * cfg.lr_decay_iters))
     else:
-        done = (step - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
+        done = (step - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)
         left = 0.5 * (1 + math.cos(math.pi * done))
     return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
 
@@ -524,7 +533,7 @@ def evaluate(model: nn.Module, data: Data, cfg: Config, device: torch.device, au
     counts = window_counts(data.val, T)
     places = [(s, i) for s, count in enumerate(counts) for i in range(count)]
     places = places[: cfg.val_tokens // T]
-    losses, weights = [torch.zeros((), device=device)], [0]
+    losses, weights = [torch.zeros((), device=device)], [0]  # a rank may get no batch at all
     error = ""
     for first in range(rank * micro, len(places), world * micro):
         try:
@@ -549,8 +558,8 @@ def evaluate(model: nn.Module, data: Data, cfg: Config, device: torch.device, au
 
 
 def agree(error: str, stop: bool = False) -> bool:
-    """Whether any rank was told to stop. Called by all of them; where one has an error, all raise the
-    first of these as a UserError."""
+    """Whether any rank was told to stop. Every rank calls it; if any has an error, all raise the first
+    one as a UserError."""
     word = torch.tensor(2 if error else int(stop))
     errors = [error]
     if dist.is_initialized():
@@ -587,8 +596,6 @@ def active_fraction(model: GPT, data: Data, device: torch.device, autocast) -> f
 
 def sample(model: GPT, cfg: Config, data: Data, device: torch.device, autocast) -> str:
     """Text that goes on from --prompt, and the speed; or why there is none."""
-    from prepare_fineweb import load_encoding
-
     try:
         encoding = load_encoding(data.encoding)
     except (UserError, ImportError) as e:
@@ -614,19 +621,11 @@ def sample(model: GPT, cfg: Config, data: Data, device: torch.device, autocast) 
 
 
 def save_checkpoint(path: str, checkpoint: dict) -> None:
-    """Write a temporary file, sync, rename: there is a whole checkpoint at every moment."""
+    """There is a whole checkpoint at every moment."""
     try:
-        with open(path + ".tmp", "wb") as f:
+        with whole_file(path) as f:
             torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
     except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
         kept = "the last one is intact" if os.path.exists(path) else "there is none yet"
         raise UserError(
             f"cannot save {path} at step {checkpoint['step']} ({reason(e)}); {kept}: "
@@ -643,9 +642,7 @@ def load_checkpoint(path: str) -> dict:
         keys = {"model", "optimizers", "step", "flags", "shards"}
         if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
             raise ValueError("not a checkpoint of train.py")
-        for name, value in vars(Config(**checkpoint["flags"])).items():
-            if type(value) is not type(getattr(Config, name)):
-                raise ValueError(f"its flag {name} is {value!r}")
+        checkpoint["flags"] = saved_flags(checkpoint["flags"])
         if type(checkpoint["step"]) is not int or checkpoint["step"] < 0:
             raise ValueError(f"its step is {checkpoint['step']!r}")
         return checkpoint
@@ -753,7 +750,7 @@ onednn_product.register_fake(lambda a, b, c=None: a.new_empty(a.size(0), b.size(
 
 
 def has_onednn(device: torch.device) -> bool:
-    """Whether compiled float32 matrix products go to oneDNN: on a CPU where else MKL would get them."""
+    """Whether compiled float32 matrix products go to oneDNN: on a CPU where MKL would get them."""
     here = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return device.type == "cpu" and here
 
@@ -791,7 +788,7 @@ def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn
     device = model.lm_head.weight.device
     shape, vocab_size = (cfg.micro_batch_size, cfg.block_size), model.config.vocab_size
     tokens = torch.arange(math.prod(shape), device=device).remainder(vocab_size).view(shape)
-    targets = tokens.clone()  # not tokens itself: the compiled graph would demand that
+    targets = tokens.clone()  # one tensor for both is what the compiled graph would insist on
     buffers = [buffer.clone() for buffer in model.buffers()]
 
     def one_pass(model: nn.Module) -> nn.Module:
@@ -835,8 +832,9 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
         os.makedirs(cfg.out_dir, exist_ok=True)
         if resumed_step is None:
             left = [n for n in ("log.jsonl", "ckpt.pt", "config.json") if os.path.exists(path(n))]
-            for name in left if left != ["config.json"] else []:  # alone: of a start that failed
-                os.replace(path(name), path(name + ".prev"))
+            if left != ["config.json"]:  # alone, it is of a start that failed
+                for name in left:
+                    os.replace(path(name), path(name + ".prev"))
         else:
             cut_log(path("log.jsonl"), resumed_step)
         with open(path("config.json.tmp"), "w", encoding="utf-8") as f:
@@ -894,7 +892,7 @@ def connect(device: torch.device, step: int, shards: dict) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     wait = timedelta(minutes=10)
     # torchrun's store outlives the ranks, and ranks that it starts again must not read the dead
-    # ones' addresses (pytorch issue 135712). Nodes need not agree on the count of restarts.
+    # ones' addresses (pytorch issue 135712). Several nodes may count the restarts differently.
     store, rank, world = next(dist.rendezvous("env://", timeout=wait))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -985,8 +983,7 @@ def main() -> None:
         )
 
     # -- model and optimizer
-    shape = {name: value for name, value in vars(cfg).items() if hasattr(GPTConfig, name)}
-    config = GPTConfig(**shape, vocab_size=math.ceil(data.n_vocab / 128) * 128)
+    config = model_config(vars(cfg), vocab_size=math.ceil(data.n_vocab / 128) * 128)
     config.check()
     if rank == 0 and not cfg.eval_only:
         made_with = {"encoding": data.encoding, "vocab_size": config.vocab_size, "world": world}
@@ -997,7 +994,8 @@ def main() -> None:
     optimizers = make_optimizers(raw, cfg)
     if checkpoint:
         restore(raw, optimizers, checkpoint, ckpt_path)
-    checkpoint_step, checkpoint = step if checkpoint else None, None
+    checkpoint_step = step if checkpoint else None
+    checkpoint = None  # its memory is free again
     peak = peak_flops(device) if bf16 else None
     flops, per_step = raw.flops_per_token(), cfg.batch_size * cfg.block_size
     say(f"device  {device} x {world}, {'bfloat16' if bf16 else 'float32'}")
@@ -1117,7 +1115,7 @@ def main() -> None:
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory after step {step}: halve --micro_batch_size") from None
     except RuntimeError as e:
-        if not ddp or not re.search("gloo|NCCL|onnection|peer|timed out|imeout", str(e)):
+        if not ddp or not re.search("(?i)gloo|nccl|connection|peer|timed out|timeout", str(e)):
             raise
         raise UserError(
             f"another rank is gone, nothing was saved after step {step} ({reason(e)}): go on from the "
@@ -1143,7 +1141,7 @@ def main() -> None:
     if wandb:
         wandb.finish()
     if ddp:
-        del model  # as the last to hold the process group it can deadlock on Python's lock
+        del model  # held last by the model, the process group can deadlock on Python's lock
         dist.destroy_process_group()
 
 

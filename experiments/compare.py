@@ -31,13 +31,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, median, stdev
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from configurator import UserError, configure, parse_value, run, suggest
-from model import GPT, GPTConfig, ffn_cost, parse_spec
+from model import GPT, ffn_cost, parse_spec
 from prepare_fineweb import cores
 
 
@@ -143,7 +144,7 @@ class Run:
 
     @property
     def width(self) -> int:
-        return shape(self.flags).hidden
+        return train.model_config(self.flags).hidden
 
     @property
     def group(self) -> tuple[str, int]:
@@ -151,17 +152,13 @@ class Run:
         return meaning(self.flags["ffn"]), self.width
 
 
-def shape(flags: dict, **more: int) -> GPTConfig:
-    return GPTConfig(**{k: v for k, v in flags.items() if hasattr(GPTConfig, k)}, **more)
-
-
 def read_run(folder: str) -> Run | None:
     """A run's config.json and log.jsonl, however far it came; None where there is no run."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             made = json.load(f)
-        flags, default = asdict(train.Config(**made.pop("flags"))), asdict(train.Config())
-        if "vocab_size" not in made or any(type(flags[k]) is not type(default[k]) for k in flags):
+        flags = train.saved_flags(made.pop("flags"))
+        if "vocab_size" not in made:
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -234,13 +231,13 @@ def plan(cfg: Config, base: train.Config) -> list[Run]:
                 flags |= {"init_from": "auto", "learning_rate": rate}
                 flags["min_lr"] = base.min_lr * (rate / base.learning_rate) if sweep else base.min_lr
                 flags["lr_decay_iters"] = base.lr_decay_iters or base.max_iters
-                same = shape(flags | {"ffn_match": "params"}).hidden == base.ffn_hidden
+                same = train.model_config(flags | {"ffn_match": "params"}).hidden == base.ffn_hidden
                 both = ["hidden", "params"] if cfg.ffn_match == "both" else [cfg.ffn_match]
                 for match in ["hidden"] if same or spec == "swiglu" else both:
                     name = f"{spec}-s{seed}" + ("-params" if match == "params" else "")
                     name += f"-lr{rate:g}" if sweep else ""
                     mine = flags | {"ffn_match": match, "out_dir": os.path.join(folder, name)}
-                    shape(mine).check()
+                    train.model_config(mine).check()
                     runs.append(Run(mine["out_dir"], mine, {}, []))
     return runs
 
@@ -432,7 +429,6 @@ MOST_SEEDS = 1000
 def seeds_needed(noise: float, difference: float) -> int | None:
     """Seeds for which a paired two-sided t-test at 5% finds a true difference with power 0.8, if
     single differences have this standard deviation. None: more than MOST_SEEDS."""
-    import numpy as np
     from scipy import stats
 
     if noise == 0:
@@ -475,7 +471,7 @@ def summarize(runs: list[Run], detect: float) -> tuple[list[dict], list[list[Run
     for group in groups:
         flags, baseline, losses = group[0].flags, group[0].group == own, [r.loss for r in group]
         with torch.device("meta"):
-            model = GPT(shape(flags, vocab_size=runs[0].made["vocab_size"]))
+            model = GPT(train.model_config(flags, vocab_size=runs[0].made["vocab_size"]))
         ffn = {k: v * flags["n_layer"] for k, v in ffn_cost(model.model.layers[0].mlp).items()}
         active = [r.val[-1]["active"] for r in group if "active" in r.val[-1]]
         pairs = [(r, base[r.seeds]) for r in group if r.seeds in base and not baseline]
@@ -625,7 +621,7 @@ def explain(rows: list[dict], runs: list[Run], left_out: list[str], cfg: Config)
          "a test. asg:sparse=False is stated there to equal SwiGLU."),
         (any(row["match"] == "params" for row in rows),
          "(params): as wide as makes the FFN's parameters match SwiGLU's; compared with the same "
-         "SwiGLU runs. An FFN of which that is the same width has one row."),
+         "SwiGLU runs. An FFN whose matching width is ffn_hidden itself has one row."),
         (len(rates) > 1,
          f"Learning rates {', '.join(f'{rate:g}' for rate in rates)} were tried for every row, "
          "min_lr in proportion; each row shows its best by mean val loss. Picking on the same "
@@ -655,8 +651,6 @@ STYLES = [
 def curve(group: list[Run], minus: list[Run] | None = None):
     """(tokens, losses (seeds, points)) at the evaluations that all seeds share, but for step 0;
     minus the losses of other runs, seed by seed."""
-    import numpy as np
-
     curves = [{row["tokens"]: row["val_loss"] for row in r.val if row["step"]} for r in group]
     if minus is not None:
         other = {r.seeds: {row["tokens"]: row["val_loss"] for row in r.val} for r in minus}

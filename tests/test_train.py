@@ -433,6 +433,17 @@ def test_flags_that_make_another_run_are_refused_on_resume(here: Path):
     assert {p.name: p.read_bytes() for p in (here / "o").iterdir()} == before
 
 
+def test_a_checkpoint_older_than_a_flag(here: Path):
+    """What it does not have is the default; the same given again is no other run."""
+    train(here, out_dir="o", max_iters=2, lr_decay_iters=4)
+    checkpoint = load(here / "o")
+    del checkpoint["flags"]["beta2"], checkpoint["flags"]["prompt"]
+    torch.save(checkpoint, here / "o" / "ckpt.pt")
+    start(here, out_dir="o", max_iters=4, init_from="resume", beta2=0.5).fails("--beta2=0.5", "0.95")
+    train(here, out_dir="o", max_iters=4, init_from="resume", beta2=0.95)
+    assert load(here / "o")["flags"]["beta2"] == 0.95
+
+
 def test_same_command_with_auto_goes_on(here: Path):
     """Zero as lr_decay_iters means max_iters, then as now: the flag given again is no other run."""
     given = {"out_dir": "o", "lr_decay_iters": 0, "max_iters": 6, "save_interval": 2}
