@@ -1,9 +1,9 @@
 """
 A Qwen3-style decoder whose feed-forward layer (FFN) is picked by a spec string.
 
-Read it in three parts: the FFNs, side by side; the lines that turn `sparseglu:k=0.5` into one of
-them and say what it costs; the decoder around them. A new idea is a class among the first and a
-line in `FFNS`: training, bench, comparison and the generic tests pick it up from there.
+In order: the FFNs, side by side, and the helpers they share; the lines that turn `sparseglu:k=0.5`
+into one of them and say what it costs; the decoder around them; the loss. A new idea is a class
+among the FFNs and a line in `FFNS`: training, bench, comparison and the generic tests pick it up.
 
 Every FFN maps (..., d) -> (..., d) with hidden width h. Linear layers are bias-free unless noted,
 GELU is the exact one (erf). Papers are the five by "Aardvark" (2025) where no other is named.
@@ -235,7 +235,7 @@ class SparseGated(nn.Module):
         self.key_proj = linear(d, h)
         if split:
             self.value_proj = linear(d, h)
-        self.down_proj = linear(h, d, by_columns=True)
+        self.down_proj = ColumnLinear(h, d)
         self.k = kept_units("sparsegated", k, h)
         self.split, self.gate, self.grad = split, gate, grad
         if gate:
@@ -253,7 +253,7 @@ class SparseGated(nn.Module):
         kept = key * top_k_mask(key, self.k)
         if self.grad == "ste":
             kept = pass_gradient(kept.detach(), key)
-        return self.mix(x, down(self, kept * self.value_proj(x) if self.split else kept))
+        return self.mix(x, self.down_proj(kept * self.value_proj(x) if self.split else kept))
 
     def decode(self, x: Tensor) -> Tensor:
         return self.mix(x, per_token(self.decode_one, x))
@@ -322,10 +322,10 @@ class SparseGLU(nn.Module):
             raise UserError(f"sparseglu needs 1 <= r <= d = {d} and p >= 1, not r={r} p={p}")
         self.gate_proj = linear(d, h)
         self.up_proj = linear(d, h)
-        self.down_proj = linear(h, d, by_columns=True)
+        self.down_proj = ColumnLinear(h, d)
         self.predictor = nn.Sequential(nn.Linear(r, p), nn.ReLU(), nn.Linear(p, h))
         self.predictor.requires_grad_(grad != "hard")
-        self.k, self.r, self.grad, self.select = kept_units("sparseglu", k, h), r, grad, select
+        self.k, self.r, self.grad = kept_units("sparseglu", k, h), r, grad
         self.z = normal_quantile("sparseglu:select=stat", k) if select == "stat" else None
 
     def score(self, x: Tensor) -> Tensor:
@@ -341,7 +341,7 @@ class SparseGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mask = self.mask(self.score(x))
-        return down(self, F.silu(self.gate_proj(x)) * self.up_proj(x) * mask)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x) * mask)
 
     def decode(self, x: Tensor) -> Tensor:
         return per_token(self.decode_one, x)
@@ -383,7 +383,7 @@ class Spark(nn.Module):
             raise UserError(f"spark needs 1 <= r < d = {d}, not r={r}")
         self.gate_proj = linear(self.r, h)
         self.up_proj = linear(d - self.r, h)
-        self.down_proj = linear(h, d, by_columns=True)
+        self.down_proj = ColumnLinear(h, d)
         self.k, self.z = kept_units("spark", k, h), normal_quantile("spark", k)
 
     def threshold(self, z: Tensor) -> Tensor:
@@ -393,7 +393,7 @@ class Spark(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = F.gelu(self.threshold(self.gate_proj(x[..., : self.r])))
-        return down(self, gate * self.up_proj(x[..., self.r :]))
+        return self.down_proj(gate * self.up_proj(x[..., self.r :]))
 
     def decode(self, x: Tensor) -> Tensor:
         return per_token(self.decode_one, x)
@@ -415,18 +415,21 @@ class Spark(nn.Module):
 # What they share
 
 
-def linear(fan_in: int, fan_out: int, by_columns: bool = False) -> nn.Linear:
-    """A bias-free Linear. by_columns lays the weight out so that a column is contiguous in memory
-    (decode gathers columns of `down`); shape, name and values are those of any other Linear."""
-    layer = nn.Linear(fan_in, fan_out, bias=False)
-    if by_columns:
-        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
-    return layer
+def linear(fan_in: int, fan_out: int) -> nn.Linear:
+    """A bias-free Linear."""
+    return nn.Linear(fan_in, fan_out, bias=False)
 
 
-def down(ffn: nn.Module, hidden: Tensor) -> Tensor:
-    """ffn.down_proj(hidden), written so that a by_columns weight gets a gradient of its layout."""
-    return hidden @ ffn.down_proj.weight.t()
+class ColumnLinear(nn.Linear):
+    """A bias-free Linear whose weight is laid out so that a column is contiguous in memory: decode
+    gathers columns of `down`. Shape, name and values are those of any other Linear."""
+
+    def __init__(self, fan_in: int, fan_out: int):
+        super().__init__(fan_in, fan_out, bias=False)
+        self.weight = nn.Parameter(self.weight.detach().t().contiguous().t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t()  # and so the gradient has the weight's layout
 
 
 def widen(x: Tensor) -> Tensor:
@@ -467,9 +470,9 @@ def top_k_mask(score: Tensor, k: int) -> Tensor:
 
 @torch.library.custom_op("ffn::top_k", mutates_args=(), schema="(Tensor score, int k) -> Tensor")
 def top_k_by_counting(score: Tensor, k: int) -> Tensor:
-    """top_k_mask for float32 on a CPU, in a quarter of the time, but that k numbers come before any NaN.
-    As an operator it is compiled for a shape, and not for each layer."""
-    mask, found = compiled_count()(score, torch.tensor(k))  # an int would be compiled for, too
+    """top_k_mask for float32 on a CPU, in a quarter of the time. As an operator it is compiled once for
+    a shape, not once for each layer."""
+    mask, found = compiled_count()(score, torch.tensor(k))  # for an int it would compile anew
     others = found != k  # ties with the k-th largest
     mask[others] = top_k_mask(score[others], k)
     return mask
@@ -724,8 +727,8 @@ class Decoder(nn.Module):
         """idx: (B, T) at positions start, start + 1, ... -> (B, T, d). caches: a list per layer."""
         cos, sin = (table[start : start + idx.size(1)] for table in (self.cos, self.sin))
         x = self.embed_tokens(idx)  # (B, T, d)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, caches[i] if caches is not None else None)
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
+            x = layer(x, cos, sin, cache)
         return self.norm(x)
 
 
@@ -862,8 +865,8 @@ def n_targets(targets: Tensor) -> Tensor:
 def loss_chunks(x: Tensor, weight: Tensor, targets: Tensor):
     """Yield (slice of tokens, their summed loss, log-probabilities (n, V) in float32) in turn."""
     limit = LOSS_CHUNK_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
-    chunks = max(1, math.ceil(4 * x.size(0) * weight.size(0) / limit))
-    chunk = max(1, math.ceil(x.size(0) / chunks))  # of equal size, so that they share kernels
+    chunks = math.ceil(4 * x.size(0) * weight.size(0) / limit)
+    chunk = math.ceil(x.size(0) / chunks)  # of equal size, so that they share kernels
     for i in range(0, x.size(0), chunk):
         part = slice(i, i + chunk)
         log_p = F.log_softmax(widen(x[part] @ weight.t()), dim=-1)
