@@ -1,11 +1,11 @@
 """
-Time FFNs, decoding, whole training steps and the loader; every figure is a ratio of one run.
+Time FFNs, decoding, whole training steps and the loader. Compare ratios: each is of one run.
 
     python bench.py                                    # forward and backward of every FFN
     python bench.py --mode=decode --ffn=swiglu,sparseglu,spark
     python bench.py --mode=step --n_layer=32 --n_head=8 --n_embd=512 --ffn_hidden=2048
 
-Contenders take turns, one call each a round, every other round backwards, so that all of them
+Contenders take turns, one call each a round, in reverse order every other round, so that all of them
 share the machine's moods; before each call the caches are swept, as another layer's weights would
 in a model. Times are medians over the rounds; ratios are medians of the rounds' own ratios.
 """
@@ -56,8 +56,8 @@ class Config:
     optimizer: str = "adamw"  # adamw or muon
     profile: str = ""  # mode step: write a torch.profiler trace into this folder
     rounds: int = 15  # timed calls of each contender
-    device: str = ""  # cpu, cuda, cuda:1; empty: cuda if there is one
-    dtype: str = ""  # float32 or bfloat16; empty: bfloat16 on cuda, else float32
+    device: str = "auto"  # cpu, cuda, cuda:1; auto: cuda if there is one
+    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on cuda, else float32
     compile: bool = True  # torch.compile
     layers: int = 3  # mode decode: as many of each in a row, compiled as one; times are per layer
     seed: int = 0  # of weights and inputs
@@ -122,7 +122,8 @@ def products(
     for p in layer.parameters():
         if p.ndim >= 2:
             w = p.detach().to(dtype).flatten(0, -2)
-            work.append((w, randn(n, w.size(1), like=w), randn(n, w.size(0), like=w), p))
+            x, dy = (w.new_empty(n, size).normal_() for size in (w.size(1), w.size(0)))
+            work.append((w, x, dy, p))
             flops += 2 * n * w.numel() * (3 if p.requires_grad else 1)
 
     def call() -> None:
@@ -195,18 +196,17 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
 
 def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> dict:
     shape = {k: getattr(cfg, k) for k in SHAPE} | {"n_kv_head": cfg.n_kv_head or cfg.n_head}
-    n, peak = cfg.micro_batch_size * cfg.block_size, train.peak_flops(device)
-    calls, models, flops, peaks = {}, {}, {}, {}
+    n = cfg.micro_batch_size * cfg.block_size
+    peak = train.peak_flops(device) if dtype == torch.bfloat16 else None
+    flags = {k: getattr(cfg, k) for k in ("block_size", "micro_batch_size", "optimizer", "compile")}
+    flags = train.Config(batch_size=cfg.micro_batch_size, **flags)
+    train.check_flags(flags, world=1)
+    calls, models, peaks = {}, {}, {}
     for spec in specs:
         say(f"preparing {spec}")
-        flags = {k: v for k, v in shape.items() if k != "vocab_size"}
-        flags |= {"batch_size": cfg.micro_batch_size, "micro_batch_size": cfg.micro_batch_size}
-        flags |= {"lr_decay_iters": 10**6, "compile": cfg.compile, "optimizer": cfg.optimizer}
-        flags = train.Config(ffn=spec, **flags)
-        train.check_flags(flags, world=1)
         model = models[spec] = GPT(GPTConfig(ffn=spec, seed=cfg.seed, **shape)).to(device)
         calls[spec, "step"] = make_step(model, flags, device, dtype)
-        calls[spec, "products"], flops[spec] = products(model, n, cfg, device, dtype)
+        calls[spec, "products"], _ = products(model, n, cfg, device, dtype)
         calls[spec, "step"]()  # the first one makes the optimizer's state
         peaks[spec] = peak_memory(calls[spec, "step"], device) + at_rest(model)
         if cfg.profile:
@@ -275,7 +275,6 @@ def bench_data(cfg: Config, specs: list[str], device: torch.device, dtype: torch
     smoke = Path(__file__).with_name("config") / "smoke.py"
     flags = read_config_file(str(smoke), get_type_hints(train.Config))
     flags = train.Config(**{k: v for k, v in flags.items() if k != "out_dir"})
-    flags.lr_decay_iters = flags.max_iters
     B, T = flags.batch_size, flags.block_size
     generator = np.random.default_rng(cfg.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -292,8 +291,7 @@ def bench_data(cfg: Config, specs: list[str], device: torch.device, dtype: torch
             places = train.locate(counts, samples, flags.data_seed)
             return train.read_windows(data.train, places, T, data.n_vocab)
 
-        shape = {k: v for k, v in vars(flags).items() if hasattr(GPTConfig, k)}
-        model = GPT(GPTConfig(**shape, vocab_size=384)).to(device)
+        model = GPT(train.model_config(vars(flags), vocab_size=384)).to(device)
         calls = {"load": load, "step": make_step(model, flags, device, dtype)}
         times = measure(calls, cfg.rounds, device)
     seconds = statistics.median(times["load"])
@@ -389,10 +387,6 @@ def autocast(f: Callable, device: torch.device, dtype: torch.dtype) -> Callable:
     return f if dtype == torch.float32 else torch.autocast(device.type, dtype)(f)
 
 
-def randn(*shape: int, like: Tensor) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype, device=like.device)
-
-
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -469,19 +463,23 @@ def plot(result: dict, path: str) -> None:
 
 def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype, str]:
     """The device, the dtype of the products, the device's name. Raises UserError."""
-    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = cfg.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device is cpu or cuda, not {name!r}") from None
+        raise UserError(f"--device is auto, cpu or cuda, not {name!r}") from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device is cpu or cuda, not {name!r}")
+        raise UserError(f"--device is auto, cpu or cuda, not {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device={name}, but this machine or build of torch has no such GPU")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    wanted = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    wanted = cfg.dtype
+    if wanted == "auto":
+        wanted = "bfloat16" if device.type == "cuda" else "float32"
     if wanted not in dtypes:
-        raise UserError(f"--dtype is float32 or bfloat16, not {wanted!r}")
+        raise UserError(f"--dtype is auto, float32 or bfloat16, not {wanted!r}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         return device, dtypes[wanted], torch.cuda.get_device_name(device)

@@ -8,7 +8,7 @@ The training step against what people would use instead, step by step in turn.
 All are compiled, of one shape, in one dtype, with fused AdamW and clipping; each computes the loss
 its own way, in a process of its own with the memory allocator as its trainer has it. nanoGPT's
 FFN is GELU of width 4 n_embd, which at ffn_hidden = 8/3 n_embd has as many parameters. The figures
-are those of `bench.py --mode=step`, whose functions these are.
+are those of `bench.py --mode=step`, measured by its functions.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Config:
     micro_batch_size: int = 8  # sequences per step
     vocab_size: int = 50304  # token ids
     rounds: int = 15  # timed steps of each
-    device: str = ""  # cpu, cuda, cuda:1; empty: cuda if there is one
-    dtype: str = ""  # float32 or bfloat16; empty: bfloat16 on cuda, else float32
+    device: str = "auto"  # cpu, cuda, cuda:1; auto: cuda if there is one
+    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on cuda, else float32
     compile: bool = True  # torch.compile
     seed: int = 0  # of the tokens
     json: str = ""  # write the rows to this file
@@ -124,14 +124,8 @@ def our_step(cfg: Config, device: torch.device, dtype: torch.dtype):
     if device.type == "cpu":
         train.keep_freed_memory()
     shape = {k: getattr(cfg, k) for k in bench.SHAPE if hasattr(cfg, k)}
-    flags = train.Config(
-        **{k: v for k, v in shape.items() if k != "vocab_size"},
-        n_kv_head=cfg.n_head,
-        batch_size=cfg.micro_batch_size,
-        micro_batch_size=cfg.micro_batch_size,
-        lr_decay_iters=10**6,
-        compile=cfg.compile,
-    )
+    own = ("block_size", "micro_batch_size", "compile")
+    flags = train.Config(**{k: getattr(cfg, k) for k in own})
     model = GPT(GPTConfig(**shape, n_kv_head=cfg.n_head)).to(device)
     n = cfg.micro_batch_size * cfg.block_size
     return model, {
