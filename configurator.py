@@ -40,8 +40,9 @@ def reason(e: BaseException) -> str:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Call main(); a UserError becomes one line on stderr and exit code 1. What all ranks find,
-    rank 0 prints, and torchrun then ends the others; who is still there later found it alone."""
+    """Call main(); a UserError becomes one line on stderr and exit code 1. One that all ranks share is
+    printed by rank 0, and torchrun ends the others; a rank still alive after 10 seconds is alone with
+    its error and prints it."""
     try:
         main()
     except UserError as e:
