@@ -4,18 +4,17 @@
 #     bash experiments/gpu.sh                # writes experiments/results/<device>.md and .json
 #     DEVICE=cpu bash experiments/gpu.sh     # the same lines at toy sizes, into out/gpu-dry-run
 #
-# Meant to take under 8 minutes; each part prints when it began. The first failing line ends it, and
-# what was measured until then stays.
+# Meant to take under 8 minutes; each part prints when it began. The first failing line ends it. What was
+# measured until then is written already, and the same command goes on from there (out/gpu-cuda).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda} python=${PYTHON:-python}
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+work=out/gpu-$device
 part() { echo "== ${SECONDS}s  $1"; }
 quietly() { "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; return 1; }; }
 
 if [ "$device" = cuda ]; then
-    $python -c 'import torch; assert torch.cuda.is_available()' 2>"$work/why" ||
+    $python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null ||
         { echo "error: torch sees no CUDA GPU here: DEVICE=cpu for a dry run" >&2; exit 1; }
     results=experiments/results
     ffn="--d=1536 --h=8960 --tokens=16384" decode=""
@@ -32,7 +31,8 @@ else
     step="--micro_batch_size=2"
     rounds=2
 fi
-mkdir -p "$results"
+mkdir -p "$work" "$results"
+SECONDS=$(cat "$work/seconds" 2>/dev/null || echo 0)
 
 # The results so far, written anew after every part.
 cat >"$work/report.py" <<'EOF'
@@ -66,9 +66,13 @@ stem.with_suffix(".md").write_text("\n\n".join(text) + "\n")
 stem.with_suffix(".json").write_text(json.dumps(out, indent=1) + "\n")
 print(f"{stem}.md and .json")
 EOF
-report() { $python "$work/report.py" "$work" "$results" "$device" $SECONDS >"$work/where"; }
+report() {
+    echo $SECONDS >"$work/seconds"
+    $python "$work/report.py" "$work" "$results" "$device" $SECONDS >"$work/where"
+}
 
 part "shards of bytes"
+rm -rf "$work/data"
 $python - "$work/data" "$device" <<'EOF'
 import json, pathlib, sys, sysconfig
 import numpy as np
@@ -89,6 +93,7 @@ if sys.argv[2] != "cuda":  # without a meta.json they count as GPT-2's, with a v
     (out / "meta.json").write_text(json.dumps(meta))
 EOF
 
+if [ ! -e "$work/checked" ]; then
 part "checks: every FFN compiled against eager, decode against forward, bfloat16 against float32"
 $python - "$device" <<'EOF'
 import sys
@@ -171,7 +176,11 @@ assert abs(whole[20] - ddp[20]) < 0.02 and abs(whole[20] - cut[20]) < 0.02, (who
 print(f"validation loss {whole[0]:.4f} to {whole[20]:.4f}; DDP {ddp[20]:.4f}, cut {cut[20]:.4f}")
 EOF
 
+touch "$work/checked"
+fi
+
 bench() {  # name, arguments: a table and its JSON
+    [ ! -e "$work/$1.json" ] || return 0
     part "bench: $1"
     { $python bench.py --device="$device" --rounds=$rounds --json="$work/$1.json" "${@:2}" \
         2>"$work/err" || { cat "$work/err" >&2; false; }; } | tee "$work/$1.txt"
@@ -181,7 +190,9 @@ bench ffn --mode=ffn $ffn
 bench decode --mode=decode $decode --ffn=swiglu,sparseglu,sparseglu:select=stat,sparsegated,spark
 bench step --mode=step $model $step
 bench data --mode=data
-if $python -c 'import transformers' 2>/dev/null; then
+if [ -e "$work/peers.json" ]; then
+    true
+elif $python -c 'import transformers' 2>/dev/null; then
     part "bench: peers"
     { $python experiments/peers.py --device="$device" --rounds=$rounds $model $step \
         --json="$work/peers.json" 2>"$work/err" || { cat "$work/err" >&2; false; }; } |
@@ -192,6 +203,7 @@ else
 fi
 
 for system in swiglu dsg asg sparsegated dynamicgeglu sparseglu; do
+    [ ! -e "$work/$system/ckpt.pt" ] || continue
     part "50 steps: $system"
     quietly $python train.py --data_dir="$work/data" --device="$device" --ffn=$system $model $run \
         --eval_interval=1000 --out_dir="$work/$system"
@@ -199,3 +211,4 @@ for system in swiglu dsg asg sparsegated dynamicgeglu sparseglu; do
     report
 done
 echo "== ${SECONDS}s  done: $(cat "$work/where")"
+rm -rf "$work"
