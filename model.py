@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -570,8 +570,9 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
     if name not in FFNS:
         raise UserError(f"unknown ffn {name!r}: {suggest(name, FFNS)}")
     signature = inspect.signature(FFNS[name].__init__).parameters.values()
-    kinds = get_type_hints(FFNS[name].__init__)
-    valid = [p.name for p in signature if p.kind is p.KEYWORD_ONLY]
+    kinds = {p.name: type(p.default) for p in signature if p.kind is p.KEYWORD_ONLY}
+    valid = list(kinds)
+    kinds |= get_type_hints(FFNS[name].__init__)
     options: dict[str, object] = {}
     for setting in settings:
         option, equals, text = setting.partition("=")
@@ -580,10 +581,18 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
             raise UserError(f"{name} has no option {option!r}: {known}")
         if option in options or not equals:
             raise UserError(f"{spec!r}: write each option once, as option=value")
-        choices = get_args(kinds[option])  # of a Literal
-        if choices and text not in choices:
-            raise UserError(f"{name}:{option} cannot be {text!r}: {suggest(text, choices)}")
-        options[option] = text if choices else parse_value(f"{name}:{option}", text, kinds[option])
+        if get_origin(kinds[option]) is Literal:
+            choices = {str(choice): choice for choice in get_args(kinds[option])}
+            if text not in choices:
+                raise UserError(f"{name}:{option} cannot be {text!r}: {suggest(text, choices)}")
+            options[option] = choices[text]
+        elif kinds[option] in (bool, int, float, str):
+            options[option] = parse_value(f"{name}:{option}", text, kinds[option])
+        else:
+            raise UserError(f"{name}:{option} is no bool, int, float, str or Literal by its type hint")
+    for p in signature:
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in options:
+            raise UserError(f"{name} needs its option {p.name}: write {name}:{p.name}=VALUE")
     return FFNS[name], options
 
 
@@ -596,13 +605,31 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
     return cls(d, h, **options)
 
 
+def sketch(build: Callable[[], nn.Module]) -> nn.Module:
+    """A module for its shapes alone: without memory, or with, where its class needs real numbers."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except UserError:
+        raise
+    except Exception:  # whatever a class may do to a tensor that has no data
+        return build()
+
+
 def ffn_cost(ffn: nn.Module) -> dict[str, int]:
     """Parameters, and FLOPs per token of the forward pass's matrix products: `flops` as executed,
-    `active_flops` as an ideal implementation would need that skips what is zero."""
-    flops = sum(2 * p.numel() for p in ffn.parameters() if p.ndim >= 2)
-    active = ffn.active_flops() if hasattr(ffn, "active_flops") else flops
+    `active_flops` as an ideal implementation would need that skips what is zero. A matrix that is used
+    under two names is two products; a class whose products are others says so in `flops`."""
     params = sum(p.numel() for p in ffn.parameters())
-    return {"params": params, "flops": flops, "active_flops": active}
+    uses = ffn.named_parameters(remove_duplicate=False)
+    flops = ffn.flops() if has(ffn, "flops") else sum(2 * p.numel() for _, p in uses if p.ndim >= 2)
+    active = ffn.active_flops() if has(ffn, "active_flops") else flops
+    return {"params": params, "flops": int(flops), "active_flops": int(active)}
+
+
+def has(ffn: nn.Module, method: str) -> bool:
+    """Whether its class has the method; an attribute or a submodule of that name is something else."""
+    return hasattr(type(ffn), method)
 
 
 @functools.cache
@@ -610,15 +637,22 @@ def match_hidden(spec: str, d: int, hidden: int) -> int:
     """The multiple of 8 whose FFN parameters come closest to SwiGLU's at `hidden`. Remembered by
     name: for another class of the same name, cache_clear() it."""
 
-    def params(spec: str, h: int) -> int:
-        with torch.device("meta"):
-            return sum(p.numel() for p in make_ffn(spec, d, h).parameters())
+    def off(h: int) -> float:
+        try:
+            ffn = sketch(lambda: make_ffn(spec, d, h))
+        except UserError:  # an h that does not divide as needed, or is too small for its k
+            return math.inf
+        return abs(sum(p.numel() for p in ffn.parameters()) - 3 * d * hidden)
 
-    # Options such as k may refuse a tiny h, so the line params = base + slope * h is drawn here.
-    target, slope = params("swiglu", hidden), (params(spec, 1024) - params(spec, 512)) / 512
-    guess = round((target - params(spec, 512) + 512 * slope) / slope / 8) * 8
-    return min((h for h in (guess - 8, guess, guess + 8) if h >= 8),
-               key=lambda h: abs(params(spec, h) - target), default=8)  # fmt: skip
+    def best(widths: range) -> int:
+        return min(widths, key=lambda h: (off(h), abs(h - hidden)))
+
+    step = max(8, hidden // 64 * 8)
+    near = best(range(step, 8 * hidden + 1, step))
+    found = best(range(max(8, near - 2 * step), near + 2 * step + 1, 8))
+    if off(found) == math.inf:
+        make_ffn(spec, d, found)  # says why
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -657,8 +691,7 @@ class GPTConfig:
             raise UserError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         if self.ffn_match not in ("hidden", "params"):
             raise UserError(f"ffn_match is hidden or params, not {self.ffn_match!r}")
-        with torch.device("meta"):
-            make_ffn(self.ffn, self.n_embd, self.hidden)
+        sketch(lambda: make_ffn(self.ffn, self.n_embd, self.hidden))
 
 
 class Attention(nn.Module):
@@ -707,7 +740,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        one_token = cache is not None and x.size(1) == 1 and hasattr(self.mlp, "decode")
+        one_token = cache is not None and x.size(1) == 1 and has(self.mlp, "decode")
         return x + (self.mlp.decode if one_token else self.mlp)(self.post_attention_layernorm(x))
 
 
@@ -744,15 +777,18 @@ class GPT(nn.Module):
             torch.default_generator.manual_seed(config.seed)
             self.model = Decoder(config)
             self.lm_head = linear(config.n_embd, config.vocab_size)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        self.init_weights()
+            if config.tie_embeddings:
+                self.lm_head.weight = self.model.embed_tokens.weight
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Matrices N(0, 0.02), those that write to the residual stream scaled by 1/sqrt(2 n_layer),
-        biases 0; gains and an FFN's scalars stay as their modules set them."""
+        biases 0; gains and an FFN's scalars stay as their modules set them. An FFN that wants it
+        otherwise has an init_weights of its own, which is called after this."""
         for name, p in self.named_parameters():  # a tied weight comes once, as embed_tokens
+            if not p.is_floating_point():
+                continue
             if name.endswith(".bias"):
                 p.zero_()
             elif p.ndim >= 2 and p.device.type != "meta":
@@ -761,6 +797,9 @@ class GPT(nn.Module):
                 seed = hashlib.sha256(f"{self.config.seed}:{name}".encode()).digest()[:8]
                 generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
                 p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
+        for layer in self.model.layers:
+            if has(layer.mlp, "init_weights"):
+                layer.mlp.init_weights()
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None
@@ -804,6 +843,7 @@ class GPT(nn.Module):
             else:  # the newest token
                 x = self.model(idx[:, -1:], caches, start=idx.size(1) - 1 - start)
             logits = self.lm_head(x[:, -1]).float()
+            logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature would make infinities
             if n_vocab:
                 logits[:, n_vocab:] = -math.inf
             if top_k:

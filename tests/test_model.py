@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -866,7 +867,107 @@ def test_a_new_idea_is_a_class_and_a_line(monkeypatch):
     assert gpt.generate(tokens(1, 3), 4).shape == (1, 7)
 
 
+class Odd(nn.Module):
+    """Legitimate, and none of it as in the FFNs that are here: options without a type, of a Literal of
+    numbers and required; constants of its own; an attribute named as a method is elsewhere."""
+
+    def __init__(
+        self, d: int, h: int, *, n: int, rate=0.5, size: Literal[8, 16] = 8, any: object = None
+    ):
+        super().__init__()
+        self.up_proj = nn.Linear(d, h)
+        self.down_proj = nn.Linear(h, d, bias=False)
+        self.order = nn.Parameter(torch.randperm(h), requires_grad=False)
+        self.decode = nn.Linear(d, d)
+        self.active = self.active_flops = self.flops = 3
+        self.options = (n, rate, size)
+        torch.ones(3).sum().item()  # which the meta device cannot
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        nn.init.constant_(self.up_proj.bias, -2.0)
+        nn.init.uniform_(self.up_proj.weight)
+
+    def forward(self, x):
+        return self.decode(self.down_proj(self.up_proj(x)[..., self.order]))
+
+
+def test_odd_classes(monkeypatch):
+    """Their options are read, their own initialization is the last, drawn from the seed."""
+    monkeypatch.setitem(FFNS, "odd", Odd)
+    assert make_ffn("odd:n=2:rate=0.25:size=16", 16, 32).options == (2, 0.25, 16)
+    for spec, says in {
+        "odd": "odd:n=VALUE", "odd:n=1:size=9": "valid: 8, 16", "odd:n=1:any=2": "type hint",
+        "odd:n=1:rate=x": "a number",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            make_ffn(spec, 16, 32)
+    config = small(ffn="odd:n=1", ffn_match="params")
+    torch.manual_seed(1)
+    a = GPT(config)
+    torch.manual_seed(2)
+    b = GPT(config)
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(x, y)
+    mlp = a.model.layers[0].mlp
+    assert mlp.up_proj.bias.eq(-2).all()
+    assert mlp.up_proj.weight.min() >= 0
+    assert mlp.order.sort().values.equal(torch.arange(config.hidden))
+    assert 0.01 < mlp.down_proj.weight.std() < 0.02
+    assert ffn_cost(mlp)["flops"] == 2 * (2 * 32 * config.hidden + 32 * 32)
+    assert a.generate(tokens(1, 3), 4).shape == (1, 7)  # by forward: decode is a layer of its own
+
+
+@pytest.mark.parametrize(
+    "size, spec, best",
+    [  # parameters of h for d = 64; SwiGLU of 256 has 49,152
+        (lambda d, h: h * (h // 16), "bent", 888),  # 48,840, and 49,776 at 896
+        (lambda d, h: d * h * h // 64, "square", 224),  # 50,176, and 46,656 at 216
+        (lambda d, h: 50_000, "constant", 256),
+        (lambda d, h: 3 * d * h, "by 64", 256),
+    ],
+)
+def test_matching_what_is_no_line(monkeypatch, size, spec, best):
+    """The multiple of 8 that comes closest, where parameters are no linear function of h and where not
+    every h will do."""
+
+    class Mine(nn.Module):
+        def __init__(self, d: int, h: int):
+            super().__init__()
+            if spec == "by 64" and h % 64:
+                raise UserError(f"not {h}")
+            self.w = nn.Parameter(torch.empty(size(d, h)))
+
+    monkeypatch.setitem(FFNS, spec, Mine)
+    match_hidden.cache_clear()
+    assert match_hidden(spec, 64, 256) == best
+
+
 # -- costs ---------------------------------------------------------------------------------------
+
+
+def test_costs_of_what_is_used_twice_or_in_part(monkeypatch):
+    """A tied weight is two products; a class whose products are others says what they are."""
+
+    class Mine(model_module.SwiGLU):
+        def __init__(self, d: int, h: int):
+            super().__init__(d, h)
+            self.up_proj.weight = self.gate_proj.weight
+
+    class Part(model_module.SwiGLU):
+        def flops(self):
+            return 2.0 * self.gate_proj.in_features * 3
+
+        def active_flops(self):
+            return 2.5 * 4
+
+    monkeypatch.setitem(FFNS, "tied", Mine)
+    monkeypatch.setitem(FFNS, "part", Part)
+    want = {"params": 2 * 16 * 32, "flops": 6 * 16 * 32, "active_flops": 6 * 16 * 32}
+    assert ffn_cost(make_ffn("tied", 16, 32)) == want
+    cost = ffn_cost(make_ffn("part", 16, 32))
+    assert (cost["flops"], cost["active_flops"]) == (96, 10)
+    assert all(type(value) is int for value in cost.values())
 
 
 def cost_by_hand(name: str, d: int, h: int, **options) -> tuple[int, int]:
@@ -1351,6 +1452,12 @@ def test_sampling_is_reproducible_by_seed():
         runs.append(gpt.generate(tokens(2, 5), 30, temperature=1.3, top_k=20))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
+
+
+def test_a_tiny_temperature_is_greedy():
+    gpt = stir(GPT(small()))
+    idx = tokens(2, 5)
+    assert torch.equal(gpt.generate(idx, 9, temperature=1e-40), gpt.generate(idx, 9, temperature=0.0))
 
 
 @pytest.mark.parametrize("temperature, top_k, n_vocab", [(1.0, 0, 0), (2.5, 0, 90), (0.7, 5, 0)])
