@@ -15,6 +15,7 @@ have is an error with a did-you-mean, in a file as on the command line.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -43,6 +44,8 @@ def run(main: Callable[[], object]) -> None:
     """Call main(); a UserError becomes one line on stderr and exit code 1. One that all ranks share is
     printed by rank 0, and torchrun ends the others; a rank still alive after 10 seconds is alone with
     its error and prints it."""
+    with contextlib.suppress(AttributeError):  # of a stdout that is no stream of bytes
+        sys.stdout.reconfigure(errors="replace")  # a sample may have what a terminal cannot show
     try:
         main()
     except UserError as e:

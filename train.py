@@ -12,9 +12,12 @@ from the same start, on any number of GPUs, resumed or not.
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import functools
 import glob
+import hashlib
+import inspect
 import json
 import math
 import os
@@ -24,6 +27,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -39,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import UserError, configure, reason, run, suggest
-from model import GPT, GPTConfig, ffn_cost, parse_spec
+from model import GPT, GPTConfig, ffn_cost, has, parse_spec
 from prepare_fineweb import HEADER_INTS, MAGIC, VERSION, load_encoding, whole_file
 
 # ------------------------------------------------------------------------------------------------
@@ -476,8 +480,13 @@ def train_step(
         total /= dist.get_world_size()
 
     lr = learning_rate(step, cfg)
-    params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    norm = nn.utils.get_total_norm([p.grad for p in params])
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if missing := [name for name, p in params.items() if p.grad is None]:
+        raise UserError(
+            f"step {step + 1}: {re.sub('^module.|_orig_mod.', '', missing[0])} received no gradient: "
+            "keep it in the graph in every step"
+        )
+    norm = nn.utils.get_total_norm([p.grad for p in params.values()])
     finite = torch.isfinite(total) & torch.isfinite(norm)
     failed.copy_(torch.where((failed == 0) & ~finite, step + 1, failed))
     divisor = (norm / cfg.grad_clip).clamp(min=1) if cfg.grad_clip else torch.ones_like(norm)
@@ -577,11 +586,12 @@ def active_fraction(model: GPT, data: Data, device: torch.device, autocast) -> f
     """Share of hidden units that a sparse FFN uses, over all layers, on the first validation
     window; None for a dense FFN."""
     active: list[Tensor] = []
-    hooks = [
-        layer.mlp.register_forward_pre_hook(lambda ffn, args: active.append(ffn.active(args[0])))
-        for layer in model.model.layers
-        if hasattr(layer.mlp, "active")
-    ]
+
+    def note(ffn: nn.Module, args: tuple) -> None:
+        active.append(torch.as_tensor(ffn.active(args[0]), dtype=torch.float32).mean())
+
+    sparse = [layer.mlp for layer in model.model.layers if has(layer.mlp, "active")]
+    hooks = [ffn.register_forward_pre_hook(note) for ffn in sparse]
     if not hooks:
         return None
     counts = window_counts(data.val, model.config.block_size)
@@ -729,6 +739,18 @@ def versions(device: torch.device) -> dict[str, str]:
     }
 
 
+def ffn_code(spec: str) -> str:
+    """A hash of an FFN's class, comments and layout aside: where it differs, runs of one name are not of
+    one function. Empty where Python does not have the source."""
+    outside = ("torch", "builtins")
+    own = [c for c in parse_spec(spec)[0].__mro__ if c.__module__.partition(".")[0] not in outside]
+    try:
+        trees = [ast.dump(ast.parse(textwrap.dedent(inspect.getsource(c)))) for c in own]
+    except (OSError, TypeError):
+        return ""
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:16]
+
+
 # ------------------------------------------------------------------------------------------------
 # Compiling
 
@@ -789,7 +811,12 @@ def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn
     shape, vocab_size = (cfg.micro_batch_size, cfg.block_size), model.config.vocab_size
     tokens = torch.arange(math.prod(shape), device=device).remainder(vocab_size).view(shape)
     targets = tokens.clone()  # one tensor for both is what the compiled graph would insist on
-    buffers = [buffer.clone() for buffer in model.buffers()]
+
+    def not_trained() -> dict[str, Tensor]:
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        return dict(model.named_buffers()) | frozen
+
+    before = {name: t.detach().clone() for name, t in not_trained().items()}
 
     def one_pass(model: nn.Module) -> nn.Module:
         with autocast():
@@ -814,9 +841,9 @@ def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn
     if frozen:
         say(f"frozen  {len(frozen)} parameters get no gradient by design, e.g. {frozen[0]}")
     model.zero_grad(set_to_none=True)
-    for buffer, before in zip(model.buffers(), buffers):
-        if not torch.equal(buffer, before):  # an expanded one can be read only
-            buffer.copy_(before)
+    for name, t in not_trained().items():
+        if name in before and not torch.equal(t, before[name]):  # an expanded one can be read only
+            t.detach().copy_(before[name])
     return ready
 
 
@@ -827,9 +854,18 @@ def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn
 def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> None:
     """Make the run's folder and config.json, or fail now and not at the first save. A run from
     scratch renames what an earlier one left to *.prev; a resumed one cuts the log at its step."""
+    import fcntl  # not on Windows
+
     path = functools.partial(os.path.join, cfg.out_dir)
     try:
         os.makedirs(cfg.out_dir, exist_ok=True)
+        folder = os.open(cfg.out_dir, os.O_RDONLY)  # open, and so locked, until the process ends
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run writes to --out_dir={cfg.out_dir}: name another") from None
+        except OSError:
+            pass  # a file system that cannot
         if resumed_step is None:
             left = [n for n in ("log.jsonl", "ckpt.pt", "config.json") if os.path.exists(path(n))]
             if left != ["config.json"]:  # alone, it is of a start that failed
@@ -837,6 +873,9 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
                     os.replace(path(name), path(name + ".prev"))
         else:
             cut_log(path("log.jsonl"), resumed_step)
+            with suppress(OSError, ValueError, KeyError), open(path("config.json"), "rb") as f:
+                if json.load(f)["ffn_code"] != made_with["ffn_code"]:
+                    say(f"warning: the class of {cfg.ffn} is not what it was when this run began")
         with open(path("config.json.tmp"), "w", encoding="utf-8") as f:
             json.dump({"flags": asdict(cfg), **made_with}, f, indent=2)
         os.replace(path("config.json.tmp"), path("config.json"))
@@ -866,6 +905,9 @@ def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None
         f"{flops:,} per token, {flops * tokens:.3g} in all, peak "
         + (f"{peak / 1e12:.0f} TFLOP/s per device" if peak else "n/a"),
     ]
+    residual = [name for name, _ in model.model.layers[0].mlp.named_parameters()]
+    if not any(f"mlp.{name}".endswith("down_proj.weight") for name in residual):
+        lines.insert(2, "init    no matrix of the FFN is named down_proj: none is scaled for the depth")
     if cfg.ffn_match == "params":
         target = 3 * cfg.n_embd * cfg.ffn_hidden
         over = cost["params"] - target
@@ -919,7 +961,8 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
                 if checkpoint["step"] and shapes != {p.shape}:
                     raise ValueError("an optimizer state of another shape")
     except Exception as e:  # another vocabulary, or whatever is in a file made elsewhere
-        raise UserError(f"{path} does not fit this model and data ({reason(e)})") from None
+        why = " ".join(str(e).split())[:300]
+        raise UserError(f"{path} does not fit this model and data ({why})") from None
 
 
 def catch_signals(ddp: bool) -> list[float]:
@@ -987,7 +1030,8 @@ def main() -> None:
     config.check()
     if rank == 0 and not cfg.eval_only:
         made_with = {"encoding": data.encoding, "vocab_size": config.vocab_size, "world": world}
-        claim_out_dir(cfg, versions(device) | made_with, step if checkpoint else None)
+        made_with |= versions(device) | {"ffn_code": ffn_code(cfg.ffn)}
+        claim_out_dir(cfg, made_with, step if checkpoint else None)
     if ddp:
         connect(device, step, shards)
     raw = GPT(config).to(device)

@@ -690,25 +690,101 @@ def test_failed_starts_leave_the_run_before_them(here: Path):
 
 
 def test_buffers_are_those_of_the_steps(here: Path):
-    """An FFN with a running mean: the pass before the first step, which compiles and checks, leaves no
-    trace in it, so that a resumed run has the same bits."""
+    """An FFN with running means, a buffer and a frozen parameter: the pass before the first step, which
+    compiles and checks, leaves no trace in them, so that a resumed run has the same bits. `active`
+    may be a plain number."""
     code = """
         class Mine(model.SwiGLU):
             def __init__(self, d, h):
                 super().__init__(d, h)
                 self.register_buffer("mean", torch.zeros(d))
                 self.register_buffer("one", torch.ones(1).expand(d), persistent=False)
+                self.square = torch.nn.Parameter(torch.zeros(d), requires_grad=False)
+            def active(self, x):
+                return self.mean.numel() / 64
             def forward(self, x):
+                if not hasattr(self, "late"):
+                    self.register_buffer("late", x.detach().mean(), persistent=False)
                 if self.training:
                     self.mean.lerp_(x.detach().mean((0, 1)), 0.1)
-                return super().forward(x - self.mean)
+                    self.square.lerp_(x.detach().square().mean((0, 1)), 0.1)
+                return super().forward(x - self.mean + self.square)
     """
     for out, steps, init in (("a", 8, "scratch"), ("b", 3, "scratch"), ("b", 8, "resume")):
         argv = flags(out_dir=out, max_iters=steps, lr_decay_iters=8, ffn="mine", init_from=init)
         done = train_with(here, code, *argv)
         assert done.returncode == 0, done.stderr
-    assert load(here / "a")["model"]["model.layers.0.mlp.mean"].any()
+    for name in ("mean", "square"):
+        assert load(here / "a")["model"][f"model.layers.0.mlp.{name}"].any()
     assert_same_run(here / "a", here / "b")
+    assert {row["active"] for row in rows(here / "a", "val_loss").values()} == {0.5}
+
+
+def test_a_gradient_that_is_missing_in_a_later_step(here: Path):
+    """As of experts without a token: the step, the parameter and the cure, in one line."""
+    code = """
+        class Mine(model.SwiGLU):
+            def __init__(self, d, h):
+                super().__init__(d, h)
+                self.extra, self.calls = torch.nn.Linear(d, d), 0
+            def forward(self, x):
+                self.calls += self.training
+                return super().forward(x) + (self.extra(x) if self.calls < 4 else 0)
+    """
+    argv = flags(out_dir="o", max_iters=9, ffn="mine", n_layer=1)
+    done = train_with(here, code, *argv)
+    one_line(done.returncode, done.stderr, "step 3: model.layers.0.mlp.extra.weight", "in every step")
+
+
+def test_other_weights_are_named_on_resume(here: Path):
+    """Of a class that has changed since: what it lacks, and a warning where the code is there to see."""
+    code = "class Mine(model.SwiGLU): pass"
+    train_with(here, code, *flags(out_dir="o", max_iters=2, ffn="mine"))
+    code = """
+        class Mine(model.SwiGLU):
+            def __init__(self, d, h):
+                super().__init__(d, h)
+                self.gain = torch.nn.Parameter(torch.ones(d))
+            def forward(self, x):
+                return super().forward(x) * self.gain
+    """
+    argv = flags(out_dir="o", max_iters=4, lr_decay_iters=2, ffn="mine", init_from="resume")
+    done = train_with(here, code, *argv)
+    one_line(done.returncode, done.stderr, "Missing key", "mlp.gain")
+
+    made = json.loads((here / "o" / "config.json").read_text())
+    assert made["ffn_code"] == ""  # of a class without a file
+    train(here, out_dir="p", max_iters=2, lr_decay_iters=4)
+    path = here / "p" / "config.json"
+    made = json.loads(path.read_text())
+    assert "warning" not in train(here, out_dir="p", max_iters=3, init_from="resume").out
+    path.write_text(json.dumps(made | {"ffn_code": "0" * 16}))
+    assert "the class of swiglu is not what it was" in train(
+        here, out_dir="p", max_iters=4, init_from="resume"
+    ).out
+
+
+def test_two_runs_in_one_folder(here: Path):
+    """The second is refused in one line, and the first goes on undisturbed; once that has ended, or was
+    killed, the folder is free."""
+    first = start(here, out_dir="o", max_iters=100_000, eval_interval=100_000)
+    first.wait_for("step      3/")
+    start(here, out_dir="o", max_iters=3).fails("--out_dir=o", "another run")
+    start(here, out_dir="o", max_iters=3, init_from="auto").fails("--out_dir=o", "another run")
+    steps = list(losses(here / "o"))
+    assert steps == list(range(1, len(steps) + 1))
+    first.process.kill()
+    first.process.join()
+    train(here, out_dir="o", max_iters=3)
+
+
+def test_a_terminal_that_is_not_utf8(here: Path):
+    """A sample of bytes may have any character: it is shown as far as it can be."""
+    argv = flags(out_dir="o", max_iters=1, sample_tokens=60, temperature=2)
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, TRAIN, *argv], cwd=here, capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert b"sample (60 tokens" in done.stdout
 
 
 def test_public_shards_without_meta_are_gpt2(here: Path):
