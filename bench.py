@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import train
 from configurator import UserError, configure, read_config_file, run
-from model import FFNS, GPT, GPTConfig, ffn_cost, make_ffn, parse_spec
+from model import FFNS, GPT, GPTConfig, ffn_cost, has, make_ffn, parse_spec
 
 
 @dataclass
@@ -162,7 +162,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
 
         def token(x: Tensor, stack=stack) -> Tensor:
             for layer in stack:
-                x = x + getattr(layer, "decode", layer.forward)(x)
+                x = x + (layer.decode if has(layer, "decode") else layer)(x)
             return x
 
         one = autocast(maybe_compile(token, cfg, device, mode), device, dtype)
@@ -179,7 +179,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
         rows.append({
             "ffn": spec,
             **cost,
-            "path": "decode" if hasattr(layers[spec], "decode") else "forward",
+            "path": "decode" if has(layers[spec], "decode") else "forward",
             "ms": 1e3 * seconds,
             "read_mib": read / 2**20,
             "gb_per_s": read / seconds / 1e9,
@@ -205,10 +205,10 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
     for spec in specs:
         say(f"preparing {spec}")
         model = models[spec] = GPT(GPTConfig(ffn=spec, seed=cfg.seed, **shape)).to(device)
-        calls[spec, "step"] = make_step(model, flags, device, dtype)
+        calls[spec, "step"], optimizers = make_step(model, flags, device, dtype)
         calls[spec, "products"], _ = products(model, n, cfg, device, dtype)
         calls[spec, "step"]()  # the first one makes the optimizer's state
-        peaks[spec] = peak_memory(calls[spec, "step"], device) + at_rest(model)
+        peaks[spec] = peak_memory(calls[spec, "step"], device) + at_rest(model, optimizers)
         if cfg.profile:
             profile(calls[spec, "step"], Path(cfg.profile), spec, device)
     times = measure(calls, cfg.rounds, device)
@@ -238,8 +238,9 @@ SHAPE = "n_layer n_head n_embd ffn_hidden block_size vocab_size tie_embeddings".
 
 def make_step(
     model: GPT, flags: train.Config, device: torch.device, dtype: torch.dtype
-) -> Callable[[], object]:
-    """One whole training step of `model` on random tokens: forward, backward, clip, update."""
+) -> tuple[Callable[[], object], list[torch.optim.Optimizer]]:
+    """One whole training step of `model` on random tokens (forward, backward, clip, update), and the
+    optimizers whose states it fills."""
     size = (flags.micro_batch_size, flags.block_size + 1)
     batch = torch.randint(model.config.vocab_size, size).to(device)
     cast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
@@ -247,12 +248,15 @@ def make_step(
     with contextlib.redirect_stdout(sys.stderr):  # what it says is not part of the table
         ready = train.compile_and_check(model, optimizers, flags, cast)
     failed = torch.zeros((), device=device)
-    return lambda: train.train_step(ready, optimizers, [batch], flags, 0, failed, cast)
+    step = functools.partial(train.train_step, ready, optimizers, [batch], flags, 0, failed, cast)
+    return step, optimizers
 
 
-def at_rest(model: nn.Module) -> int:
-    """Bytes of parameters and of AdamW's two moments between two steps."""
-    return sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
+def at_rest(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Bytes of parameters and of the optimizers' states between two steps."""
+    states = (state for optimizer in optimizers for state in optimizer.state.values())
+    kept = [t for state in states for t in state.values() if isinstance(t, Tensor)]
+    return sum(t.nbytes for t in [*model.parameters(), *kept])
 
 
 def profile(step: Callable, folder: Path, spec: str, device: torch.device) -> None:
@@ -292,7 +296,7 @@ def bench_data(cfg: Config, specs: list[str], device: torch.device, dtype: torch
             return train.read_windows(data.train, places, T, data.n_vocab)
 
         model = GPT(train.model_config(vars(flags), vocab_size=384)).to(device)
-        calls = {"load": load, "step": make_step(model, flags, device, dtype)}
+        calls = {"load": load, "step": make_step(model, flags, device, dtype)[0]}
         times = measure(calls, cfg.rounds, device)
     seconds = statistics.median(times["load"])
     row = {

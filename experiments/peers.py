@@ -96,7 +96,7 @@ def nanogpt(cfg: Config) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tenso
 
 def peer_step(
     model: nn.Module, loss: Callable, cfg: Config, device: torch.device, dtype: torch.dtype
-) -> Callable[[], object]:
+) -> tuple[Callable[[], object], list[torch.optim.Optimizer]]:
     """Forward, backward, clip, fused AdamW: what a careful user would write."""
     batch = torch.randint(cfg.vocab_size, (cfg.micro_batch_size, cfg.block_size + 1)).to(device)
     cast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
@@ -116,7 +116,7 @@ def peer_step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return step, [optimizer]
 
 
 def our_step(cfg: Config, device: torch.device, dtype: torch.dtype):
@@ -128,10 +128,9 @@ def our_step(cfg: Config, device: torch.device, dtype: torch.dtype):
     flags = train.Config(**{k: getattr(cfg, k) for k in own})
     model = GPT(GPTConfig(**shape, n_kv_head=cfg.n_head)).to(device)
     n = cfg.micro_batch_size * cfg.block_size
-    return model, {
-        "ours": bench.make_step(model, flags, device, dtype),
-        "products": bench.products(model, n, cfg, device, dtype)[0],
-    }
+    step, optimizers = bench.make_step(model, flags, device, dtype)
+    calls = {"ours": step, "products": bench.products(model, n, cfg, device, dtype)[0]}
+    return model, calls, optimizers
 
 
 PEERS = {"Hugging Face": hugging_face, "nanoGPT": nanogpt}
@@ -143,13 +142,14 @@ def contend(cfg: Config, system: str, pipe) -> None:
         device, dtype, _ = bench.pick_device(cfg)
         torch.manual_seed(cfg.seed)
         if system == "ours":
-            model, calls = our_step(cfg, device, dtype)
+            model, calls, optimizers = our_step(cfg, device, dtype)
         else:
             model, loss = PEERS[system](cfg)
             model = model.to(device)
-            calls = {system: peer_step(model, loss, cfg, device, dtype)}
+            step, optimizers = peer_step(model, loss, cfg, device, dtype)
+            calls = {system: step}
         calls[system]()  # compiles
-        peak = bench.peak_memory(calls[system], device) + bench.at_rest(model)
+        peak = bench.peak_memory(calls[system], device) + bench.at_rest(model, optimizers)
         pipe.send((sum(p.numel() for p in model.parameters()), peak))
         gc.disable()
         while True:

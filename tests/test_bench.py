@@ -227,6 +227,30 @@ def test_peers(tmp_path):
         assert row["peak_mib"] * 2**20 >= 12 * row["params"]
 
 
+def test_memory_at_rest_is_that_of_parameters_and_states():
+    """Muon keeps one moment of a matrix, AdamW two; a frozen parameter has none."""
+    code = """
+import torch, bench, train
+from model import GPT, GPTConfig
+for name in ("adamw", "muon"):
+    model = GPT(GPTConfig(8, 128, 1, 2, 2, 32, "sparseglu", 64))
+    flags = train.Config(block_size=8, micro_batch_size=1, optimizer=name, compile=False)
+    step, optimizers = bench.make_step(model, flags, torch.device("cpu"), torch.float32)
+    step()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    inside = [p for n, p in trained.items() if ".layers." in n and p.ndim == 2]
+    moments = [p.nbytes for p in trained.values()] * 2
+    counts = 4 * len(trained)  # AdamW's steps, float32
+    muon = sum(p.nbytes + 4 for p in inside) * (name == "muon")
+    print(bench.at_rest(model, optimizers) - sum(p.nbytes for p in model.parameters()) -
+          (sum(moments) + counts - muon))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=240
+    )
+    assert done.stdout.split() == ["0", "0"], done.stdout + done.stderr
+
+
 def test_peers_needs_a_clone():
     """An error of the whole program: its exit code, one line, no traceback."""
     done = call("experiments/peers.py", *TINY, *STEP, "--hf=False", "--nanogpt=/nowhere")
