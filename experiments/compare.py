@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from configurator import UserError, configure, parse_value, run, suggest
-from model import GPT, ffn_cost, parse_spec
+from model import GPT, ffn_cost, parse_spec, sketch
 from prepare_fineweb import cores
 
 
@@ -231,9 +231,12 @@ def plan(cfg: Config, base: train.Config) -> list[Run]:
                 flags |= {"init_from": "auto", "learning_rate": rate}
                 flags["min_lr"] = base.min_lr * (rate / base.learning_rate) if sweep else base.min_lr
                 flags["lr_decay_iters"] = base.lr_decay_iters or base.max_iters
-                same = train.model_config(flags | {"ffn_match": "params"}).hidden == base.ffn_hidden
-                both = ["hidden", "params"] if cfg.ffn_match == "both" else [cfg.ffn_match]
-                for match in ["hidden"] if same or spec == "swiglu" else both:
+                matches = ["hidden", "params"] if cfg.ffn_match == "both" else [cfg.ffn_match]
+                if "params" in matches:
+                    matched = train.model_config(flags | {"ffn_match": "params"}).hidden
+                    if spec == "swiglu" or matched == base.ffn_hidden:  # one and the same run
+                        matches = ["hidden"]
+                for match in matches:
                     name = f"{spec}-s{seed}" + ("-params" if match == "params" else "")
                     name += f"-lr{rate:g}" if sweep else ""
                     mine = flags | {"ffn_match": match, "out_dir": os.path.join(folder, name)}
@@ -297,6 +300,10 @@ def run_all(planned: list[Run], passed: list[str], cfg: Config, base: train.Conf
         old = read_run(p.dir)
         if old and (name := differing(p.flags, old.flags)):
             raise UserError(f"{p.dir} was made with --{name}={old.flags[name]}, not {p.flags[name]}: "
+                            "choose another --name, or delete that folder")  # fmt: skip
+        code = train.ffn_code(p.flags["ffn"])
+        if old and old.made.get("ffn_code", code) != code:
+            raise UserError(f"the class of {p.flags['ffn']} has changed since {p.dir} was made: "
                             "choose another --name, or delete that folder")  # fmt: skip
         if not (old and old.done):
             waiting.append(p)
@@ -377,7 +384,7 @@ def check_alike(runs: list[Run]) -> None:
     """Refuse finished runs whose difference would not be the FFN's."""
     cure = "report only runs that differ in nothing but --ffn, --ffn_match and the seeds"
     done = [r for r in runs if r.done]
-    first, expected, seen = done[0], common(done[0]), {}
+    first, expected, seen, codes = done[0], common(done[0]), {}, {}
     for r in done:
         name = differing(expected, common(r))
         if name == "min_lr" and first.flags[name] == r.flags[name]:
@@ -389,6 +396,10 @@ def check_alike(runs: list[Run]) -> None:
         if key in seen:
             raise UserError(f"{seen[key]} and {r.dir} are the same run twice: leave one out")
         seen[key] = r.dir
+        other = codes.setdefault(r.group, r)
+        if r.made.get("ffn_code") != other.made.get("ffn_code", r.made.get("ffn_code")):
+            raise UserError(f"the class of {label(r.flags)} changed between {other.dir} and {r.dir}: "
+                            "run the older one again")  # fmt: skip
     # A learning rate may differ where all were tried for all. A run that failed was tried.
     tried = {(r.group, r.flags["learning_rate"]) for r in runs}
     rates = {r.flags["learning_rate"]: r for r in done}
@@ -470,8 +481,7 @@ def summarize(runs: list[Run], detect: float) -> tuple[list[dict], list[list[Run
     rows = []
     for group in groups:
         flags, baseline, losses = group[0].flags, group[0].group == own, [r.loss for r in group]
-        with torch.device("meta"):
-            model = GPT(train.model_config(flags, vocab_size=runs[0].made["vocab_size"]))
+        model = sketch(lambda f=flags: GPT(train.model_config(f, vocab_size=runs[0].made["vocab_size"])))
         ffn = {k: v * flags["n_layer"] for k, v in ffn_cost(model.model.layers[0].mlp).items()}
         active = [r.val[-1]["active"] for r in group if "active" in r.val[-1]]
         pairs = [(r, base[r.seeds]) for r in group if r.seeds in base and not baseline]

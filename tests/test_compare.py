@@ -5,11 +5,13 @@ made-up logs for what it computes, with every figure computed again here from th
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from scipy import stats
 from trainer import FORK, ROOT, TINY, make_data, one_line, rows, wait_until
 
 import train
+from configurator import UserError
 
 SCRIPT = str(ROOT / "experiments" / "compare.py")
 FORK.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "scipy.stats", "matplotlib.pyplot"])
@@ -518,7 +521,7 @@ def test_report_without_a_learning_rate(tmp_path):
 
 
 def test_report_of_many_runs_is_linear(tmp_path, monkeypatch):
-    """100 runs of matched width: the width of each of the two FFNs is found once, by a few trials."""
+    """100 runs of matched width: each of the two FFNs' width is found once, by some hundred trials."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import compare
 
@@ -534,7 +537,47 @@ def test_report_of_many_runs_is_linear(tmp_path, monkeypatch):
     runs = compare.find_runs([str(tmp_path), str(tmp_path)])  # given twice, taken once
     assert len(runs) == 100
     compare.check_alike(runs)
-    assert len(asked) <= 20
+    assert len(asked) <= 200
+
+
+def test_a_class_that_changed_between_runs_of_one_name(tmp_path, monkeypatch):
+    """Its old numbers are not shown as new ones, nor paired with them; a comment is no change."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    monkeypatch.chdir(tmp_path)
+    import compare
+
+    import model
+
+    def written(body: str) -> str:
+        """The code of a class as it would be in model.py."""
+        (tmp_path / "mine.py").write_text(f"from model import SwiGLU\nclass Mine(SwiGLU):\n{body}\n")
+        sys.modules.pop("mine", None)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setitem(model.FFNS, "mine", __import__("mine").Mine)
+        inspect.linecache.clearcache()
+        return train.ffn_code("mine")
+
+    first = written("    scale = 1")
+    assert written("    # a thought\n    scale = (1)") == first
+    assert written("    scale = 2") != first
+
+    def made(run, code: str) -> None:
+        make_run(Path(run.dir), [6, 3, 2], **{k: v for k, v in run.flags.items() if k != "out_dir"})
+        path = Path(run.dir, "config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"ffn_code": code}))
+
+    cfg, base = compare.Config(ffn="mine", seeds=2), train.Config(max_iters=4, prepare="x")
+    planned = compare.plan(cfg, base)
+    for run in planned:
+        made(run, train.ffn_code(run.flags["ffn"]))
+    assert compare.run_all(planned, [], cfg, base) == 0
+    compare.check_alike(compare.find_runs(["out/compare"]))
+    shutil.rmtree(planned[3].dir)
+    made(planned[3], first)
+    with pytest.raises(UserError, match="class of mine has changed since .*mine-s1"):
+        compare.run_all(planned, [], cfg, base)
+    with pytest.raises(UserError, match="class of mine changed between .*mine-s"):
+        compare.check_alike(compare.find_runs(["out/compare"]))
 
 
 def test_report_reads_odd_files(tmp_path):
