@@ -681,7 +681,7 @@ class GPTConfig:
         return match_hidden(self.ffn, self.n_embd, self.ffn_hidden)
 
     def check(self) -> None:
-        """Raise UserError for a shape that cannot be built. Allocates nothing."""
+        """Raise UserError for a shape that cannot be built."""
         for name, value in vars(self).items():
             if type(value) is int and value < 1 and name != "seed":
                 raise UserError(f"{name} must be at least 1, not {value}")

@@ -92,7 +92,7 @@ class Config:
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # autocast type: auto, float32, bfloat16
-    compile: bool = True  # torch.compile, but on mps
+    compile: bool = True  # torch.compile; never on mps
     # to watch it, and a sample at the end
     wandb_project: str = ""  # also log to this Weights & Biases project
     sample_tokens: int = 0  # tokens of text to sample at the end
@@ -483,7 +483,7 @@ def train_step(
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if missing := [name for name, p in params.items() if p.grad is None]:
         raise UserError(
-            f"step {step + 1}: {re.sub('^module.|_orig_mod.', '', missing[0])} received no gradient: "
+            f"step {step + 1}: {re.sub(r'^module[.]|_orig_mod[.]', '', missing[0])} received no gradient: "
             "keep it in the graph in every step"
         )
     norm = nn.utils.get_total_norm([p.grad for p in params.values()])
@@ -874,8 +874,10 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
         else:
             cut_log(path("log.jsonl"), resumed_step)
             with suppress(OSError, ValueError, KeyError), open(path("config.json"), "rb") as f:
-                if json.load(f)["ffn_code"] != made_with["ffn_code"]:
+                began_with = json.load(f)["ffn_code"]
+                if began_with != made_with["ffn_code"]:
                     say(f"warning: the class of {cfg.ffn} is not what it was when this run began")
+                made_with["ffn_code"] = began_with  # so that compare.py refuses it too
         with open(path("config.json.tmp"), "w", encoding="utf-8") as f:
             json.dump({"flags": asdict(cfg), **made_with}, f, indent=2)
         os.replace(path("config.json.tmp"), path("config.json"))
@@ -905,8 +907,7 @@ def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None
         f"{flops:,} per token, {flops * tokens:.3g} in all, peak "
         + (f"{peak / 1e12:.0f} TFLOP/s per device" if peak else "n/a"),
     ]
-    residual = [name for name, _ in model.model.layers[0].mlp.named_parameters()]
-    if not any(f"mlp.{name}".endswith("down_proj.weight") for name in residual):
+    if not any(name.endswith("down_proj.weight") for name, _ in model.model.layers.named_parameters()):
         lines.insert(2, "init    no matrix of the FFN is named down_proj: none is scaled for the depth")
     if cfg.ffn_match == "params":
         target = 3 * cfg.n_embd * cfg.ffn_hidden
