@@ -762,6 +762,7 @@ def test_other_weights_are_named_on_resume(here: Path):
     assert "the class of swiglu is not what it was" in train(
         here, out_dir="p", max_iters=4, init_from="resume"
     ).out
+    assert json.loads(path.read_text())["ffn_code"] == "0" * 16
 
 
 def test_two_runs_in_one_folder(here: Path):
