@@ -483,7 +483,9 @@ def train_step(
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if missing := [name for name, p in params.items() if p.grad is None]:
         name = re.sub(r"^module\.|_orig_mod\.", "", missing[0])
-        raise UserError(f"step {step + 1}: {name} received no gradient: keep it in the graph in every step")
+        raise UserError(
+            f"step {step + 1}: {name} received no gradient: keep it in the graph in every step"
+        )
     norm = nn.utils.get_total_norm([p.grad for p in params.values()])
     finite = torch.isfinite(total) & torch.isfinite(norm)
     failed.copy_(torch.where((failed == 0) & ~finite, step + 1, failed))
