@@ -637,6 +637,7 @@ def match_hidden(spec: str, d: int, hidden: int) -> int:
     """The multiple of 8 whose FFN parameters come closest to SwiGLU's at `hidden`. Remembered by
     name: for another class of the same name, cache_clear() it."""
 
+    @functools.cache
     def off(h: int) -> float:
         try:
             ffn = sketch(lambda: make_ffn(spec, d, h))
@@ -647,9 +648,16 @@ def match_hidden(spec: str, d: int, hidden: int) -> int:
     def best(widths: range) -> int:
         return min(widths, key=lambda h: (off(h), abs(h - hidden)))
 
-    step = max(8, hidden // 64 * 8)
-    near = best(range(step, 8 * hidden + 1, step))
-    found = best(range(max(8, near - 2 * step), near + 2 * step + 1, 8))
+    # Coarsely, as far as it takes, then between the neighbours of the best that can be built.
+    step, top = max(8, hidden // 64 * 8), 8 * hidden
+    near = best(range(step, top + 1, step))
+    while near > top - step and top < 10**6:
+        top *= 2
+        near = best(range(step, top + 1, step))
+    valid = [h for h in range(step, top + 1, step) if off(h) < math.inf]
+    low = max((h for h in valid if h < near), default=8)
+    high = min((h for h in valid if h > near), default=near + 2 * step)
+    found = best(range(low, high + 1, 8))
     if off(found) == math.inf:
         make_ffn(spec, d, found)  # says why
     return found
@@ -765,6 +773,11 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+def is_residual(name: str) -> bool:
+    """Whether a parameter of this name writes to the residual stream."""
+    return name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
+
+
 class GPT(nn.Module):
     """Qwen3-style decoder. Weights are initialized float32 on the CPU, the same bits for the same
     (seed, parameter name, shape) whatever the FFN and the state of PyTorch's random generator."""
@@ -792,13 +805,13 @@ class GPT(nn.Module):
             if name.endswith(".bias"):
                 p.zero_()
             elif p.ndim >= 2 and p.device.type != "meta":
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_residual(name) else 0.02
                 seed = hashlib.sha256(f"{self.config.seed}:{name}".encode()).digest()[:8]
                 generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
                 p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
-        for layer in self.model.layers:
+        for i, layer in enumerate(self.model.layers):
             if has(layer.mlp, "init_weights"):
+                torch.default_generator.manual_seed(self.config.seed * 2**20 + i)
                 layer.mlp.init_weights()
 
     def forward(
@@ -843,9 +856,9 @@ class GPT(nn.Module):
             else:  # the newest token
                 x = self.model(idx[:, -1:], caches, start=idx.size(1) - 1 - start)
             logits = self.lm_head(x[:, -1]).float()
-            logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature would make infinities
             if n_vocab:
                 logits[:, n_vocab:] = -math.inf
+            logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature would make infinities
             if top_k:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)

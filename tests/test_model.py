@@ -6,6 +6,7 @@ PyTorch's own cross-entropy, gradients by hand, brute force.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -882,6 +883,7 @@ class Odd(nn.Module):
         self.active = self.active_flops = self.flops = 3
         self.options = (n, rate, size)
         torch.ones(3).sum().item()  # which the meta device cannot
+        torch.rand(n)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -909,6 +911,10 @@ def test_odd_classes(monkeypatch):
     b = GPT(config)
     for x, y in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(x, y)
+    other = GPT(dataclasses.replace(config, ffn="odd:n=7", n_layer=3)).model.layers
+    first, second = (layer.mlp.up_proj.weight for layer in a.model.layers)
+    assert torch.equal(other[1].mlp.up_proj.weight, second)  # whatever else was drawn
+    assert not torch.equal(first, second)
     mlp = a.model.layers[0].mlp
     assert mlp.up_proj.bias.eq(-2).all()
     assert mlp.up_proj.weight.min() >= 0
@@ -925,6 +931,8 @@ def test_odd_classes(monkeypatch):
         (lambda d, h: d * h * h // 64, "square", 224),  # 50,176, and 46,656 at 216
         (lambda d, h: 50_000, "constant", 256),
         (lambda d, h: 3 * d * h, "by 64", 256),
+        (lambda d, h: 3 * d * h, "by 72", 288),  # 55,296, and 41,472 at 216
+        (lambda d, h: 16 * (h + d), "thin", 3008),  # beyond 8 times SwiGLU's
     ],
 )
 def test_matching_what_is_no_line(monkeypatch, size, spec, best):
@@ -934,7 +942,7 @@ def test_matching_what_is_no_line(monkeypatch, size, spec, best):
     class Mine(nn.Module):
         def __init__(self, d: int, h: int):
             super().__init__()
-            if spec == "by 64" and h % 64:
+            if spec.startswith("by") and h % int(spec[3:]):
                 raise UserError(f"not {h}")
             self.w = nn.Parameter(torch.empty(size(d, h)))
 
@@ -1001,17 +1009,20 @@ def test_stacked_weights_cost_what_their_products_do(monkeypatch):
         def __init__(self, d: int, h: int):
             super().__init__()
             self.up = nn.Parameter(torch.randn(4, d, h // 4))
-            self.down = nn.Parameter(torch.randn(4, h // 4, d))
+            self.down_proj = nn.Parameter(torch.randn(4, h // 4, d))
 
         def forward(self, x):
             hidden = torch.relu(torch.einsum("...d,ndh->...nh", x, self.up))
-            return torch.einsum("...nh,nhd->...d", hidden, self.down)
+            return torch.einsum("...nh,nhd->...d", hidden, self.down_proj)
 
     monkeypatch.setitem(FFNS, "experts", Experts)
     assert ffn_cost(make_ffn("experts", 32, 64)) == ffn_cost(make_ffn("relu2", 32, 64))
     one, two = GPT(small(ffn="experts")), GPT(small(ffn="relu2"))
     assert one.param_counts() == two.param_counts()
     assert one.flops_per_token() == two.flops_per_token()
+    mlp = one.model.layers[0].mlp
+    assert mlp.up.std().item() == pytest.approx(0.02, rel=0.1)
+    assert mlp.down_proj.std().item() == pytest.approx(0.02 / math.sqrt(2 * 2), rel=0.1)
 
 
 @all_cases
@@ -1454,10 +1465,13 @@ def test_sampling_is_reproducible_by_seed():
     assert not torch.equal(runs[0], runs[2])
 
 
-def test_a_tiny_temperature_is_greedy():
-    gpt = stir(GPT(small()))
-    idx = tokens(2, 5)
-    assert torch.equal(gpt.generate(idx, 9, temperature=1e-40), gpt.generate(idx, 9, temperature=0.0))
+@pytest.mark.parametrize("n_vocab", [0, 50])
+def test_a_tiny_temperature_is_greedy(n_vocab):
+    """Also where an id that is never drawn has the largest logit."""
+    gpt = stir(GPT(small(tie_embeddings=False)))
+    idx = tokens(8, 5)
+    cold, greedy = (gpt.generate(idx, 9, t, n_vocab=n_vocab) for t in (1e-40, 0.0))
+    assert torch.equal(cold, greedy)
 
 
 @pytest.mark.parametrize("temperature, top_k, n_vocab", [(1.0, 0, 0), (2.5, 0, 90), (0.7, 5, 0)])
