@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import UserError, configure, reason, run, suggest
-from model import GPT, GPTConfig, ffn_cost, has, parse_spec
+from model import GPT, GPTConfig, ffn_cost, has, is_residual, parse_spec
 from prepare_fineweb import HEADER_INTS, MAGIC, VERSION, load_encoding, whole_file
 
 # ------------------------------------------------------------------------------------------------
@@ -163,6 +163,8 @@ def pick_device(cfg: Config, local_rank: int, local_world: int) -> torch.device:
     name = cfg.device
     if name == "auto":
         name = "cuda" if n_cuda else "mps" if mps and not old else "cpu"
+        if name == "cpu" and mps:
+            say(f"device  not mps, which torch {torch.__version__} computes wrong numbers on")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device={name} is unknown: auto, cpu, cuda, cuda:N or mps")
     if name == "mps" and not mps:
@@ -475,17 +477,17 @@ def train_step(
         loss = loss / len(batches)
         loss.backward()
         total += loss.detach()
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if missing := [name for name, p in params.items() if p.grad is None]:
+        name = re.sub(r"^module\.|_orig_mod\.", "", missing[0])
+        raise UserError(
+            f"step {step + 1}: {name} received no gradient: keep it in the graph in every pass"
+        )
     if isinstance(model, DDP):
         dist.all_reduce(total)
         total /= dist.get_world_size()
 
     lr = learning_rate(step, cfg)
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if missing := [name for name, p in params.items() if p.grad is None]:
-        name = re.sub(r"^module\.|_orig_mod\.", "", missing[0])
-        raise UserError(
-            f"step {step + 1}: {name} received no gradient: keep it in the graph in every step"
-        )
     norm = nn.utils.get_total_norm([p.grad for p in params.values()])
     finite = torch.isfinite(total) & torch.isfinite(norm)
     failed.copy_(torch.where((failed == 0) & ~finite, step + 1, failed))
@@ -740,15 +742,21 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def ffn_code(spec: str) -> str:
-    """A hash of an FFN's class, comments and layout aside: where it differs, runs of one name are not of
-    one function. Empty where Python does not have the source."""
-    outside = ("torch", "builtins")
-    own = [c for c in parse_spec(spec)[0].__mro__ if c.__module__.partition(".")[0] not in outside]
-    try:
-        trees = [ast.dump(ast.parse(textwrap.dedent(inspect.getsource(c)))) for c in own]
-    except (OSError, TypeError):
-        return ""
-    return hashlib.sha256("".join(trees).encode()).hexdigest()[:16]
+    """A hash of an FFN's class, but for comments, docstrings and layout: where it differs, runs of one
+    name are not of one function. Empty where Python does not have the source."""
+    code, outside = "", ("torch", "builtins", "abc", "typing")
+    for cls in parse_spec(spec)[0].__mro__:
+        if cls.__module__.partition(".")[0] in outside:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        except (OSError, TypeError, SyntaxError):
+            return ""
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        code += ast.unparse(tree)
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -873,11 +881,12 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
                     os.replace(path(name), path(name + ".prev"))
         else:
             cut_log(path("log.jsonl"), resumed_step)
-            with suppress(OSError, ValueError, KeyError), open(path("config.json"), "rb") as f:
+            began_with, bad = "", (OSError, ValueError, KeyError, TypeError)
+            with suppress(*bad), open(path("config.json"), encoding="utf-8") as f:
                 began_with = json.load(f)["ffn_code"]
-                if began_with != made_with["ffn_code"]:
-                    say(f"warning: the class of {cfg.ffn} is not what it was when this run began")
-                made_with["ffn_code"] = began_with  # so that compare.py refuses it too
+            if began_with and began_with != made_with["ffn_code"]:
+                say(f"warning: the class of {cfg.ffn} is not what it was when this run began")
+            made_with["ffn_code"] = began_with  # so that compare.py refuses it too
         with open(path("config.json.tmp"), "w", encoding="utf-8") as f:
             json.dump({"flags": asdict(cfg), **made_with}, f, indent=2)
         os.replace(path("config.json.tmp"), path("config.json"))
@@ -907,7 +916,8 @@ def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None
         f"{flops:,} per token, {flops * tokens:.3g} in all, peak "
         + (f"{peak / 1e12:.0f} TFLOP/s per device" if peak else "n/a"),
     ]
-    if not any(name.endswith("down_proj.weight") for name, _ in model.model.layers.named_parameters()):
+    ffn = model.model.layers[0].mlp
+    if not (has(ffn, "init_weights") or any(map(is_residual, dict(ffn.named_parameters())))):
         lines.insert(2, "init    no matrix of the FFN is named down_proj: none is scaled for the depth")
     if cfg.ffn_match == "params":
         target = 3 * cfg.n_embd * cfg.ffn_hidden
@@ -1160,6 +1170,11 @@ def main() -> None:
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory after step {step}: halve --micro_batch_size") from None
     except RuntimeError as e:
+        if "finished reduction in the prior iteration" in str(e):  # by DDP, of the last micro-batch
+            raise UserError(
+                f"step {step}: a parameter received no gradient on some rank: keep it in the graph in "
+                "every pass"
+            ) from None
         if not ddp or not re.search("(?i)gloo|nccl|connection|peer|timed out|timeout", str(e)):
             raise
         raise UserError(

@@ -26,6 +26,7 @@ from trainer import (
     ROOT,
     SIZES,
     TINY,
+    TORCHRUN,
     TRAIN,
     Run,
     assert_same_run,
@@ -733,7 +734,40 @@ def test_a_gradient_that_is_missing_in_a_later_step(here: Path):
     """
     argv = flags(out_dir="o", max_iters=9, ffn="mine", n_layer=1)
     done = train_with(here, code, *argv)
-    one_line(done.returncode, done.stderr, "step 3: model.layers.0.mlp.extra.weight", "in every step")
+    one_line(done.returncode, done.stderr, "step 3: model.layers.0.mlp.extra.weight", "in every pass")
+
+
+@pytest.mark.parametrize("when", ["step", "pass"])
+def test_a_gradient_that_is_missing_with_two_ranks(here: Path, when: str):
+    """On one rank in a step, which is not taken; on both in the last pass of one, which DDP notices in
+    the next step."""
+    code = """
+        import os
+        class Mine(model.SwiGLU):
+            def __init__(self, d, h):
+                super().__init__(d, h)
+                self.extra, self.calls = torch.nn.Linear(d, d), 0
+            def forward(self, x):
+                self.calls += self.training
+                skip = self.calls in SKIP and os.environ["RANK"] in RANKS
+                return super().forward(x) + (0 if skip else self.extra(x))
+    """
+    # Two passes a step after the one at the start: calls 2 and 3 are step 1, 4 and 5 step 2.
+    skip, ranks = ("(4, 5)", "'1'") if when == "step" else ("(5,)", "'01'")
+    code = code.replace("SKIP", skip).replace("RANKS", ranks)
+    script = here / "mine.py"
+    script.write_text(
+        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, model\n{dedent(code)}\n"
+        f"model.FFNS['mine'] = Mine\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
+    )
+    argv = flags(out_dir="o", max_iters=9, ffn="mine", n_layer=1, micro_batch_size=1, save_interval=1)
+    done = subprocess.run([*TORCHRUN, "--standalone", str(script), *argv], cwd=here, capture_output=True,
+                          text=True, timeout=200)  # fmt: skip
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if "error: step" in line]
+    assert errors, done.stderr
+    assert all("no gradient" in line for line in errors)
+    assert load(here / "o")["step"] == (1 if when == "step" else 2)
 
 
 def test_other_weights_are_named_on_resume(here: Path):
@@ -920,6 +954,7 @@ def test_which_device_is_taken(monkeypatch, capsys):
             found = str(e)
         assert device in found
     assert set_to == [0, 2, 5]
+    assert "not mps, which torch 2.12.1+cpu computes wrong numbers on" in capsys.readouterr().out
 
     names = {"NVIDIA A100-SXM4-80GB": (8, 0), "Tesla T4": (7, 5), "NVIDIA GeForce RTX 4090": (8, 9)}
     names |= {"NVIDIA H100 80GB HBM3": (9, 0), "NVIDIA H100 PCIe": (9, 0), "NVIDIA L4": (8, 9)}
