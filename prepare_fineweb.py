@@ -745,8 +745,8 @@ def main() -> None:
     except KeyboardInterrupt:
         raise UserError("stopped: run the same command again, it goes on from there") from None
     except OSError as e:
-        raise UserError(f"cannot write to {cfg.out_dir} ({e}): make room, then run the same command "
-                        "again, or take another --out_dir") from None  # fmt: skip
+        raise UserError(f"cannot use {cfg.out_dir} ({e}): make room, then run the same command again, "
+                        "or take another --out_dir") from None  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -302,7 +302,7 @@ def run_all(planned: list[Run], passed: list[str], cfg: Config, base: train.Conf
             raise UserError(f"{p.dir} was made with --{name}={old.flags[name]}, not {p.flags[name]}: "
                             "choose another --name, or delete that folder")  # fmt: skip
         code = train.ffn_code(p.flags["ffn"])
-        if old and old.made.get("ffn_code", code) != code:
+        if old and (old.made.get("ffn_code") or code) != code:
             raise UserError(f"the class of {p.flags['ffn']} has changed since {p.dir} was made: "
                             "choose another --name, or delete that folder")  # fmt: skip
         if not (old and old.done):
@@ -396,8 +396,9 @@ def check_alike(runs: list[Run]) -> None:
         if key in seen:
             raise UserError(f"{seen[key]} and {r.dir} are the same run twice: leave one out")
         seen[key] = r.dir
-        other = codes.setdefault(r.group, r)
-        if r.made.get("ffn_code") != other.made.get("ffn_code", r.made.get("ffn_code")):
+        code = r.made.get("ffn_code")
+        other = codes.setdefault(r.group, r) if code else r
+        if code and code != other.made["ffn_code"]:
             raise UserError(f"the class of {label(r.flags)} changed between {other.dir} and {r.dir}: "
                             "run the older one again")  # fmt: skip
     # A learning rate may differ where all were tried for all. A run that failed was tried.

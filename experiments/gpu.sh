@@ -31,7 +31,11 @@ else
     step="--micro_batch_size=2"
     rounds=2
 fi
+card=$($python -c 'import torch; print(torch.__version__, *map(torch.cuda.get_device_name, range(torch.cuda.device_count())))')
+stamp="$card $(cat ./*.py experiments/*.py experiments/gpu.sh | cksum)"
+[ "$(cat "$work/stamp" 2>/dev/null)" = "$stamp" ] || rm -rf "$work"  # of another card or other code
 mkdir -p "$work" "$results"
+echo "$stamp" >"$work/stamp"
 SECONDS=$(cat "$work/seconds" 2>/dev/null || echo 0)
 
 # The results so far, written anew after every part.
@@ -51,10 +55,11 @@ for mode in ("ffn", "decode", "step", "data", "peers"):
     out[mode] = json.loads(path.read_text()) if path.exists() else None
 rows = ["| system | loss | tokens/s | MFU |", "| --- | --- | --- | --- |"]
 for system in ("swiglu", "dsg", "asg", "sparsegated", "dynamicgeglu", "sparseglu"):
-    if not (work / system / "ckpt.pt").exists():  # which is saved at the end
+    path = work / system / "log.jsonl"
+    log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not log or not log[-1]["step"] or "val_loss" not in log[-1]:  # the end of a finished run
         rows.append(f"| {system} | not measured | | |")
         continue
-    log = [json.loads(line) for line in (work / system / "log.jsonl").read_text().splitlines()]
     train = [row for row in log if "train_loss" in row][-1]
     val = [row for row in log if "val_loss" in row][-1]["val_loss"]
     mfu = f"{train['mfu']:.1%}" if train["mfu"] else "n/a"
@@ -202,11 +207,13 @@ else
     echo "not measured: transformers is not installed" | tee "$work/peers.txt"
 fi
 
+finished() { tail -n 1 "$work/$1/log.jsonl" 2>/dev/null | grep -q '"step": [1-9].*val_loss'; }
 for system in swiglu dsg asg sparsegated dynamicgeglu sparseglu; do
-    [ ! -e "$work/$system/ckpt.pt" ] || continue
+    ! finished "$system" || continue
     part "50 steps: $system"
     quietly $python train.py --data_dir="$work/data" --device="$device" --ffn=$system $model $run \
         --eval_interval=1000 --out_dir="$work/$system"
+    finished "$system" || { echo "error: $system was stopped" >&2; exit 1; }
     tail -n 1 "$work/$system/log.jsonl"
     report
 done

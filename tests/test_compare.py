@@ -558,7 +558,7 @@ def test_a_class_that_changed_between_runs_of_one_name(tmp_path, monkeypatch):
         return train.ffn_code("mine")
 
     first = written("    scale = 1")
-    assert written("    # a thought\n    scale = (1)") == first
+    assert written("    'About it.'\n    # a thought\n    scale = (1)") == first
     assert written("    scale = 2") != first
 
     def made(run, code: str) -> None:
@@ -578,6 +578,12 @@ def test_a_class_that_changed_between_runs_of_one_name(tmp_path, monkeypatch):
         compare.run_all(planned, [], cfg, base)
     with pytest.raises(UserError, match="class of mine changed between .*mine-s"):
         compare.check_alike(compare.find_runs(["out/compare"]))
+    path = Path(planned[1].dir, "config.json")
+    old = json.loads(path.read_text())
+    del old["ffn_code"]  # of a version that did not note the class
+    path.write_text(json.dumps(old))
+    for order in (1, -1):
+        compare.check_alike(compare.find_runs([run.dir for run in planned][::order]))
 
 
 def test_report_reads_odd_files(tmp_path):
