@@ -802,10 +802,11 @@ def test_other_weights_are_named_on_resume(here: Path):
 def test_two_runs_in_one_folder(here: Path):
     """The second is refused in one line, and the first goes on undisturbed; once that has ended, or was
     killed, the folder is free."""
-    first = start(here, out_dir="o", max_iters=100_000, eval_interval=100_000)
-    first.wait_for("step      3/")
+    long = {"out_dir": "o", "max_iters": 10**6, "eval_interval": 10**6}
+    first = start(here, save_interval=100, **long)
+    first.wait_for("step    101/")
     start(here, out_dir="o", max_iters=3).fails("--out_dir=o", "another run")
-    start(here, out_dir="o", max_iters=3, init_from="auto").fails("--out_dir=o", "another run")
+    start(here, init_from="auto", **long).fails("--out_dir=o", "another run")
     steps = list(losses(here / "o"))
     assert steps == list(range(1, len(steps) + 1))
     first.process.kill()
