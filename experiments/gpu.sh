@@ -4,8 +4,9 @@
 #     bash experiments/gpu.sh                # writes experiments/results/<device>.md and .json
 #     DEVICE=cpu bash experiments/gpu.sh     # the same lines at toy sizes, into out/gpu-dry-run
 #
-# Meant to take under 8 minutes; each part prints when it began. The first failing line ends it. What was
-# measured until then is written already, and the same command goes on from there (out/gpu-cuda).
+# Meant to take under 8 minutes, which no card has shown yet: it compiles eight models of 32 layers. Each part
+# prints when it began; the first failing line ends it. What was measured until then is written
+# already, and the same command goes on from there (out/gpu-cuda).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda} python=${PYTHON:-python}
