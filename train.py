@@ -5,8 +5,8 @@ Train a Qwen3-style language model whose FFN is picked by a flag, on shards of t
     torchrun --nproc_per_node=8 train.py --ffn=sparseglu             # the full run
 
 The file is one story from top to bottom: flags, data, schedule, optimizer, evaluation, checkpoint,
-compiling, and main() with the loop. Step n is the state after n updates. Batches are a pure function of
-(data_seed, step) and weights of (seed, name), so two runs that differ in --ffn see the same tokens
+compiling, and main() with the loop. Step n is the state after n updates. Batches are a pure function
+of (data_seed, step) and weights of (seed, name), so two runs that differ in --ffn see the same tokens
 from the same start, on any number of GPUs, resumed or not.
 """
 
@@ -477,9 +477,10 @@ def train_step(
         loss = loss / len(batches)
         loss.backward()
         total += loss.detach()
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if missing := [name for name, p in params.items() if p.grad is None]:
-        name = re.sub(r"^module\.|_orig_mod\.", "", missing[0])
+    params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    if any(p.grad is None for p in params):
+        name = next(n for n, p in model.named_parameters() if p.requires_grad and p.grad is None)
+        name = re.sub(r"^module\.|_orig_mod\.", "", name)
         raise UserError(
             f"step {step + 1}: {name} received no gradient: keep it in the graph in every pass"
         )
@@ -488,7 +489,7 @@ def train_step(
         total /= dist.get_world_size()
 
     lr = learning_rate(step, cfg)
-    norm = nn.utils.get_total_norm([p.grad for p in params.values()])
+    norm = nn.utils.get_total_norm([p.grad for p in params])
     finite = torch.isfinite(total) & torch.isfinite(norm)
     failed.copy_(torch.where((failed == 0) & ~finite, step + 1, failed))
     divisor = (norm / cfg.grad_clip).clamp(min=1) if cfg.grad_clip else torch.ones_like(norm)
@@ -633,7 +634,7 @@ def sample(model: GPT, cfg: Config, data: Data, device: torch.device, autocast) 
 
 
 def save_checkpoint(path: str, checkpoint: dict) -> None:
-    """There is a whole checkpoint at every moment."""
+    """Replace the checkpoint at path: there is a whole one at every moment."""
     try:
         with whole_file(path) as f:
             torch.save(checkpoint, f)
@@ -881,9 +882,11 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
                     os.replace(path(name), path(name + ".prev"))
         else:
             cut_log(path("log.jsonl"), resumed_step)
-            began_with, bad = "", (OSError, ValueError, KeyError, TypeError)
-            with suppress(*bad), open(path("config.json"), encoding="utf-8") as f:
-                began_with = json.load(f)["ffn_code"]
+            try:
+                with open(path("config.json"), encoding="utf-8") as f:
+                    began_with = json.load(f)["ffn_code"]
+            except (OSError, ValueError, KeyError, TypeError):
+                began_with = ""
             if began_with and began_with != made_with["ffn_code"]:
                 say(f"warning: the class of {cfg.ffn} is not what it was when this run began")
             made_with["ffn_code"] = began_with  # so that compare.py refuses it too

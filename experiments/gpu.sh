@@ -4,9 +4,9 @@
 #     bash experiments/gpu.sh                # writes experiments/results/<device>.md and .json
 #     DEVICE=cpu bash experiments/gpu.sh     # the same lines at toy sizes, into out/gpu-dry-run
 #
-# Meant to take under 8 minutes, which no card has shown yet: it compiles eight models of 32 layers. Each part
-# prints when it began; the first failing line ends it. What was measured until then is written
-# already, and the same command goes on from there (out/gpu-cuda).
+# Meant to take under 8 minutes, which no card has shown yet: it compiles eight models of 32 layers.
+# Each part prints when it began; the first failing line ends it. What was measured until then is
+# written already, and the same command goes on from there (out/gpu-cuda).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda} python=${PYTHON:-python}
@@ -185,25 +185,19 @@ EOF
 touch "$work/checked"
 fi
 
-bench() {  # name, arguments: a table and its JSON
+bench() {  # name, script, arguments: a table and its JSON
     [ ! -e "$work/$1.json" ] || return 0
     part "bench: $1"
-    { $python bench.py --device="$device" --rounds=$rounds --json="$work/$1.json" "${@:2}" \
+    { $python "$2" --device="$device" --rounds=$rounds --json="$work/$1.json" "${@:3}" \
         2>"$work/err" || { cat "$work/err" >&2; false; }; } | tee "$work/$1.txt"
     report
 }
-bench ffn --mode=ffn $ffn
-bench decode --mode=decode $decode --ffn=swiglu,sparseglu,sparseglu:select=stat,sparsegated,spark
-bench step --mode=step $model $step
-bench data --mode=data
-if [ -e "$work/peers.json" ]; then
-    true
-elif $python -c 'import transformers' 2>/dev/null; then
-    part "bench: peers"
-    { $python experiments/peers.py --device="$device" --rounds=$rounds $model $step \
-        --json="$work/peers.json" 2>"$work/err" || { cat "$work/err" >&2; false; }; } |
-        tee "$work/peers.txt"
-    report
+bench ffn bench.py --mode=ffn $ffn
+bench decode bench.py --mode=decode $decode --ffn=swiglu,sparseglu,sparseglu:select=stat,sparsegated,spark
+bench step bench.py --mode=step $model $step
+bench data bench.py --mode=data
+if $python -c 'import transformers' 2>/dev/null; then
+    bench peers experiments/peers.py $model $step
 else
     echo "not measured: transformers is not installed" | tee "$work/peers.txt"
 fi

@@ -80,11 +80,15 @@ def mean_loss(model: GPT, windows: np.ndarray) -> float:
         return float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
 
 
-def train_with(cwd: Path, code: str, *argv: str) -> subprocess.CompletedProcess:
+def program_with(code: str) -> str:
     """A train.py that knows one more FFN, `mine`: the class Mine of this code."""
     code = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, model\n{dedent(code)}\n"
-    code += f"model.FFNS['mine'] = Mine\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", code, *argv], cwd=cwd, capture_output=True, text=True)
+    return code + f"model.FFNS['mine'] = Mine\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
+
+
+def train_with(cwd: Path, code: str, *argv: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", program_with(code), *argv]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -721,17 +725,23 @@ def test_buffers_are_those_of_the_steps(here: Path):
     assert {row["active"] for row in rows(here / "a", "val_loss").values()} == {0.5}
 
 
+# As of experts without a token: in these calls, one before the first step, on these ranks.
+LEFT_OUT = """
+    import os
+    class Mine(model.SwiGLU):
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            self.extra, self.calls = torch.nn.Linear(d, d), 0
+        def forward(self, x):
+            self.calls += self.training
+            skip = self.calls in {calls} and os.environ.get("RANK", "0") in {ranks!r}
+            return super().forward(x) + (0 if skip else self.extra(x))
+"""
+
+
 def test_a_gradient_that_is_missing_in_a_later_step(here: Path):
-    """As of experts without a token: the step, the parameter and the cure, in one line."""
-    code = """
-        class Mine(model.SwiGLU):
-            def __init__(self, d, h):
-                super().__init__(d, h)
-                self.extra, self.calls = torch.nn.Linear(d, d), 0
-            def forward(self, x):
-                self.calls += self.training
-                return super().forward(x) + (self.extra(x) if self.calls < 4 else 0)
-    """
+    """The step, the parameter and the cure, in one line."""
+    code = LEFT_OUT.format(calls="(4,)", ranks="0")
     argv = flags(out_dir="o", max_iters=9, ffn="mine", n_layer=1)
     done = train_with(here, code, *argv)
     one_line(done.returncode, done.stderr, "step 3: model.layers.0.mlp.extra.weight", "in every pass")
@@ -741,25 +751,10 @@ def test_a_gradient_that_is_missing_in_a_later_step(here: Path):
 def test_a_gradient_that_is_missing_with_two_ranks(here: Path, when: str):
     """On one rank in a step, which is not taken; on both in the last pass of one, which DDP notices in
     the next step."""
-    code = """
-        import os
-        class Mine(model.SwiGLU):
-            def __init__(self, d, h):
-                super().__init__(d, h)
-                self.extra, self.calls = torch.nn.Linear(d, d), 0
-            def forward(self, x):
-                self.calls += self.training
-                skip = self.calls in SKIP and os.environ["RANK"] in RANKS
-                return super().forward(x) + (0 if skip else self.extra(x))
-    """
     # Two passes a step after the one at the start: calls 2 and 3 are step 1, 4 and 5 step 2.
-    skip, ranks = ("(4, 5)", "'1'") if when == "step" else ("(5,)", "'01'")
-    code = code.replace("SKIP", skip).replace("RANKS", ranks)
+    calls, ranks = ("(4, 5)", "1") if when == "step" else ("(5,)", "01")
     script = here / "mine.py"
-    script.write_text(
-        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, model\n{dedent(code)}\n"
-        f"model.FFNS['mine'] = Mine\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
-    )
+    script.write_text(program_with(LEFT_OUT.format(calls=calls, ranks=ranks)))
     argv = flags(out_dir="o", max_iters=9, ffn="mine", n_layer=1, micro_batch_size=1, save_interval=1)
     done = subprocess.run([*TORCHRUN, "--standalone", str(script), *argv], cwd=here, capture_output=True,
                           text=True, timeout=200)  # fmt: skip
