@@ -116,26 +116,28 @@ def products(
 ) -> tuple[Callable, int]:
     """The layer's own matrix products, n tokens, forward and backward, and their FLOPs. Shapes,
     layouts, dtype and kernels are the layer's; a frozen weight has no product in the backward pass."""
-    onednn = cfg.compile and dtype == torch.float32 and train.has_onednn(device)
-    product = train.onednn_product if onednn else torch.mm
+    three = maybe_compile(products_of_one, cfg, device)
     work, flops = [], 0
     for p in layer.parameters():
         if p.ndim >= 2:
             w = p.detach().to(dtype).flatten(0, -2)
             x, dy = (w.new_empty(n, size).normal_() for size in (w.size(1), w.size(0)))
-            work.append((w, x, dy, p))
+            work.append((x, w, dy if p.requires_grad else None))
             flops += 2 * n * w.numel() * (3 if p.requires_grad else 1)
 
     def call() -> None:
-        for w, x, _, _ in work:
-            product(x, w.t())
-        for w, x, dy, p in reversed(work):
-            if p.requires_grad:
-                product(dy, w)
-                # the gradient in w's layout
-                product(dy.t(), x) if w.is_contiguous() else product(x.t(), dy)
+        for one in work:
+            three(*one)
 
     return call, flops
+
+
+def products_of_one(x: Tensor, w: Tensor, dy: Tensor | None) -> tuple[Tensor, ...]:
+    """x: (n, fan_in), w: (fan_out, fan_in), dy: (n, fan_out) -> y, dx and dw, this in w's layout."""
+    y = x @ w.t()
+    if dy is None:
+        return (y,)
+    return y, dy @ w, dy.t() @ x if w.is_contiguous() else x.t() @ dy
 
 
 # ------------------------------------------------------------------------------------------------

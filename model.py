@@ -939,7 +939,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad = ((log_p.exp() - hot.to(log_p.dtype)) * (valid / n)).to(x.dtype)
             grad_x.append(grad @ weight)
             grad_w = grad_w + widen(x[part].t() @ grad)  # a sum of chunks in bfloat16 would drift
-        ctx.save_for_backward(torch.cat(grad_x), grad_w.t().to(weight.dtype))
+        ctx.save_for_backward(torch.cat(grad_x), grad_w.t().to(weight.dtype).contiguous())
         return total / n
 
     @staticmethod

@@ -806,6 +806,9 @@ def compiled(f: Callable, device: torch.device, mode: str = "default") -> Callab
                 if out.dtype == torch.float32 and fits:
                     node.target = torch.ops.ffn.product.default
                     node.args = (a, b, *bias)
+                    # Of another layout oneDNN would make a copy, and slowly.
+                    strides = [a.meta["val"].contiguous(), *(x.meta["val"] for x in (b, *bias))]
+                    node.meta["eager_input_vals"] = (tuple(strides), {})
 
         def uuid(self) -> bytes:
             return get_hash_for_files((__file__,))

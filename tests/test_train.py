@@ -322,6 +322,26 @@ def test_compiled_products_are_right():
         assert torch.allclose(p.grad.double(), q.grad, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+@pytest.mark.timeout(900)
+def test_a_compiled_step_copies_no_operand():
+    """oneDNN wants its first operand contiguous and copies what is not, on one core: the compiler must
+    have written it so. Nor is the gradient of lm_head copied into another layout."""
+    if not train_py.has_onednn(torch.device("cpu")):
+        pytest.skip("products go to another library here")
+    model = GPT(GPTConfig(16, 128, 1, 2, 2, 32, ffn_hidden=64))
+    cfg = train_py.Config(micro_batch_size=2, block_size=16)
+    optimizers = train_py.make_optimizers(model, cfg)
+    ready = train_py.compile_and_check(model, optimizers, cfg, nullcontext)
+    idx, targets = torch.randint(128, (2, 2, 16))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        ready(idx, targets)[1].backward()
+    calls = {event.name for event in profile.events()}
+    copied = [event.input_shapes for event in profile.events() if event.name == "aten::copy_"]
+    assert "mkldnn::_linear_pointwise" in calls
+    assert [shapes for shapes in copied if len(shapes[0]) == 2] == []
+
+
 def test_where_compiling_fails_the_run_goes_on(monkeypatch, capsys):
     """Whatever torch.compile raises, when called or at the first pass, becomes one line."""
     model = GPT(GPTConfig(8, 128, 1, 2, 2, 16, ffn_hidden=16))
