@@ -284,10 +284,6 @@ def check_shard(path: str, listed: dict[str, int] | None) -> Shard:
     return Shard(path, tokens)
 
 
-def names_and_counts(shards: list[Shard]) -> list[list]:
-    return [[os.path.basename(shard.path), shard.tokens] for shard in shards]
-
-
 @functools.lru_cache(maxsize=32)
 def permutation(n: int, *seed: int) -> np.ndarray:
     """Of range(n). RandomState: its stream is frozen, the newer Generator's is not."""
@@ -1032,7 +1028,8 @@ def main() -> None:
     if cfg.prepare:
         prepare_data(cfg, local_rank)
     data = open_data(cfg.data_dir, cfg.block_size)
-    shards = {"train": names_and_counts(data.train), "val": names_and_counts(data.val)}
+    found = {"train": data.train, "val": data.val}
+    shards = {split: [[os.path.basename(s.path), s.tokens] for s in found[split]] for split in found}
     if checkpoint and checkpoint["shards"] != shards and not cfg.eval_only:
         raise UserError(f"{cfg.data_dir} has other shards than the checkpoint's run: restore them")
     counts = window_counts(data.train, cfg.block_size)
