@@ -419,12 +419,11 @@ def paired_test(differences: list[float]) -> tuple[float, float, float]:
     No spread at all (the same FFN, written twice) is p = 1 at 0 and p = 0 elsewhere."""
     from scipy import stats
 
-    n, center, noise = len(differences), mean(differences), stdev(differences)
-    if noise == 0:
-        return center, center, float(center == 0)
-    error = noise / math.sqrt(n)
-    margin = float(stats.t.ppf(0.975, n - 1)) * error
-    return center - margin, center + margin, float(2 * stats.t.sf(abs(center) / error, n - 1))
+    if len(set(differences)) == 1:
+        return differences[0], differences[0], float(differences[0] == 0)
+    test = stats.ttest_1samp(differences, 0)
+    low, high = test.confidence_interval(0.95)
+    return float(low), float(high), float(test.pvalue)
 
 
 def holm(p: list[float]) -> list[float]:
