@@ -645,72 +645,54 @@ def explain(rows: list[dict], runs: list[Run], left_out: list[str], cfg: Config)
 
 # ---- the plot ---------------------------------------------------------------------------------
 
-# readable in black and white: colour, dashes and marker all differ
-STYLES = [
-    ("#000000", "-", "o"),
-    ("#d55e00", "--", "s"),
-    ("#0072b2", "-.", "^"),
-    ("#009e73", ":", "D"),
-    ("#cc79a7", (0, (6, 2)), "v"),
-    ("#7f6000", (0, (3, 1, 1, 1)), "P"),
-    ("#56b4e9", (0, (1, 1)), "X"),
-    ("#555555", (0, (8, 2, 1, 2, 1, 2)), "*"),
-]
+# readable in black and white: each colour has its own marker
+STYLES = [("#000000", "o"), ("#d55e00", "s"), ("#0072b2", "^"), ("#009e73", "D"),
+          ("#cc79a7", "v"), ("#7f6000", "P"), ("#56b4e9", "X"), ("#555555", "*")]  # fmt: skip
 
 
 def curve(group: list[Run], minus: list[Run] | None = None):
-    """(tokens, losses (seeds, points)) at the evaluations that all seeds share, but for step 0;
-    minus the losses of other runs, seed by seed."""
-    curves = [{row["tokens"]: row["val_loss"] for row in r.val if row["step"]} for r in group]
+    """(tokens, losses (seeds, points)) at the evaluations that all seeds share; minus the losses of
+    other runs, seed by seed."""
+    curves = [{row["tokens"]: row["val_loss"] for row in r.val} for r in group]
     if minus is not None:
         other = {r.seeds: {row["tokens"]: row["val_loss"] for row in r.val} for r in minus}
         both = [(c, other[r.seeds]) for c, r in zip(curves, group) if r.seeds in other]
         curves = [{t: c[t] - o[t] for t in c if t in o} for c, o in both]
-    tokens = sorted(set.intersection(*map(set, curves))) if curves else []
+    tokens = sorted(set.intersection(*map(set, curves)))
     return np.array(tokens), np.array([[c[t] for t in tokens] for c in curves])
 
 
-def draw_curve(ax, tokens, losses, style: int, label: str | None = None) -> None:
+def draw_curve(ax, tokens, losses, style: int = 0, label: str | None = None) -> None:
     """The mean over seeds, and a band from the lowest to the highest."""
-    color, dashes, marker = STYLES[style]
-    every = max(1, len(tokens) // 6)
-    ax.plot(tokens, losses.mean(0), color=color, linestyle=dashes, marker=marker, markersize=4,
-            markevery=(style % every, every), linewidth=1.3, label=label)  # fmt: skip
+    from matplotlib.ticker import EngFormatter
+
+    color, marker = STYLES[style]
+    ax.plot(tokens, losses.mean(0), color=color, marker=marker, markersize=4,
+            markevery=(0.02 * style, 0.15), linewidth=1.3, label=label)  # fmt: skip
     ax.fill_between(tokens, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.grid(alpha=0.3)
 
 
 def plot_losses(ax, rows: list[dict], groups: list[list[Run]]) -> None:
-    """Validation loss against tokens, of at most 8 rows: the baseline, the best and the worst."""
-    from matplotlib.ticker import EngFormatter
-
-    chosen, note = list(range(len(rows))), ""
-    if len(rows) > len(STYLES):
-        rest = sorted(chosen[1:], key=lambda i: rows[i]["val_loss"])
-        chosen = [0, *rest[:3], *rest[-3:]]
-        note = "\n(the first row, the 3 best and the 3 worst)"
-    top, bottom = -math.inf, math.inf
-    single = len(groups) == len(groups[0]) == 1
-    if single:
+    """Loss against tokens, of at most 8 rows: the first and the best. Without the first quarter of the
+    runs: a cliff that would flatten all the rest."""
+    one_run = len(groups) == len(groups[0]) == 1
+    if one_run:
         shown = [row for row in groups[0][0].rows if "train_loss" in row]
-        bottom = min((row["train_loss"] for row in shown), default=bottom)
+        shown = shown[len(shown) // 4 :]
         ax.plot([row["tokens"] for row in shown], [row["train_loss"] for row in shown],
                 color="#999999", linewidth=0.9, label="training batch")  # fmt: skip
-    for style, i in enumerate(chosen):
+    best = sorted(range(1, len(rows)), key=lambda i: rows[i]["val_loss"])
+    for style, i in enumerate([0, *best][: len(STYLES)]):
         tokens, losses = curve(groups[i])
-        if not len(tokens):
-            continue
-        draw_curve(ax, tokens, losses, style, "validation" if single else label(rows[i]))
-        # the first quarter of a run is a cliff that would flatten all the rest
-        top = max(top, losses[:, tokens >= 0.25 * tokens[-1]].max())
-        bottom = min(bottom, losses.min())
-    if bottom < top:
-        ax.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
-    title = label(rows[0]) if single else "Validation loss; band: lowest to highest seed" + note
-    ax.set_title(title, fontsize=10)
+        late = tokens >= tokens[-1] / 4
+        draw_curve(ax, tokens[late], losses[:, late], style, label(rows[i]))
+    best_of = f" (best of {len(rows)})" if len(rows) > len(STYLES) else ""
+    ax.set_title(f"Validation loss{best_of} after a quarter of the run\n(band: lowest to highest seed)",
+                 fontsize=10)  # fmt: skip
     ax.set_xlabel("training tokens")
     ax.set_ylabel("nats per token")
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
 
 
@@ -765,43 +747,34 @@ def plot_cost(ax, rows: list[dict], base: dict) -> None:
 def plot(rows: list[dict], groups: list[list[Run]], path: str, title: str) -> list[str]:
     """Draw path.png, and path_curves.png where one panel cannot hold all rows. Returns both names."""
     import matplotlib
+    from matplotlib.figure import Figure
 
     matplotlib.rcParams["text.parse_math"] = False  # a folder's name may hold $
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter
-
     compared = sorted((row for row in rows if row["pairs"]), key=lambda row: row["difference"])
     height = max(4.4, 1.9 + 0.27 * len(compared))
     widths = [5, 4.5, 3] if compared else [5]
-    figure, axes = plt.subplots(1, len(widths), figsize=(15 if compared else 7, height), squeeze=False,
-                                layout="constrained", width_ratios=widths)  # fmt: skip
-    plot_losses(axes[0, 0], rows, groups)
+    figure = Figure(figsize=(15 if compared else 7, height), layout="constrained")
+    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    plot_losses(axes[0], rows, groups)
     if compared:
-        plot_differences(axes[0, 1], compared)
-        plot_cost(axes[0, 2], compared, rows[0])
-        for ax in axes[0, 1:]:
+        plot_differences(axes[1], compared)
+        plot_cost(axes[2], compared, rows[0])
+        for ax in axes[1:]:
             ax.set_ylim(len(compared) - 0.4, -0.6)  # the best on top
             ax.grid(alpha=0.3)
     figure.suptitle(title, fontsize=11)
     figure.savefig(f"{path}.png", dpi=120)
-    plt.close(figure)
     if not compared or len(rows) <= len(STYLES):
         return [f"{path}.png"]
 
     # one small panel each: the difference to SwiGLU along the run
     lines = math.ceil(len(compared) / 4)
-    figure, axes = plt.subplots(lines, 4, figsize=(14, 0.8 + 2.1 * lines), layout="constrained",
-                                sharex=True, sharey=True, squeeze=False)  # fmt: skip
-    behind = {id(row): group for row, group in zip(rows, groups)}
+    figure = Figure(figsize=(14, 0.8 + 2.1 * lines), layout="constrained")
+    axes = figure.subplots(lines, 4, sharex=True, sharey=True)
     for ax, row in zip(axes.flat, compared):
-        tokens, losses = curve(behind[id(row)], minus=groups[0])
+        draw_curve(ax, *curve(groups[rows.index(row)], minus=groups[0]))
         ax.axhline(0, color="black", linewidth=0.8, linestyle="--")
-        if len(tokens):
-            draw_curve(ax, tokens, losses, 0)
         ax.set_title(label(row), fontsize=9)
-        ax.grid(alpha=0.3)
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     limit = view_limit(compared)
     axes[0, 0].set_ylim(-limit, limit)
     for ax in axes.flat[len(compared) :]:
@@ -810,7 +783,6 @@ def plot(rows: list[dict], groups: list[list[Run]], path: str, title: str) -> li
     figure.supylabel("loss minus SwiGLU's, nats per token", fontsize=10)
     figure.suptitle(f"{title}: along the run; band: lowest to highest seed", fontsize=11)
     figure.savefig(f"{path}_curves.png", dpi=110)
-    plt.close(figure)
     return [f"{path}.png", f"{path}_curves.png"]
 
 
