@@ -29,7 +29,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median, median_high, stdev
 
 import numpy as np
 import torch
@@ -699,9 +699,8 @@ def plot_losses(ax, rows: list[dict], groups: list[list[Run]]) -> None:
 def view_limit(rows: list[dict]) -> float:
     """How far the axis of differences goes: over all intervals, unless a few would flatten the
     others."""
-    ends = sorted(max(abs(row[k] or row["difference"]) for k in ("low", "high")) for row in rows)
-    usual = 3 * ends[len(ends) // 2]
-    return 1.15 * (ends[-1] if ends[-1] <= 2 * usual else max(e for e in ends if e <= usual)) or 1e-4
+    ends = [max(abs(row[k] or row["difference"]) for k in ("low", "high")) for row in rows]
+    return min(1.1 * max(ends), 4 * median_high(ends)) or 1e-4
 
 
 def plot_differences(ax, rows: list[dict]) -> None:
@@ -709,21 +708,17 @@ def plot_differences(ax, rows: list[dict]) -> None:
     limit = view_limit(rows)
     ax.axvline(0, color="black", linewidth=0.8)
     for y, row in enumerate(rows):
-        x, color = row["difference"], "black"
+        x, high = row["difference"], row["high"]
         if abs(x) > limit:
-            ax.plot(0.97 * math.copysign(limit, x), y, ">" if x > 0 else "<", color=color, markersize=8)
+            ax.plot(math.copysign(limit, x), y, ">k" if x > 0 else "<k", clip_on=False)
             continue
-        if row["low"] is not None:
-            ax.plot([row["low"], row["high"]], [y, y], color=color, linewidth=1.3)
-        shown = row["verdict"] in ("better", "worse")
-        ax.plot(x, y, "o", color=color, markerfacecolor=color if shown else "white", markersize=6)
+        fill = "black" if row["verdict"] in ("better", "worse") else "white"
+        ax.errorbar(x, y, xerr=None if high is None else high - x, fmt="ok", markerfacecolor=fill)
     ax.set_xlim(-limit, limit)
     ax.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
     ax.set_title("Final loss minus SwiGLU's, 95% CI\n(filled: better or worse, Holm p < 0.05)",
                  fontsize=10)  # fmt: skip
-    ax.set_xlabel("nats per token: better < 0 < worse" + (
-        " (arrow: off the axis)" if any(abs(row["difference"]) > limit for row in rows) else ""))
-    ax.locator_params(axis="x", nbins=5)
+    ax.set_xlabel("nats per token: better < 0 < worse")
 
 
 def plot_cost(ax, rows: list[dict], base: dict) -> None:
