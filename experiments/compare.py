@@ -725,18 +725,14 @@ def plot_cost(ax, rows: list[dict], base: dict) -> None:
     """A row each: FLOPs and measured time of training on a token, over SwiGLU's."""
     flops = [row["train_flops_per_token"] / base["train_flops_per_token"] for row in rows]
     time = [1 / row["speed_vs_swiglu"] if row["speed_vs_swiglu"] else math.nan for row in rows]
-    y = range(len(rows))
+    y = np.arange(len(rows))
     ax.axvline(1, color="black", linewidth=0.8)
-    ax.plot(flops, [i - 0.16 for i in y], "s", color="black", markersize=5, label="FLOPs executed")
-    ax.plot(time, [i + 0.16 for i in y], "o", color="black", markerfacecolor="white", markersize=5,
-            label="measured time")  # fmt: skip
-    texts = [signed(row["difference"]) + f"  n={row['pairs']}" for row in rows]
-    ax.set_yticks(y, texts, fontsize=8, family="monospace")
-    ax.set_title("Cost of training on a token", fontsize=10)
+    ax.plot(flops, y - 0.16, "sk")
+    ax.plot(time, y + 0.16, "ok", markerfacecolor="white")
+    ax.set_yticks(y, [f"{signed(row['difference'])}  n={row['pairs']}" for row in rows], fontsize=8)
+    ax.set_title("Cost of training on a token\n(square: FLOPs executed, circle: measured time)",
+                 fontsize=10)  # fmt: skip
     ax.set_xlabel("over SwiGLU's")
-    ax.margins(x=0.12)
-    ax.locator_params(axis="x", nbins=5)
-    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.6 / ax.figure.get_figheight()))
 
 
 def plot(rows: list[dict], groups: list[list[Run]], path: str, title: str) -> list[str]:
