@@ -700,7 +700,7 @@ def view_limit(rows: list[dict]) -> float:
     """How far the axis of differences goes: over all intervals, unless a few would flatten the
     others."""
     ends = [max(abs(row[k] or row["difference"]) for k in ("low", "high")) for row in rows]
-    return min(1.1 * max(ends), 4 * median_high(ends)) or 1e-4
+    return min(1.1 * max(ends), 3 * median_high(ends)) or 1e-4
 
 
 def plot_differences(ax, rows: list[dict]) -> None:
@@ -730,8 +730,7 @@ def plot_cost(ax, rows: list[dict], base: dict) -> None:
     ax.plot(flops, y - 0.16, "sk")
     ax.plot(time, y + 0.16, "ok", markerfacecolor="white")
     ax.set_yticks(y, [f"{signed(row['difference'])}  n={row['pairs']}" for row in rows], fontsize=8)
-    ax.set_title("Cost of training on a token\n(square: FLOPs executed, circle: measured time)",
-                 fontsize=10)  # fmt: skip
+    ax.set_title("Cost of training on a token\n(square: FLOPs, circle: measured time)", fontsize=10)
     ax.set_xlabel("over SwiGLU's")
 
 
