@@ -677,8 +677,7 @@ def draw_curve(ax, tokens, losses, style: int = 0, label: str | None = None) -> 
 def plot_losses(ax, rows: list[dict], groups: list[list[Run]]) -> None:
     """Loss against tokens, of at most 8 rows: the first and the best. Without the first quarter of the
     runs: a cliff that would flatten all the rest."""
-    one_run = len(groups) == len(groups[0]) == 1
-    if one_run:
+    if len(groups) == len(groups[0]) == 1:
         shown = [row for row in groups[0][0].rows if "train_loss" in row]
         shown = shown[len(shown) // 4 :]
         ax.plot([row["tokens"] for row in shown], [row["train_loss"] for row in shown],
@@ -709,11 +708,10 @@ def plot_differences(ax, rows: list[dict]) -> None:
     ax.axvline(0, color="black", linewidth=0.8)
     for y, row in enumerate(rows):
         x, high = row["difference"], row["high"]
-        if abs(x) > limit:
-            ax.plot(math.copysign(limit, x), y, ">k" if x > 0 else "<k", clip_on=False)
-            continue
         fill = "black" if row["verdict"] in ("better", "worse") else "white"
         ax.errorbar(x, y, xerr=None if high is None else high - x, fmt="ok", markerfacecolor=fill)
+        if abs(x) > limit:
+            ax.plot(math.copysign(limit, x), y, ">k" if x > 0 else "<k", clip_on=False)
     ax.set_xlim(-limit, limit)
     ax.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
     ax.set_title("Final loss minus SwiGLU's, 95% CI\n(filled: better or worse, Holm p < 0.05)",
