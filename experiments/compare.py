@@ -223,25 +223,25 @@ def plan(cfg: Config, base: train.Config) -> list[Run]:
     unique: dict[str, str] = {}
     for spec in ["swiglu", *specs]:
         unique.setdefault(meaning(spec), spec)
-    folder, runs = os.path.join("out", cfg.name or cfg.paper or "compare"), []
-    for seed in range(cfg.seeds):
-        for rate in dict.fromkeys(sweep or [base.learning_rate]):
-            for spec in unique.values():
-                flags = asdict(base) | {"ffn": spec, "seed": seed, "data_seed": seed}
-                flags |= {"init_from": "auto", "learning_rate": rate}
-                flags["min_lr"] = base.min_lr * (rate / base.learning_rate) if sweep else base.min_lr
-                flags["lr_decay_iters"] = base.lr_decay_iters or base.max_iters
-                matches = ["hidden", "params"] if cfg.ffn_match == "both" else [cfg.ffn_match]
-                if "params" in matches:
-                    matched = train.model_config(flags | {"ffn_match": "params"}).hidden
-                    if spec == "swiglu" or matched == base.ffn_hidden:  # one and the same run
-                        matches = ["hidden"]
-                for match in matches:
-                    name = f"{spec}-s{seed}" + ("-params" if match == "params" else "")
-                    name += f"-lr{rate:g}" if sweep else ""
-                    mine = flags | {"ffn_match": match, "out_dir": os.path.join(folder, name)}
-                    train.model_config(mine).check()
-                    runs.append(Run(mine["out_dir"], mine, {}, []))
+    rates = dict.fromkeys(sweep or [base.learning_rate])
+    runs = []
+    for seed, rate, spec in itertools.product(range(cfg.seeds), rates, unique.values()):
+        flags = asdict(base) | {"ffn": spec, "seed": seed, "data_seed": seed, "init_from": "auto"}
+        flags["lr_decay_iters"] = base.lr_decay_iters or base.max_iters
+        if sweep:
+            flags |= {"learning_rate": rate, "min_lr": base.min_lr * (rate / base.learning_rate)}
+        matches = ["hidden", "params"] if cfg.ffn_match == "both" else [cfg.ffn_match]
+        if "params" in matches:
+            matched = train.model_config(flags | {"ffn_match": "params"}).hidden
+            if spec == "swiglu" or matched == base.ffn_hidden:  # one and the same run
+                matches = ["hidden"]
+        for match in matches:
+            name = f"{spec}-s{seed}" + ("-params" if match == "params" else "")
+            name += f"-lr{rate:g}" if sweep else ""
+            folder = os.path.join("out", cfg.name or cfg.paper or "compare", name)
+            mine = flags | {"ffn_match": match, "out_dir": folder}
+            train.model_config(mine).check()
+            runs.append(Run(folder, mine, {}, []))
     return runs
 
 
@@ -850,7 +850,7 @@ def main() -> None:
         planned = plan(cfg, base)
         failed = run_all(planned, passed, cfg, base)
         runs = [r for r in map(read_run, (p.dir for p in planned)) if r]
-        folder = cfg.out or os.path.join("out", cfg.name or cfg.paper or "compare")
+        folder = cfg.out or os.path.dirname(planned[0].dir)
     done, left_out = [r for r in runs if r.done], [r for r in runs if not r.done]
     for r in left_out:
         print(f"left out: {r.dir} is at step {r.step} of {r.flags['max_iters']}")
