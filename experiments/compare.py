@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median, median_high, stdev
 
@@ -801,21 +801,24 @@ def publish(runs: list[Run], cfg: Config, folder: str, left_out: list[str]) -> N
 
 def split(argv: list[str]) -> tuple[list[str], list[str], list[str] | None]:
     """argv -> flags of this program, arguments of train.py, folders after --report (or None)."""
-    own, theirs = ([field.name for field in fields(cls)] for cls in (Config, train.Config))
+    own = Config.__dataclass_fields__
+    known = own | train.Config.__dataclass_fields__
     mine, passed, folders, rest = [], [], None, list(argv)
     while rest:
         arg = rest.pop(0)
         name, equals, value = arg[2:].partition("=")
         if not arg.startswith("-"):
             (passed if folders is None else folders).append(arg)
-        elif name not in {*own, *theirs}:
-            raise UserError(f"unknown flag {arg!r}: {suggest(name, dict.fromkeys([*own, *theirs]))}")
+        elif name not in known:
+            raise UserError(f"unknown flag {arg!r}: {suggest(name, known)}")
         elif name == "report":
             folders = [*(folders or []), *([value] if equals else [])]
             mine.append("--report=yes")
         elif name in own:
-            mine += [arg] if equals else [arg, *rest[:1]]
-            rest = rest if equals else rest[1:]
+            mine.append(arg)
+            if not equals:
+                mine += rest[:1]
+                rest = rest[1:]
         else:
             passed.append(arg)
     return mine, passed, folders
