@@ -126,7 +126,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return any(row["step"] == self.flags["max_iters"] for row in self.val[-1:])
+        return bool(self.val) and self.val[-1]["step"] == self.flags["max_iters"]
 
     @property
     def loss(self) -> float:
@@ -158,8 +158,6 @@ def read_run(folder: str) -> Run | None:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             made = json.load(f)
         flags = train.saved_flags(made.pop("flags"))
-        if "vocab_size" not in made:
-            return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     log, rows = os.path.join(folder, "log.jsonl"), []
@@ -540,7 +538,7 @@ def verdict(row: dict) -> str:
 
 def big(x: float, of: float | None = None) -> str:
     """12345678 -> 12.3M, and how many times `of` that is."""
-    unit = max(0, min(4, (len(str(int(abs(x)))) - 1) // 3))
+    unit = (len(str(int(x))) - 1) // 3
     text = f"{x / 1000**unit:#.3g}".rstrip(".") + " KMGT"[unit].strip()
     return text + (f" ({x / of:.2f}x)" if of else "")
 
