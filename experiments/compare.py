@@ -275,8 +275,8 @@ def start(planned: Run, passed: list[str], base: train.Config, slot: int, jobs: 
             return subprocess.Popen(command, stdout=f, stderr=f, stdin=subprocess.DEVNULL, env=env,
                                     start_new_session=True)  # fmt: skip
     except OSError as e:
-        why = f"cannot write to {planned.dir} ({e.strerror})"
-        raise UserError(f"{why}: make room, or another --name") from None
+        cure = "make room, or another --name"
+        raise UserError(f"cannot write to {planned.dir} ({e.strerror}): {cure}") from None
 
 
 def why_failed(folder: str, code: int) -> str:
@@ -293,16 +293,15 @@ def run_all(planned: list[Run], passed: list[str], cfg: Config, base: train.Conf
     """Run what is not done yet. Returns how many failed; exits with 130 when stopped by a signal."""
     from tqdm import tqdm
 
-    waiting = []
+    waiting, cure = [], "choose another --name, or delete that folder"
     for p in planned:
         old = read_run(p.dir)
         if old and (name := differing(p.flags, old.flags)):
-            raise UserError(f"{p.dir} was made with --{name}={old.flags[name]}, not {p.flags[name]}: "
-                            "choose another --name, or delete that folder")  # fmt: skip
+            was, wanted = old.flags[name], p.flags[name]
+            raise UserError(f"{p.dir} was made with --{name}={was}, not {wanted}: {cure}")
         code = train.ffn_code(p.flags["ffn"])
         if old and (old.made.get("ffn_code") or code) != code:
-            raise UserError(f"the class of {p.flags['ffn']} has changed since {p.dir} was made: "
-                            "choose another --name, or delete that folder")  # fmt: skip
+            raise UserError(f"the class of {p.flags['ffn']} has changed since {p.dir} was made: {cure}")
         if not (old and old.done):
             waiting.append(p)
     steps = {p.dir: last_step(p.dir) for p in waiting}
@@ -331,8 +330,8 @@ def run_all(planned: list[Run], passed: list[str], cfg: Config, base: train.Conf
                 for _, process in running.values():
                     process.send_signal(signal.SIGINT)
             for slot, (p, process) in list(running.items()):
-                code, step = process.poll(), max(steps[p.dir], last_step(p.dir))
-                bar.update(step - steps[p.dir])
+                code, step = process.poll(), last_step(p.dir)
+                bar.update(step - steps[p.dir])  # less than 0 where a run goes back to its checkpoint
                 steps[p.dir] = step
                 if code is None:
                     continue
@@ -353,7 +352,7 @@ def run_all(planned: list[Run], passed: list[str], cfg: Config, base: train.Conf
             signal.signal(number, handler)
     bar.close()
     if signals:
-        done = sum(bool(r and r.done) for r in (read_run(p.dir) for p in planned))
+        done = sum(r.done for r in map(read_run, (p.dir for p in planned)) if r)
         print(f"stopped with {done} of {len(planned)} runs done: the same command goes on from here")
         sys.exit(130)
     return failed
