@@ -578,7 +578,7 @@ def progress(done: int, total: int, unit: str = "tok"):
                 mininterval=interval, maxinterval=interval, dynamic_ncols=True)  # fmt: skip
 
 
-def print_table(out_dir: str, meta: dict, seconds: float | None = None) -> None:
+def print_table(out_dir: str, meta: dict) -> None:
     shards = meta["shards"]
     total = {key: sum(s.get(key) or 0 for s in shards) for key in ("documents", "tokens", "bytes")}
     lines = [f"{'shard':<26}{'documents':>12}{'tokens':>16}{'bytes/token':>13}"]
@@ -586,8 +586,7 @@ def print_table(out_dir: str, meta: dict, seconds: float | None = None) -> None:
         ratio = f"{s['bytes'] / s['tokens']:.3f}" if s.get("bytes") else "n/a"
         lines.append(f"{s['name']:<26}{s['documents']:>12,}{s['tokens']:>16,}{ratio:>13}")
     print("\n".join(lines if len(lines) <= 14 else [*lines[:11], "...", *lines[-2:]]))
-    print(f"{out_dir} is complete: {meta['source']}, encoding {meta['encoding']}"
-          + (f", {seconds:.1f} s" if seconds else ""))  # fmt: skip
+    print(f"{out_dir} is complete: {meta['source']}, encoding {meta['encoding']}")
 
 
 # ---- ready-made shards, and checking ----------------------------------------------------------
@@ -725,7 +724,6 @@ def main() -> None:
     if 0 < cfg.max_tokens <= cfg.val_tokens:
         raise UserError(f"--max_tokens={cfg.max_tokens} leaves nothing to train on after "
                         f"--val_tokens={cfg.val_tokens}: raise one or lower the other")  # fmt: skip
-    start = time.monotonic()
     try:
         import filelock
 
@@ -737,7 +735,7 @@ def main() -> None:
             (download if cfg.pretokenized else prepare)(cfg, meta)
             meta["complete"] = True
             save_meta(cfg.out_dir, meta)
-            print_table(cfg.out_dir, meta, time.monotonic() - start)
+            print_table(cfg.out_dir, meta)
     except ImportError as e:
         raise UserError(f"{e.name} is missing: pip install -r requirements.txt") from None
     except filelock.Timeout:
