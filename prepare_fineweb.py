@@ -153,7 +153,7 @@ def exit_with_parent() -> None:
 def encode_batch(texts: list[str]) -> np.ndarray:
     """Documents -> one (n,) uint16 array: each is end-of-text, then its encoding."""
     eot = np.array([worker_encoding.eot_token], dtype=np.uint16)
-    parts = [eot[:0]]
+    parts = []
     for text in texts:
         try:
             parts += eot, encode(worker_encoding, text)
@@ -466,7 +466,7 @@ def prepare(cfg: Config, meta: dict) -> None:
         pool = ProcessPoolExecutor(workers, context, start_worker, (cfg.encoding,))
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         for _ in range(workers):  # they start while this process imports datasets
-            pool.submit(encode_batch, [])
+            pool.submit(encode_batch, [""])
         cache_dir = stack.enter_context(tempfile.TemporaryDirectory())
         with reading(meta["source"]):
             stream = open_stream(cfg, kind, paths, meta.get("revision"), cache_dir)
@@ -497,7 +497,6 @@ def prepare(cfg: Config, meta: dict) -> None:
                 filled, at, done = filled + n, at + n, done + n
                 documents += int((piece == eot).sum())
                 size += int(lengths[piece].sum())
-                bar.total = max(bar.total, done) if bar.total else None
                 bar.update(n)
                 if filled == capacity:
                     last = int(np.searchsorted(starts, at)) - 1  # the last document begun
