@@ -226,13 +226,12 @@ def text_bytes(cfg: Config, kind: str, paths: list[str]) -> int:
     for path in paths:
         with reading(path):
             meta = parquet.read_metadata(path)
-            names = meta.schema.to_arrow_schema().names
+        names = meta.schema.names
         if cfg.text_column not in names:
             raise no_column(cfg.text_column, path, names)
+        column = names.index(cfg.text_column)
         for group in map(meta.row_group, range(meta.num_row_groups)):
-            for column in map(group.column, range(group.num_columns)):
-                if column.path_in_schema == cfg.text_column:
-                    total += column.total_uncompressed_size
+            total += group.column(column).total_uncompressed_size
     return total
 
 
