@@ -274,8 +274,6 @@ def find_source(cfg: Config, meta: dict) -> tuple[str, list[str], int]:
 
 def pin_revision(cfg: Config) -> str:
     """The commit that a dataset's branch or tag is at now: a run of days must not see it move."""
-    if os.path.isdir(cfg.dataset):
-        return ""
     from huggingface_hub import HfApi
 
     with reading(f"the dataset {cfg.dataset}"):
@@ -308,7 +306,7 @@ def open_stream(cfg: Config, kind: str, paths: list[str], revision: str | None, 
     datasets.config.TORCH_AVAILABLE = False  # would import torch, for seconds and for nothing
     load = functools.partial(datasets.load_dataset, streaming=True)
     if kind == "hub":
-        return load(cfg.dataset, cfg.name or None, split=cfg.split, revision=revision or None)
+        return load(cfg.dataset, cfg.name or None, split=cfg.split, revision=revision)
     if kind == "text":
         return datasets.IterableDataset.from_generator(read_files, gen_kwargs={"paths": paths})
     files = {"data_files": [glob.escape(os.path.abspath(path)) for path in paths], "split": "train"}
