@@ -459,19 +459,19 @@ def prepare(cfg: Config, meta: dict) -> None:
     workers = cfg.workers or cores()
     # spawn on every platform: the same everywhere, and no lock or thread is inherited by a fork
     context = multiprocessing.get_context("spawn")
-    with contextlib.ExitStack() as stack:
-        pool = ProcessPoolExecutor(workers, context, start_worker, (cfg.encoding,))
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+    with (
+        ProcessPoolExecutor(workers, context, start_worker, (cfg.encoding,)) as pool,
+        tempfile.TemporaryDirectory() as cache_dir,
+        progress(done, cfg.max_tokens or estimate) as bar,
+    ):
         for _ in range(workers):  # they start while this process imports datasets
             pool.submit(encode_batch, [""])
-        cache_dir = stack.enter_context(tempfile.TemporaryDirectory())
         with reading(meta["source"]):
             stream = open_stream(cfg, kind, paths, meta.get("revision"), cache_dir)
             position = go_on(stream, meta)
         save_meta(cfg.out_dir, meta)
         texts = read_texts(cfg, kind, iter(stream), meta["source"])
         batches = make_batches(texts, stream, position)
-        bar = stack.enter_context(progress(done, cfg.max_tokens or estimate))
 
         # the first document is the last one begun: `at` of its tokens are in the shards already
         at = shards[-1]["cut"] if shards else 0
