@@ -668,7 +668,6 @@ def draw_curve(ax, tokens, losses, style: int = 0, label: str | None = None) -> 
             markevery=(0.02 * style, 0.15), linewidth=1.3, label=label)  # fmt: skip
     ax.fill_between(tokens, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.grid(alpha=0.3)
 
 
 def plot_losses(ax, rows: list[dict], groups: list[list[Run]]) -> None:
@@ -685,11 +684,10 @@ def plot_losses(ax, rows: list[dict], groups: list[list[Run]]) -> None:
         late = tokens >= tokens[-1] / 4
         draw_curve(ax, tokens[late], losses[:, late], style, label(rows[i]))
     best_of = f" (best of {len(rows)})" if len(rows) > len(STYLES) else ""
-    ax.set_title(f"Validation loss{best_of} after a quarter of the run\n(band: lowest to highest seed)",
-                 fontsize=10)  # fmt: skip
+    ax.set_title(f"Validation loss{best_of} after a quarter of the run\n(band: lowest to highest seed)")
     ax.set_xlabel("training tokens")
     ax.set_ylabel("nats per token")
-    ax.legend(fontsize=8)
+    ax.legend()
 
 
 def view_limit(rows: list[dict]) -> float:
@@ -710,9 +708,8 @@ def plot_differences(ax, rows: list[dict]) -> None:
         if abs(x) > limit:
             ax.plot(math.copysign(limit, x), y, ">k" if x > 0 else "<k", clip_on=False)
     ax.set_xlim(-limit, limit)
-    ax.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
-    ax.set_title("Final loss minus SwiGLU's, 95% CI\n(filled: better or worse, Holm p < 0.05)",
-                 fontsize=10)  # fmt: skip
+    ax.set_yticks(range(len(rows)), [label(row) for row in rows])
+    ax.set_title("Final loss minus SwiGLU's, 95% CI\n(filled: better or worse, Holm p < 0.05)")
     ax.set_xlabel("nats per token: better < 0 < worse")
 
 
@@ -724,8 +721,8 @@ def plot_cost(ax, rows: list[dict], base: dict) -> None:
     ax.axvline(1, color="black", linewidth=0.8)
     ax.plot(flops, y - 0.16, "sk")
     ax.plot(time, y + 0.16, "ok", markerfacecolor="white")
-    ax.set_yticks(y, [f"{signed(row['difference'])}  n={row['pairs']}" for row in rows], fontsize=8)
-    ax.set_title("Cost of training on a token\n(square: FLOPs, circle: measured time)", fontsize=10)
+    ax.set_yticks(y, [f"{signed(row['difference'])}  n={row['pairs']}" for row in rows])
+    ax.set_title("Cost of training on a token\n(square: FLOPs, circle: measured time)")
     ax.set_xlabel("over SwiGLU's")
 
 
@@ -734,6 +731,7 @@ def plot(rows: list[dict], groups: list[list[Run]], path: str, title: str) -> li
     import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams.update({"font.size": 8.5, "axes.grid": True, "grid.alpha": 0.3})
     matplotlib.rcParams["text.parse_math"] = False  # a folder's name may hold $
     compared = sorted((row for row in rows if row["pairs"]), key=lambda row: row["difference"])
     height = max(4.4, 1.9 + 0.27 * len(compared))
@@ -746,8 +744,7 @@ def plot(rows: list[dict], groups: list[list[Run]], path: str, title: str) -> li
         plot_cost(axes[2], compared, rows[0])
         for ax in axes[1:]:
             ax.set_ylim(len(compared) - 0.4, -0.6)  # the best on top
-            ax.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title)
     figure.savefig(f"{path}.png", dpi=120)
     if not compared or len(rows) <= len(STYLES):
         return [f"{path}.png"]
@@ -759,14 +756,14 @@ def plot(rows: list[dict], groups: list[list[Run]], path: str, title: str) -> li
     for ax, row in zip(axes.flat, compared):
         draw_curve(ax, *curve(groups[rows.index(row)], minus=groups[0]))
         ax.axhline(0, color="black", linewidth=0.8, linestyle="--")
-        ax.set_title(label(row), fontsize=9)
+        ax.set_title(label(row))
     limit = view_limit(compared)
     axes[0, 0].set_ylim(-limit, limit)
     for ax in axes.flat[len(compared) :]:
         ax.axis("off")
-    figure.supxlabel("training tokens", fontsize=10)
-    figure.supylabel("loss minus SwiGLU's, nats per token", fontsize=10)
-    figure.suptitle(f"{title}: along the run; band: lowest to highest seed", fontsize=11)
+    figure.supxlabel("training tokens")
+    figure.supylabel("loss minus SwiGLU's, nats per token")
+    figure.suptitle(f"{title}: along the run; band: lowest to highest seed")
     figure.savefig(f"{path}_curves.png", dpi=110)
     return [f"{path}.png", f"{path}_curves.png"]
 
