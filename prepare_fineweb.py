@@ -256,7 +256,12 @@ def find_source(cfg: Config, meta: dict) -> tuple[str, list[str], int]:
     """Find the input: its kind, its local files and about how many tokens it holds (0: unknown).
     Notes in meta what it is, so that a run is never taken up again with another input."""
     if not cfg.input:
-        meta["revision"] = meta.get("revision") or pin_revision(cfg)
+        if not meta.get("revision"):  # a run of days must not see a branch or tag move
+            from huggingface_hub import HfApi
+
+            with reading(f"the dataset {cfg.dataset}"):
+                info = HfApi().dataset_info(cfg.dataset, revision=cfg.revision or None, timeout=30)
+                meta["revision"] = info.sha
         meta["source"] = f"{cfg.dataset} {cfg.name} {cfg.split} at {meta['revision']}"
         billions = re.search(r"(\d+)BT", cfg.name)  # sample-10BT holds about 10 billion tokens
         return "hub", [], int(billions[1]) * 10**9 if billions else 0
@@ -270,14 +275,6 @@ def find_source(cfg: Config, meta: dict) -> tuple[str, list[str], int]:
     python = f"the standard library of Python {sys.version.split()[0]}"
     meta["source"] = python if cfg.input == "stdlib" else f"{cfg.input} ({len(paths)} files)"
     return kind, paths, int(size / (1 if cfg.encoding == "bytes" else 4.5))
-
-
-def pin_revision(cfg: Config) -> str:
-    """The commit that a dataset's branch or tag is at now: a run of days must not see it move."""
-    from huggingface_hub import HfApi
-
-    with reading(f"the dataset {cfg.dataset}"):
-        return HfApi().dataset_info(cfg.dataset, revision=cfg.revision or None, timeout=30).sha
 
 
 def go_on(stream, meta: dict) -> dict:
