@@ -577,14 +577,10 @@ def markdown(rows: list[dict], notes: list[str], title: str, detect: float) -> s
             "verdict": row["verdict"],
             f"seeds for {detect:g}": str(needed or ""),
         })  # fmt: skip
-    heads = list(lines[0])
-    widths = [max(len(head), *(len(cells[head]) for cells in lines)) for head in heads]
-
-    def line(cells):
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths)) + " |"
-
-    table = [line(heads), line(["-" * w for w in widths])]
-    table += [line(cells.values()) for cells in lines]
+    cells = [lines[0].keys(), *(line.values() for line in lines)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    table = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells]
     return "\n".join([f"# {title}", "", *table, "", *(f"- {note}" for note in notes), ""])
 
 
