@@ -393,11 +393,11 @@ def check_alike(runs: list[Run]) -> None:
         if key in seen:
             raise UserError(f"{seen[key]} and {r.dir} are the same run twice: leave one out")
         seen[key] = r.dir
-        code = r.made.get("ffn_code")
-        other = codes.setdefault(r.group, r) if code else r
-        if code and code != other.made["ffn_code"]:
-            raise UserError(f"the class of {label(r.flags)} changed between {other.dir} and {r.dir}: "
-                            "run the older one again")  # fmt: skip
+        if code := r.made.get("ffn_code"):
+            other = codes.setdefault(r.group, r)
+            if code != other.made["ffn_code"]:
+                changed = f"the class of {label(r.flags)} changed between {other.dir} and {r.dir}"
+                raise UserError(f"{changed}: run the older one again")
     # A learning rate may differ where all were tried for all. A run that failed was tried.
     tried = {(r.group, r.flags["learning_rate"]) for r in runs}
     rates = {r.flags["learning_rate"]: r for r in done}
