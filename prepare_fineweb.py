@@ -593,10 +593,10 @@ def check_shard(path: str, vocab_size: int, eot: int) -> tuple[dict, list[str]]:
             head = f.read(4 * HEADER_INTS)
             digest = hashlib.sha256(head)
             if len(head) < 4 * HEADER_INTS:
-                return found, ["shorter than a header"]
+                return {}, ["shorter than a header"]
             magic, version, count = (int(i) for i in np.frombuffer(head, "<i4")[:3])
             if (magic, version) != (MAGIC, VERSION):
-                return found, [f"not a shard: magic {magic}, version {version}"]
+                return {}, [f"not a shard: magic {magic}, version {version}"]
             while data := f.read(1 << 22):
                 digest.update(data)
                 ids = np.frombuffer(data[: len(data) // 2 * 2], "<u2")
@@ -607,7 +607,7 @@ def check_shard(path: str, vocab_size: int, eot: int) -> tuple[dict, list[str]]:
                 found["tokens"] += len(ids)
                 found["documents"] += int((ids == eot).sum())
     except OSError as e:
-        return found, [f"cannot be read ({e.strerror})"]
+        return {}, [f"cannot be read ({e.strerror})"]
     if (size := os.path.getsize(path)) != (needed := shard_bytes(count)):
         wrong.append(f"{size:,} bytes, but its header's {count:,} tokens need {needed:,}")
     return found | {"sha256": digest.hexdigest()}, wrong

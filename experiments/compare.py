@@ -537,8 +537,9 @@ def verdict(row: dict) -> str:
 
 def big(x: float, of: float | None = None) -> str:
     """12345678 -> 12.3M, and how many times `of` that is."""
-    unit = (len(str(int(x))) - 1) // 3
-    text = f"{x / 1000**unit:#.3g}".rstrip(".") + " KMGT"[unit].strip()
+    rounded = float(f"{x:.3g}")
+    unit = (len(str(int(rounded))) - 1) // 3
+    text = f"{rounded / 1000**unit:#.3g}".rstrip(".") + " KMGT"[unit].strip()
     return text + (f" ({x / of:.2f}x)" if of else "")
 
 

@@ -191,6 +191,17 @@ def planned(monkeypatch, tmp_path: Path, *argv: str) -> dict[str, dict[str, str]
     return {run.dir.removeprefix("out/"): run.flags for run in compare.plan(cfg, base)}
 
 
+def test_numbers_of_three_digits(monkeypatch):
+    """Where rounding carries a number to the next unit, it has that unit's name."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import compare
+
+    texts = {0: "0.00", 7: "7.00", 999: "999", 999.7: "1.00K", 1000: "1.00K", 999_499: "999K",
+             999_700: "1.00M", 12_345_678: "12.3M", 2.5e12: "2.50T"}  # fmt: skip
+    assert {x: compare.big(x) for x in texts} == texts
+    assert compare.big(1500, 1000) == "1.50K (1.50x)"
+
+
 def test_what_is_planned(monkeypatch, tmp_path):
     """Which runs a command means: SwiGLU always, once; the widths of --ffn_match; a sweep for all
     alike with min_lr in proportion; each row of a paper's table."""

@@ -791,7 +791,9 @@ def test_verify(tmp_path, monkeypatch, capsys):
     assert "need 1,822" in damaged(lambda out, d: put(d, 8, (399).to_bytes(4, "little")))
     assert "1,823 bytes" in damaged(lambda out, d: d.pop())
     assert "shorter than a header" in damaged(lambda out, d: d.clear())
-    assert f"{name}: cannot be read" in damaged(lambda out, d: (out / name).unlink())
+    missing = damaged(lambda out, d: (out / name).unlink())
+    assert f"{name}: cannot be read" in missing
+    assert len(missing.splitlines()) == 1  # not its tokens and documents besides
     stray = damaged(lambda out, d: (out / "fineweb_train_000099.bin").write_bytes(b""))
     assert "000099.bin: not in meta.json" in stray
     for key, value in {"tokens": 399, "documents": 0, "sha256": "0"}.items():
