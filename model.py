@@ -538,7 +538,7 @@ def rows(layer: nn.Linear, units: Tensor, x: Tensor) -> Tensor:
 
 def down_rows(ffn: nn.Module, units: Tensor, hidden: Tensor) -> Tensor:
     """sum_i hidden_i * (column units_i of down_proj), reading those only. (n,), (n,) -> (d,)"""
-    weight = ffn.down_proj.weight.t()  # (h, d), contiguous: see linear
+    weight = ffn.down_proj.weight.t()  # (h, d), contiguous: see ColumnLinear
     scale = hidden.to(weight.dtype)
     starts = torch.arange(0, units.size(0), 64, device=units.device)  # a bag is one thread's work
     return F.embedding_bag(units, weight, starts, mode="sum", per_sample_weights=scale).sum(0)
