@@ -814,9 +814,7 @@ class GPT(nn.Module):
                 torch.default_generator.manual_seed(self.config.seed * 2**20 + i)
                 layer.mlp.init_weights()
 
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """
         idx: (B, T) token ids, T <= block_size. Without targets: ((B, T, vocab) logits, None).
         With targets (B, T): (None, mean cross-entropy in nats over the targets that are not -100).
