@@ -800,11 +800,9 @@ class GPT(nn.Module):
         biases 0; gains and an FFN's scalars stay as their modules set them. An FFN that wants it
         otherwise has an init_weights of its own, which is called after this."""
         for name, p in self.named_parameters():  # a tied weight comes once, as embed_tokens
-            if not p.is_floating_point():
-                continue
             if name.endswith(".bias"):
                 p.zero_()
-            elif p.ndim >= 2 and p.device.type != "meta":
+            elif p.ndim >= 2 and p.is_floating_point():
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_residual(name) else 0.02
                 seed = hashlib.sha256(f"{self.config.seed}:{name}".encode()).digest()[:8]
                 generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
