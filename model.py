@@ -569,15 +569,15 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
     name, *settings = spec.split(":")
     if name not in FFNS:
         raise UserError(f"unknown ffn {name!r}: {suggest(name, FFNS)}")
-    signature = inspect.signature(FFNS[name].__init__).parameters.values()
-    kinds = {p.name: type(p.default) for p in signature if p.kind is p.KEYWORD_ONLY}
-    valid = list(kinds)
-    kinds |= get_type_hints(FFNS[name].__init__)
+    init = FFNS[name].__init__
+    keywords = [p for p in inspect.signature(init).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    hints = get_type_hints(init)
+    kinds = {p.name: hints.get(p.name, type(p.default)) for p in keywords}
     options: dict[str, object] = {}
     for setting in settings:
         option, equals, text = setting.partition("=")
-        if option not in valid:
-            known = suggest(option, valid) if valid else "it has none"
+        if option not in kinds:
+            known = suggest(option, kinds) if kinds else "it has none"
             raise UserError(f"{name} has no option {option!r}: {known}")
         if option in options or not equals:
             raise UserError(f"{spec!r}: write each option once, as option=value")
@@ -590,8 +590,8 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
             options[option] = parse_value(f"{name}:{option}", text, kinds[option])
         else:
             raise UserError(f"{name}:{option} is no bool, int, float, str or Literal by its type hint")
-    for p in signature:
-        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in options:
+    for p in keywords:
+        if p.default is p.empty and p.name not in options:
             raise UserError(f"{name} needs its option {p.name}: write {name}:{p.name}=VALUE")
     return FFNS[name], options
 
