@@ -657,10 +657,7 @@ def match_hidden(spec: str, d: int, hidden: int) -> int:
     valid = [h for h in range(step, top + 1, step) if off(h) < math.inf]
     low = max((h for h in valid if h < near), default=8)
     high = min((h for h in valid if h > near), default=near + 2 * step)
-    found = best(range(low, high + 1, 8))
-    if off(found) == math.inf:
-        make_ffn(spec, d, found)  # says why
-    return found
+    return best(range(low, high + 1, 8))  # where none can be built, GPTConfig.check says why
 
 
 # ------------------------------------------------------------------------------------------------
