@@ -26,14 +26,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import train
-from configurator import UserError, configure, read_config_file, run
+from configurator import UserError, configure, run
 from model import FFNS, GPT, GPTConfig, ffn_cost, has, make_ffn, parse_spec
 
 
@@ -278,9 +277,7 @@ def profile(step: Callable, folder: Path, spec: str, device: torch.device) -> No
 
 
 def bench_data(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> dict:
-    smoke = Path(__file__).with_name("config") / "smoke.py"
-    flags = read_config_file(str(smoke), get_type_hints(train.Config))
-    flags = train.Config(**{k: v for k, v in flags.items() if k != "out_dir"})
+    flags, _ = configure(train.Config, [str(Path(__file__).with_name("config") / "smoke.py")])
     B, T = flags.batch_size, flags.block_size
     generator = np.random.default_rng(cfg.seed)
     with tempfile.TemporaryDirectory() as folder:
