@@ -199,8 +199,8 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
     shape = {k: getattr(cfg, k) for k in SHAPE} | {"n_kv_head": cfg.n_kv_head or cfg.n_head}
     n = cfg.micro_batch_size * cfg.block_size
     peak = train.peak_flops(device) if dtype == torch.bfloat16 else None
-    flags = {k: getattr(cfg, k) for k in ("block_size", "micro_batch_size", "optimizer", "compile")}
-    flags = train.Config(batch_size=cfg.micro_batch_size, **flags)
+    own = ("block_size", "micro_batch_size", "optimizer", "compile")
+    flags = train.Config(batch_size=cfg.micro_batch_size, **{k: getattr(cfg, k) for k in own})
     train.check_flags(flags, world=1)
     calls, models, peaks = {}, {}, {}
     for spec in specs:
