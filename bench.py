@@ -263,7 +263,6 @@ def at_rest(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
 def profile(step: Callable, folder: Path, spec: str, device: torch.device) -> None:
     """Write a trace (open it in ui.perfetto.dev) and print the ten most expensive operators."""
     folder.mkdir(parents=True, exist_ok=True)
-    step()
     with torch.profiler.profile() as p:
         step()
     name = folder / (re.sub(r"[^\w.=-]+", "_", spec) + ".json")
