@@ -468,14 +468,11 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype, str]:
     name = cfg.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device is auto, cpu or cuda, not {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device is auto, cpu or cuda, not {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
         raise UserError(f"--device={name}, but this machine or build of torch has no such GPU")
+    device = torch.device(name)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     wanted = cfg.dtype
     if wanted == "auto":
