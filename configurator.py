@@ -170,8 +170,7 @@ def read_config_file(path: str, types: dict[str, type]) -> dict[str, object]:
 def usage(cls: type) -> str:
     """The --help text: the module's docstring, then each field with type, default and comment."""
     source = inspect.getsource(cls)
-    doc = inspect.getdoc(inspect.getmodule(cls)) or ""
-    lines = [doc.strip(), "", "flags:"]
+    lines = [inspect.getdoc(inspect.getmodule(cls)) or "", "", "flags:"]
     for field in dataclasses.fields(cls):
         found = re.search(rf"^    {field.name}:[^#\n]*#\s*(.*)$", source, re.M)
         kind = typing.get_type_hints(cls)[field.name].__name__
