@@ -160,7 +160,7 @@ def read_config_file(path: str, types: dict[str, type]) -> dict[str, object]:
             value = float(value)
         if type(value) is not kind or not in_range(value):
             # the text itself: repr and ast.unparse fail on an int of over 4300 digits
-            text = " ".join((ast.get_source_segment(source, node.value) or "").split())
+            text = " ".join(ast.get_source_segment(source, node.value).split())
             what = KINDS[kind] + (f" {RANGE}" if type(value) is kind else "")
             raise UserError(f"{where} takes {what}, not {text[:60]}")
         values[name] = value
