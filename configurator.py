@@ -89,8 +89,7 @@ def configure(cls: type[T], argv: list[str]) -> tuple[T, set[str]]:
         if not arg.startswith("--") or name not in types:
             raise UserError(f"unknown flag {arg!r}: {suggest(name, types)}")
         if not equals and types[name] is bool:
-            is_value = bool(rest) and rest[0].lower() in BOOLS
-            text = rest.pop(0) if is_value else "true"
+            text = rest.pop(0) if rest and rest[0].lower() in BOOLS else "true"
         elif not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{name} needs a value: --{name}=VALUE")
