@@ -83,7 +83,7 @@ def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.
         def backward(forward=forward, leaves=leaves):
             return torch.autograd.grad(forward(x), leaves, dy, allow_unused=True)
 
-        calls[spec, "forward"] = lambda forward=forward: forward(x)
+        calls[spec, "forward"] = functools.partial(forward, x)
         calls[spec, "both"] = backward
         calls[spec, "products"], flops[spec] = products(layer, n, cfg, device, dtype)
         backward()  # compiles
@@ -167,7 +167,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
             return x
 
         one = autocast(maybe_compile(token, cfg, device, mode), device, dtype)
-        calls[spec] = lambda one=one: one(x)
+        calls[spec] = functools.partial(one, x)
         calls[spec]()
     times = measure(calls, cfg.rounds, device)
 
