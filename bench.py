@@ -216,17 +216,16 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
 
     rows = []
     for spec in specs:
-        seconds, counts = statistics.median(times[spec, "step"]), models[spec].param_counts()
-        mfu = models[spec].flops_per_token() * n / seconds / peak if peak else None
+        seconds, flops = statistics.median(times[spec, "step"]), models[spec].flops_per_token()
         rows.append({
             "ffn": spec,
-            "params": counts["total"],
-            "flops": models[spec].flops_per_token(),
+            "params": models[spec].param_counts()["total"],
+            "flops": flops,
             "ms": 1e3 * seconds,
             "products_ms": 1e3 * statistics.median(times[spec, "products"]),
             "tok_per_s": n / seconds,
-            "tflops": models[spec].flops_per_token() * n / seconds / 1e12,
-            "mfu": mfu,
+            "tflops": flops * n / seconds / 1e12,
+            "mfu": flops * n / seconds / peak if peak else None,
             "over_products": ratio(times[spec, "step"], times[spec, "products"]),
             "spread": spread(times[spec, "step"], times[spec, "products"]),
             "peak_mib": peaks[spec] / 2**20,
