@@ -26,7 +26,7 @@ import signal
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 T = typing.TypeVar("T")
 
@@ -60,9 +60,8 @@ def run(main: Callable[[], object]) -> None:
         sys.exit(1)
 
 
-def suggest(name: str, valid: Iterable[str]) -> str:
+def suggest(name: str, valid: Collection[str]) -> str:
     """The end of an error about an unknown name: the nearest valid one, and all of them."""
-    valid = list(valid)
     near = difflib.get_close_matches(name, valid, n=1)
     return (f"did you mean {near[0]}? " if near else "") + f"valid: {', '.join(valid)}"
 
