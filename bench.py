@@ -155,8 +155,8 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
     calls, layers = {}, {}
     for spec in dict.fromkeys([*specs, "swiglu"]):
         say(f"preparing {spec}")
-        stack = [make_ffn(spec, d, h).to(device).eval() for _ in range(cfg.layers)]
-        for name, part in (found for layer in stack for found in layer.named_modules()):
+        stack = nn.ModuleList(make_ffn(spec, d, h) for _ in range(cfg.layers)).to(device).eval()
+        for name, part in stack.named_modules():
             if isinstance(part, nn.Linear) and "predictor" not in name:
                 part.to(dtype)  # norms, scalars and predictors work in float32, as when training
         layers[spec] = stack[0]
