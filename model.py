@@ -909,7 +909,7 @@ def n_targets(targets: Tensor) -> Tensor:
 
 
 def loss_chunks(x: Tensor, weight: Tensor, targets: Tensor):
-    """Yield (slice of tokens, their summed loss, log-probabilities (n, V) in float32) in turn."""
+    """Yield (slice of tokens, their summed loss, log-probabilities (n, V), float32 or wider) in turn."""
     limit = LOSS_CHUNK_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
     chunks = math.ceil(4 * x.size(0) * weight.size(0) / limit)
     chunk = math.ceil(x.size(0) / chunks)  # of equal size, so that they share kernels
