@@ -7,7 +7,8 @@ Time FFNs, decoding, whole training steps and the loader. Compare ratios: each i
 
 Contenders take turns, one call each a round, in reverse order every other round, so that all of them
 share the machine's moods; before each call the caches are swept, as another layer's weights would
-in a model. Times are medians over the rounds; ratios are medians of the rounds' own ratios.
+in a model. Times are medians over the rounds; ratios are medians of the rounds' own ratios. FLOPs are
+of the forward pass; in mode step of forward and backward.
 """
 
 from __future__ import annotations
@@ -70,7 +71,6 @@ class Config:
 
 def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> dict:
     d, h, n = cfg.d or 768, cfg.h or 2048, cfg.tokens
-    torch.manual_seed(cfg.seed)
     x = torch.randn(n, d).to(device, dtype).requires_grad_()
     dy = torch.randn(n, d).to(device, dtype)
     calls, layers, peaks, flops = {}, {}, {}, {}
@@ -113,12 +113,14 @@ def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.
 def products(
     layer: nn.Module, n: int, cfg: Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable, int]:
-    """The layer's own matrix products, n tokens, forward and backward, and their FLOPs. Shapes,
-    layouts, dtype and kernels are the layer's; a frozen weight has no product in the backward pass."""
+    """The products of n tokens with each of the layer's matrices, forward and backward, by the layer's
+    kernels and in the matrix's layout, and their FLOPs; of a frozen matrix the forward one alone."""
     three = maybe_compile(products_of_one, cfg, device)
+    multiplied = {m.weight for m in layer.modules() if isinstance(m, nn.Linear)}
+    looked_up = {m.weight for m in layer.modules() if isinstance(m, nn.Embedding)} - multiplied
     work, flops = [], 0
     for p in layer.parameters():
-        if p.ndim >= 2:
+        if p.ndim >= 2 and p not in looked_up:
             w = p.detach().to(dtype).flatten(0, -2)
             x, dy = (w.new_empty(n, size).normal_() for size in (w.size(1), w.size(0)))
             work.append((x, w, dy if p.requires_grad else None))
@@ -146,7 +148,6 @@ def products_of_one(x: Tensor, w: Tensor, dy: Tensor | None) -> tuple[Tensor, ..
 @torch.no_grad()
 def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> dict:
     d, h = cfg.d or 1536, cfg.h or 8960
-    torch.manual_seed(cfg.seed)
     x = torch.randn(1, d).to(device, dtype)
     # Where the number of selected neurons varies, it is a dynamic shape inside one graph.
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
@@ -304,7 +305,7 @@ def bench_data(cfg: Config, specs: list[str], device: torch.device, dtype: torch
         "of_step": ratio(times["load"], times["step"]),
         "spread": spread(times["load"], times["step"]),
     }
-    return {"config": "config/smoke.py", "rows": [row]}
+    return {"config": "config/smoke.py", "compile": flags.compile, "rows": [row]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -313,7 +314,7 @@ def bench_data(cfg: Config, specs: list[str], device: torch.device, dtype: torch
 
 def measure(calls: dict, rounds: int, device: torch.device) -> dict[object, list[float]]:
     """Seconds of each call in each round, after two untimed calls of each."""
-    sweep = torch.empty(2**26, device=device)  # 256 MiB, more than any cache
+    sweep = torch.empty(2**26, device=device)  # 256 MiB, more than most caches
     for call in calls.values():
         call(), call()
     times = {name: [] for name in calls}
@@ -348,7 +349,7 @@ def spread(a: list[float], b: list[float]) -> float:
     """Half the distance between the quartiles of the rounds' ratios: the noise of `ratio`."""
     if len(a) < 2:
         return 0.0
-    low, _, high = statistics.quantiles((x / y for x, y in zip(a, b)), n=4)
+    low, _, high = statistics.quantiles((x / y for x, y in zip(a, b)), n=4, method="inclusive")
     return (high - low) / 2
 
 
@@ -452,12 +453,12 @@ def plot(result: dict, path: str) -> None:
     dense = ffn_cost(make_ffn("swiglu", result["d"], result["h"]))["flops"]
     fig, ax = plt.subplots(figsize=(7, 0.6 + 0.34 * len(rows)), layout="constrained")
     ax.barh([row["ffn"] for row in rows], [row["ratio"] for row in rows], color="0.75")
-    for key, marker, label in (("flops", "|", "FLOPs executed"), ("active_flops", "x", "ideal")):
+    for key, marker, label in (("flops", "|", "FLOPs, forward"), ("active_flops", "x", "ideal")):
         ax.scatter([row[key] / dense for row in rows], range(len(rows)),
                    marker=marker, s=60, color="k", label=label, zorder=3)  # fmt: skip
     ax.axvline(1, color="k", lw=0.6)
     where = f"{result['d']} x {result['h']}, {result['device']}, {result['dtype']}"
-    ax.set_xlabel(f"over SwiGLU's, forward + backward; bar: time ({where})")
+    ax.set_xlabel(f"over SwiGLU's; bar: time of forward and backward ({where})")
     ax.legend(frameon=False)
     fig.savefig(path, dpi=150)
 
@@ -513,6 +514,7 @@ def main() -> None:
     if device.type == "cpu":
         train.keep_freed_memory()
     torch._dynamo.config.recompile_limit = 64  # specs of one class share its code
+    torch.manual_seed(cfg.seed)
 
     result = {"mode": cfg.mode, "device": name, "dtype": str(dtype)[6:], "torch": torch.__version__}
     result |= {"compile": cfg.compile, "rounds": cfg.rounds}

@@ -32,7 +32,7 @@ from configurator import UserError, parse_value, suggest
 
 
 class GELU(nn.Module):
-    """down(GELU(up x)). The Transformer's FFN as in GPT-2; 2/3 of SwiGLU's parameters."""
+    """down(GELU(up x)). GPT-2's FFN without biases, with the exact GELU; 2/3 of SwiGLU's parameters."""
 
     def __init__(self, d: int, h: int):
         super().__init__()
@@ -299,7 +299,7 @@ class DynamicGEGLU(nn.Module):
 class SparseGLU(nn.Module):
     """
     SparseGLU: down(SiLU(gate x) * up x * M), M = 1 on the round(k*h) largest scores of a predictor
-    that sees the first r channels of x.
+    that sees the first r channels of x (two Linears with biases, p wide between them).
 
     With grad=hard no gradient reaches the predictor, so it is frozen: a random hash of x picks the
     neurons. grad=ste: M + p - p.detach(), p = sigmoid(score). grad=gate: M * p.
@@ -772,12 +772,12 @@ class Decoder(nn.Module):
 
 def is_residual(name: str) -> bool:
     """Whether a parameter of this name writes to the residual stream."""
-    return name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
+    return name.removesuffix(".weight").rpartition(".")[2] in ("o_proj", "down_proj")
 
 
 class GPT(nn.Module):
     """Qwen3-style decoder. Weights are initialized float32 on the CPU, the same bits for the same
-    (seed, parameter name, shape) whatever the FFN and the state of PyTorch's random generator."""
+    (seed, parameter name, shape, n_layer) whatever the FFN and the state of PyTorch's generator."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -931,7 +931,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             hot = torch.arange(weight.size(0), device=x.device) == targets[part][:, None]
             grad = ((log_p.exp() - hot.to(log_p.dtype)) * (valid / n)).to(x.dtype)
             grad_x.append(grad @ weight)
-            grad_w = grad_w + widen(x[part].t() @ grad)  # a sum of chunks in bfloat16 would drift
+            # (d, V) and not (V, d): to transpose x is cheap. A sum of chunks in bfloat16 would drift.
+            grad_w = grad_w + widen(x[part].t() @ grad)
         ctx.save_for_backward(torch.cat(grad_x), grad_w.t().to(weight.dtype).contiguous())
         return total / n
 

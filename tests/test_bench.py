@@ -141,6 +141,36 @@ def test_step_table_and_profile(tmp_path):
     assert text.count("Self CPU time total") == 2
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_floor_of_a_step_is_its_products(tied):
+    """6 FLOPs per token and number in a matrix: an embedding of its own is looked up, not multiplied."""
+    import torch
+
+    import bench
+    from model import GPT, GPTConfig
+
+    model = GPT(GPTConfig(16, 128, 1, 2, 2, 32, ffn_hidden=64, tie_embeddings=tied))
+    _, flops = bench.products(model, 10, bench.Config(compile=False), torch.device("cpu"), torch.float32)
+    attention = 6 * 32 * 16
+    assert flops == 10 * (model.flops_per_token() - attention)
+
+
+def test_the_seed_is_that_of_the_inputs(monkeypatch, tmp_path):
+    """Of every mode: the tokens of a step are the same ones for the same --seed."""
+    import torch
+
+    import bench
+
+    drawn, draw = [], torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    for seed in (5, 5, 6):
+        monkeypatch.setattr(sys, "argv", ["bench.py", "--mode=step", *TINY, *STEP, f"--seed={seed}"])
+        torch.rand(len(drawn))
+        bench.main()
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
 def test_the_precision_timed_is_train_pys():
     """No TF32, which train.py does not use and which would make a float32 predictor look cheap."""
     code = "import sys, torch, bench; sys.argv = ['bench.py', *sys.argv[1:]]; bench.main(); "
@@ -153,7 +183,8 @@ def test_the_precision_timed_is_train_pys():
 
 def test_data_table(tmp_path):
     """The loader is timed against a whole step of config/smoke.py."""
-    _, by_name, _ = rows("bench.py", tmp_path / "l.json", "--mode=data", *TINY)
+    result, by_name, _ = rows("bench.py", tmp_path / "l.json", "--mode=data", *TINY[:1], "--device=cpu")
+    assert result["compile"] is False  # as config/smoke.py says
     (row,) = by_name.values()
     assert math.isclose(row["of_step"], row["ms"] / row["step_ms"])
     assert math.isclose(row["tok_per_s"], 16 * 256 / row["ms"] * 1e3, rel_tol=1e-6)

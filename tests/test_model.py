@@ -1313,6 +1313,27 @@ def test_initial_values(name):
     assert len(draws) == matrices  # no two parameters share their numbers
 
 
+def test_only_what_is_called_so_starts_smaller(monkeypatch):
+    """down_proj does, whatever its parent is called; updown_proj and two_proj do not."""
+
+    class Named(nn.Module):
+        def __init__(self, d, h):
+            super().__init__()
+            for name in ("up_proj", "updown_proj", "two_proj"):
+                self.add_module(name, nn.Linear(d, h, bias=False))
+            self.last = nn.ModuleDict({"down_proj": nn.Linear(h, d, bias=False)})
+
+        def forward(self, x):
+            hidden = self.up_proj(x) + self.updown_proj(x) + self.two_proj(x)
+            return self.last["down_proj"](hidden)
+
+    monkeypatch.setitem(FFNS, "named", Named)
+    mlp = GPT(small(ffn="named", n_layer=8, n_embd=64, ffn_hidden=128)).model.layers[0].mlp
+    stds = {name: p.std().item() for name, p in mlp.named_parameters()}
+    want = dict.fromkeys(stds, 0.02) | {"last.down_proj.weight": 0.005}
+    assert stds == pytest.approx(want, rel=0.1)
+
+
 def test_shared_weights_are_the_same_bits_in_every_variant():
     """Equal name and shape, equal bits: a comparison starts all variants from the same point."""
     base = dict(GPT(small()).named_parameters())
