@@ -512,7 +512,7 @@ def main() -> None:
         raise UserError(f"--plot={cfg.plot} must end in .png")
     device, dtype, name = pick_device(cfg)
     if device.type == "cpu":
-        train.keep_freed_memory()
+        train.set_up_cpu()
     torch._dynamo.config.recompile_limit = 64  # specs of one class share its code
     torch.manual_seed(cfg.seed)
 

@@ -427,10 +427,13 @@ def check_gradients(model: GPT, optimizers: list[torch.optim.Optimizer]) -> list
     return [name for name, p in model.named_parameters() if not p.requires_grad]
 
 
-def keep_freed_memory() -> None:
-    """Have glibc reuse what tensors free. It would map each tensor over 32 MB anew, and the kernel
-    page it in 4 KB at a time: a tenth or more of a step with a large vocabulary on CPU
-    (experiments/LOG.md)."""
+def set_up_cpu() -> None:
+    """The same bits in every run, and no time lost in page faults. Without the first, compiled code adds
+    up the gradient of an embedding in the order in which its threads come by. And glibc maps each tensor
+    over 32 MB anew, and the kernel pages it in 4 KB at a time: a tenth or more of a step with a large
+    vocabulary (experiments/LOG.md)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # with NaN, which takes time
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # musl has none
         mallopt(-4, 0)  # M_MMAP_MAX: map nothing
@@ -786,6 +789,14 @@ def compiled(f: Callable, device: torch.device, mode: str = "default") -> Callab
     """torch.compile for one shape; `mode` is for GPUs. On a CPU float32 products go to oneDNN: MKL
     gives CPUs other than Intel's its slow kernels, half as fast where there is AVX-512
     (experiments/LOG.md)."""
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    # PyTorch does not cache what it traced where there is an autograd.Function (our loss) or an autocast
+    # inside, though its key has both. With them the same run compiles in a third of the time again.
+    functorch.autograd_cache_allow_custom_autograd_functions = True
+    for name in ("_enter_autocast", "_exit_autocast"):
+        inductor.unsafe_marked_cacheable_functions[f"torch.amp.autocast_mode.{name}"] = "1"
     if not has_onednn(device):
         return torch.compile(f, mode=mode, dynamic=False)
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -1020,7 +1031,7 @@ def main() -> None:
     cfg.out_dir, cfg.lr_decay_iters = out_dir, cfg.lr_decay_iters or cfg.max_iters
     device = pick_device(cfg, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if device.type == "cpu":
-        keep_freed_memory()
+        set_up_cpu()
     bf16 = use_bfloat16(cfg, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
 

@@ -122,7 +122,7 @@ def peer_step(
 def our_step(cfg: Config, device: torch.device, dtype: torch.dtype):
     """Our model, its step by train.py's own functions, and the step's matrix products alone."""
     if device.type == "cpu":
-        train.keep_freed_memory()
+        train.set_up_cpu()
     shape = {k: getattr(cfg, k) for k in bench.SHAPE if hasattr(cfg, k)}
     own = ("block_size", "micro_batch_size", "compile")
     flags = train.Config(**{k: getattr(cfg, k) for k in own})

@@ -274,6 +274,20 @@ def test_compiled_run_resumes_with_the_same_bits(here: Path):
     assert load(here / "a")["model"].keys() == load(here / "c")["model"].keys()
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("compile", [True, False])
+def test_runs_on_two_threads_have_the_same_bits(here: Path, compile: bool):
+    """Threads must not add up the gradient of an embedding in the order in which they come by; all
+    other tests run on one."""
+    env = os.environ | {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_CACHE_DIR": str(here / "cache")}
+    values = {"n_layer": 1, "n_embd": 64, "batch_size": 64, "micro_batch_size": 64}
+    values |= {"lr_decay_iters": 30, "compile": compile, "ffn": "sparseglu:grad=ste"}
+    for out_dir, steps, how in (("a", 30, "scratch"), ("b", 15, "scratch"), ("b", 30, "resume")):
+        argv = flags(**values, out_dir=out_dir, max_iters=steps, init_from=how)
+        subprocess.run([sys.executable, TRAIN, *argv], cwd=here, env=env, check=True, timeout=300)
+    assert_same_run(here / "a", here / "b")
+
+
 PRODUCTS = {  # of a (6, 40), b (40, 24), c (24,)
     "plain": lambda a, b, c: a @ b,
     "with a bias": lambda a, b, c: torch.addmm(c, a, b),
@@ -340,6 +354,46 @@ def test_a_compiled_step_copies_no_operand():
     copied = [event.input_shapes for event in profile.events() if event.name == "aten::copy_"]
     assert "mkldnn::_linear_pointwise" in calls
     assert [shapes for shapes in copied if len(shapes[0]) == 2] == []
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+@pytest.mark.timeout(900)
+def test_the_same_model_is_compiled_once(monkeypatch, tmp_path):
+    """Another run takes the traced model from PyTorch's cache, autograd.Function and inner autocast or
+    not, to the same bits; a class of the same name that computes something else never does."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    cfg = train_py.Config(micro_batch_size=2, block_size=16)
+    tokens = torch.arange(32).view(2, 16)
+
+    class Changed(FFNS["dynamicgeglu"]):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def loss_and_gradients(compile: bool) -> tuple[list[torch.Tensor], dict]:
+        torch._dynamo.reset()
+        counters.clear()
+        model = GPT(GPTConfig(16, 128, 1, 2, 2, 32, "dynamicgeglu", 64))
+        ready = model
+        if compile:
+            optimizers = train_py.make_optimizers(model, cfg)
+            ready = train_py.compile_and_check(model, optimizers, cfg, nullcontext)
+        loss = ready(tokens, tokens.clone())[1]
+        loss.backward()
+        found = {name: n for name, n in counters["aot_autograd"].items() if "autograd_cache" in name}
+        return [loss.detach(), *(p.grad for p in model.parameters())], found
+
+    cold, missed = loss_and_gradients(compile=True)
+    warm, hit = loss_and_gradients(compile=True)
+    assert missed == {"autograd_cache_miss": 1, "autograd_cache_saved": 1}
+    assert hit == {"autograd_cache_hit": 1}
+    assert all(map(torch.equal, cold, warm))
+    monkeypatch.setitem(FFNS, "dynamicgeglu", Changed)
+    other, missed = loss_and_gradients(compile=True)
+    assert missed == {"autograd_cache_miss": 1, "autograd_cache_saved": 1}
+    assert all(map(torch.allclose, other, loss_and_gradients(compile=False)[0]))
+    assert not torch.allclose(other[0], cold[0])
 
 
 def test_where_compiling_fails_the_run_goes_on(monkeypatch, capsys):
