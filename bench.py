@@ -115,7 +115,8 @@ def products(
 ) -> tuple[Callable, int]:
     """The products of n tokens with each of the layer's matrices, forward and backward, by the layer's
     kernels and in the matrix's layout, and their FLOPs; of a frozen matrix the forward one alone."""
-    three = maybe_compile(products_of_one, cfg, device)
+    # Where compiled products are another library's. Elsewhere it would add launches and nothing else.
+    three = maybe_compile(products_of_one, cfg, device) if train.has_onednn(device) else products_of_one
     multiplied = {m.weight for m in layer.modules() if isinstance(m, nn.Linear)}
     looked_up = {m.weight for m in layer.modules() if isinstance(m, nn.Embedding)} - multiplied
     work, flops = [], 0

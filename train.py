@@ -792,8 +792,8 @@ def compiled(f: Callable, device: torch.device, mode: str = "default") -> Callab
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
-    # PyTorch does not cache what it traced where there is an autograd.Function (our loss) or an autocast
-    # inside, though its key has both. With them the same run compiles in a third of the time again.
+    # PyTorch traces anew at every start what has an autograd.Function (our loss) or an autocast inside,
+    # though both are in its cache's key. Allowed, a second start of 32 layers takes 5 s instead of 17.
     functorch.autograd_cache_allow_custom_autograd_functions = True
     for name in ("_enter_autocast", "_exit_autocast"):
         inductor.unsafe_marked_cacheable_functions[f"torch.amp.autocast_mode.{name}"] = "1"
