@@ -54,6 +54,8 @@ class Config:
     vocab_size: int = 50304  # token ids
     tie_embeddings: bool = True  # lm_head shares the embedding's weight
     optimizer: str = "adamw"  # adamw or muon
+    recompute: bool = False  # as in train.py
+    residual: str = "float32"  # as in train.py
     profile: str = ""  # mode step: write a torch.profiler trace into this folder
     rounds: int = 15  # timed calls of each contender
     device: str = "auto"  # cpu, cuda, cuda:1; auto: cuda if there is one
@@ -120,11 +122,12 @@ def products(
     multiplied = {m.weight for m in layer.modules() if isinstance(m, nn.Linear)}
     looked_up = {m.weight for m in layer.modules() if isinstance(m, nn.Embedding)} - multiplied
     work, flops = [], 0
+    # Matrices share their operands by width: one each would take 28 GB at train.py's default shape.
+    operand = functools.cache(lambda size: torch.randn(n, size).to(device, dtype))
     for p in layer.parameters():
         if p.ndim >= 2 and p not in looked_up:
             w = p.detach().to(dtype).flatten(0, -2)
-            x, dy = (w.new_empty(n, size).normal_() for size in (w.size(1), w.size(0)))
-            work.append((x, w, dy if p.requires_grad else None))
+            work.append((operand(w.size(1)), w, operand(w.size(0)) if p.requires_grad else None))
             flops += 2 * n * w.numel() * (3 if p.requires_grad else 1)
 
     def call() -> None:
@@ -201,7 +204,7 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
     shape = {k: getattr(cfg, k) for k in SHAPE} | {"n_kv_head": cfg.n_kv_head or cfg.n_head}
     n = cfg.micro_batch_size * cfg.block_size
     peak = train.peak_flops(device) if dtype == torch.bfloat16 else None
-    own = ("block_size", "micro_batch_size", "optimizer", "compile")
+    own = ("block_size", "micro_batch_size", "optimizer", "compile", "recompute")
     flags = train.Config(batch_size=cfg.micro_batch_size, **{k: getattr(cfg, k) for k in own})
     train.check_flags(flags, world=1)
     calls, models, peaks = {}, {}, {}
@@ -235,7 +238,7 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
     return {**shape, "micro_batch_size": cfg.micro_batch_size, "rows": rows}
 
 
-SHAPE = "n_layer n_head n_embd ffn_hidden block_size vocab_size tie_embeddings".split()
+SHAPE = "n_layer n_head n_embd ffn_hidden block_size vocab_size tie_embeddings residual".split()
 
 
 def make_step(
@@ -268,8 +271,8 @@ def profile(step: Callable, folder: Path, spec: str, device: torch.device) -> No
         step()
     name = folder / (re.sub(r"[^\w.=-]+", "_", spec) + ".json")
     p.export_chrome_trace(str(name))
-    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(f"{spec}: {name}", p.key_averages().table(sort_by=key, row_limit=10), sep="\n")
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(f"{spec}: {name}", p.key_averages().table(sort_by=key, row_limit=20), sep="\n")
 
 
 # ------------------------------------------------------------------------------------------------

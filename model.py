@@ -352,10 +352,10 @@ class SparseGLU(nn.Module):
             inner = F.relu(matvec(first.weight, widen(x[: self.r])) + first.bias)
             score = matvec(second.weight, inner) + second.bias
         if self.z is None:
-            units = score.topk(self.k, sorted=False).indices
+            units, one = score.topk(self.k, sorted=False).indices, 1
         else:
-            units = over_mean_mask(score, self.z).nonzero().squeeze(-1)
-        hidden = F.silu(rows(self.gate_proj, units, x)) * rows(self.up_proj, units, x)
+            units, one = selected(over_mean_mask(score, self.z))
+        hidden = F.silu(rows(self.gate_proj, units, x)) * rows(self.up_proj, units, x) * one
         if self.grad == "gate":
             hidden = hidden * torch.sigmoid(score[units])
         return down_rows(self, units, hidden)
@@ -400,8 +400,8 @@ class Spark(nn.Module):
 
     def decode_one(self, x: Tensor) -> Tensor:
         gate = self.threshold(matvec(self.gate_proj.weight, x[: self.r]))
-        units = gate.nonzero().squeeze(-1)
-        return down_rows(self, units, F.gelu(gate[units]) * rows(self.up_proj, units, x[self.r :]))
+        units, gate = selected(gate)  # GELU(0) = 0
+        return down_rows(self, units, F.gelu(gate) * rows(self.up_proj, units, x[self.r :]))
 
     def active(self, x: Tensor) -> Tensor:
         return (self.threshold(self.gate_proj(x[..., : self.r])) > 0).float().mean()
@@ -531,6 +531,16 @@ def matvec(weight: Tensor, x: Tensor) -> Tensor:
     return (weight * x).sum(-1) if torch.compiler.is_compiling() else F.linear(x, weight)
 
 
+def selected(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The units whose value is not 0, and their values: (h,) -> (n,), (n,). On a GPU n is h, so that nothing
+    waits to learn a size: a unit whose value is 0 stands as unit 0 with that 0, and unit 0's weights,
+    read again and again, come from the cache."""
+    if value.device.type == "cpu":
+        units = value.nonzero().squeeze(-1)
+        return units, value[units]
+    return torch.where(value != 0, torch.arange(value.size(0), device=value.device), 0), value
+
+
 def rows(layer: nn.Linear, units: Tensor, x: Tensor) -> Tensor:
     """layer(x)[units], reading those rows only. x: (fan_in,), units: (n,) -> (n,)"""
     return matvec(layer.weight[units], x)
@@ -540,6 +550,8 @@ def down_rows(ffn: nn.Module, units: Tensor, hidden: Tensor) -> Tensor:
     """sum_i hidden_i * (column units_i of down_proj), reading those only. (n,), (n,) -> (d,)"""
     weight = ffn.down_proj.weight.t()  # (h, d), contiguous: see ColumnLinear
     scale = hidden.to(weight.dtype)
+    if units.device.type != "cpu":
+        return (weight[units] * scale[:, None]).sum(0)
     starts = torch.arange(0, units.size(0), 64, device=units.device)  # a bag is one thread's work
     return F.embedding_bag(units, weight, starts, mode="sum", per_sample_weights=scale).sum(0)
 
@@ -677,6 +689,7 @@ class GPTConfig:
     ffn_match: str = "hidden"  # or params: as wide as makes it as big as SwiGLU at ffn_hidden
     tie_embeddings: bool = True
     seed: int = 0
+    residual: str = "float32"  # or bfloat16: the residual stream under autocast to bfloat16
 
     @property
     def hidden(self) -> int:
@@ -694,6 +707,8 @@ class GPTConfig:
             raise UserError(f"n_embd={self.n_embd} is not a multiple of 2 * n_head = {2 * self.n_head}")
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+        if self.residual not in ("float32", "bfloat16"):
+            raise UserError(f"residual is float32 or bfloat16, not {self.residual!r}")
         if self.ffn_match not in ("hidden", "params"):
             raise UserError(f"ffn_match is hidden or params, not {self.ffn_match!r}")
         sketch(lambda: make_ffn(self.ffn, self.n_embd, self.hidden))
@@ -753,6 +768,7 @@ class Decoder(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.residual = getattr(torch, config.residual)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         head_dim = config.n_embd // config.n_head
@@ -765,6 +781,8 @@ class Decoder(nn.Module):
         """idx: (B, T) at positions start, start + 1, ... -> (B, T, d). caches: a list per layer."""
         cos, sin = (table[start : start + idx.size(1)] for table in (self.cos, self.sin))
         x = self.embed_tokens(idx)  # (B, T, d)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.residual)  # every layer adds to it in this type
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
             x = layer(x, cos, sin, cache)
         return self.norm(x)
@@ -911,8 +929,11 @@ def n_targets(targets: Tensor) -> Tensor:
 def loss_chunks(x: Tensor, weight: Tensor, targets: Tensor):
     """Yield (slice of tokens, their summed loss, log-probabilities (n, V), float32 or wider) in turn."""
     limit = LOSS_CHUNK_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
-    chunks = math.ceil(4 * x.size(0) * weight.size(0) / limit)
-    chunk = math.ceil(x.size(0) / chunks)  # of equal size, so that they share kernels
+    at_least = math.ceil(4 * x.size(0) * weight.size(0) / limit)
+    # A power of two, so that the usual numbers of tokens split into chunks of one size: they then
+    # share their compiled kernels, and a GPU's matrix products get sizes that fill its tiles.
+    chunks = 2 ** (at_least - 1).bit_length()
+    chunk = math.ceil(x.size(0) / chunks)
     for i in range(0, x.size(0), chunk):
         part = slice(i, i + chunk)
         log_p = F.log_softmax(widen(x[part] @ weight.t()), dim=-1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import functools
+import gc
 import glob
 import hashlib
 import inspect
@@ -93,6 +94,8 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # autocast type: auto, float32, bfloat16
     compile: bool = True  # torch.compile; never on mps
+    recompute: bool = False  # compiled: keep less for the backward pass, compute elementwise parts again
+    residual: str = "float32"  # bfloat16: also the residual stream, where dtype is bfloat16
     # to watch it, and a sample at the end
     wandb_project: str = ""  # also log to this Weights & Biases project
     sample_tokens: int = 0  # tokens of text to sample at the end
@@ -104,7 +107,7 @@ class Config:
 # What a resumed run may change; everything else makes it another run.
 CHANGEABLE = set(
     "out_dir data_dir prepare init_from eval_only eval_interval val_tokens log_interval "
-    "save_interval max_iters micro_batch_size device dtype compile wandb_project sample_tokens "
+    "save_interval max_iters micro_batch_size device dtype compile recompute wandb_project sample_tokens "
     "prompt temperature top_k".split()
 )
 
@@ -116,6 +119,7 @@ def check_flags(cfg: Config, world: int) -> None:
         "schedule": ["cosine", "wsd"],
         "optimizer": ["adamw", "muon"],
         "dtype": ["auto", "float32", "bfloat16"],
+        "residual": ["float32", "bfloat16"],
     }
     for name, valid in choices.items():
         if getattr(cfg, name) not in valid:
@@ -555,7 +559,9 @@ def evaluate(model: nn.Module, data: Data, cfg: Config, device: torch.device, au
         # One shape for all batches, so that torch.compile sees one: rows of padding, not counted.
         batch = torch.full((micro, T + 1), -100)
         batch[: len(tokens)] = tokens
-        x, y = inputs_and_targets(batch.to(device))
+        if device.type == "cuda":
+            batch = batch.pin_memory()
+        x, y = inputs_and_targets(batch.to(device, non_blocking=True))
         with autocast():
             losses.append(model(x.clamp(min=0), y)[1])
         weights.append(len(tokens) * T)
@@ -785,7 +791,9 @@ def has_onednn(device: torch.device) -> bool:
     return device.type == "cpu" and here
 
 
-def compiled(f: Callable, device: torch.device, mode: str = "default") -> Callable:
+def compiled(
+    f: Callable, device: torch.device, mode: str = "default", recompute: bool = False
+) -> Callable:
     """torch.compile for one shape; `mode` is for GPUs. On a CPU float32 products go to oneDNN: MKL
     gives CPUs other than Intel's its slow kernels, half as fast where there is AVX-512
     (experiments/LOG.md)."""
@@ -795,6 +803,7 @@ def compiled(f: Callable, device: torch.device, mode: str = "default") -> Callab
     # PyTorch traces anew at every start what has an autograd.Function (our loss) or an autocast inside,
     # though both are in its cache's key. Allowed, a second start of 32 layers takes 5 s instead of 17.
     functorch.autograd_cache_allow_custom_autograd_functions = True
+    functorch.ban_recompute_materialized_backward = not recompute
     for name in ("_enter_autocast", "_exit_autocast"):
         inductor.unsafe_marked_cacheable_functions[f"torch.amp.autocast_mode.{name}"] = "1"
     if not has_onednn(device):
@@ -847,7 +856,7 @@ def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn
         say("compile off: torch.compile is a prototype on MPS")
     elif cfg.compile:
         try:
-            ready = one_pass(compiled(model, device))
+            ready = one_pass(compiled(model, device, recompute=cfg.recompute))
             say(f"compile {time.perf_counter() - start:.1f} s")
         except torch.OutOfMemoryError:
             raise
@@ -1032,6 +1041,8 @@ def main() -> None:
     device = pick_device(cfg, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if device.type == "cpu":
         set_up_cpu()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for products of float32, e.g. a predictor's
     bf16 = use_bfloat16(cfg, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
 
@@ -1110,9 +1121,10 @@ def main() -> None:
     total_time = window_time = window_steps = 0
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     try:
-        model = raw
+        model = evaluated = raw
         if not cfg.eval_only:
-            model = compile_and_check(raw, optimizers, cfg, autocast)
+            # Evaluation compiles this one, not DDP around it, whose hooks would cut the graph.
+            model = evaluated = compile_and_check(raw, optimizers, cfg, autocast)
             if ddp:
                 # Deprecated in torch 2.13; its successor is not in 2.11.
                 warnings.filterwarnings("ignore", ".*broadcast_buffers")
@@ -1129,7 +1141,7 @@ def main() -> None:
                 window_time += time.perf_counter() - mark
                 if evaluate_now:
                     raw.eval()
-                    val_loss = evaluate(model, data, cfg, device, autocast)
+                    val_loss = evaluate(evaluated, data, cfg, device, autocast)
                     active = active_fraction(raw, data, device, autocast)
                     row = {"step": step, "tokens": step * per_step, "val_loss": val_loss}
                     log(row if active is None else row | {"active": active})
@@ -1138,6 +1150,7 @@ def main() -> None:
                     raw.train()
                 if save_now:
                     save()
+                gc.collect()
                 mark = time.perf_counter()
             if last:
                 break
@@ -1164,6 +1177,10 @@ def main() -> None:
             torch.manual_seed((cfg.seed * 2**20 + step) * 2**10 + rank)
             loss, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             step, window_steps = step + 1, window_steps + 1
+            if step == first_step + 1:  # Python's collector takes up to half a second: at evaluations only
+                gc.collect()
+                gc.freeze()
+                gc.disable()
             if step % cfg.log_interval == 0 or step == first_step + 1:
                 check_finite()
                 window_time += time.perf_counter() - mark
@@ -1215,7 +1232,7 @@ def main() -> None:
     if wandb:
         wandb.finish()
     if ddp:
-        del model  # held last by the model, the process group can deadlock on Python's lock
+        del model, evaluated  # held last by the model, the process group can deadlock on Python's lock
         dist.destroy_process_group()
 
 

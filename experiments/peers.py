@@ -54,7 +54,9 @@ class Config:
     json: str = ""  # write the rows to this file
 
 
-def hugging_face(cfg: Config) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
+def hugging_face(
+    cfg: Config, mask: dict | None = None
+) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
     try:
         from transformers import Qwen3Config, Qwen3ForCausalLM
     except ImportError:
@@ -77,9 +79,15 @@ def hugging_face(cfg: Config) -> tuple[nn.Module, Callable[[nn.Module, Tensor], 
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         x, y = batch[:, :-1], batch[:, 1:].contiguous()
-        return model(input_ids=x, labels=x, shift_labels=y).loss
+        return model(input_ids=x, labels=x, shift_labels=y, attention_mask=mask).loss
 
     return Qwen3ForCausalLM(config), loss
+
+
+def hugging_face_without_mask(cfg: Config) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
+    """Compiled, transformers builds a causal mask as a tensor, with which attention takes a slower kernel
+    (its issue 48925). Given a mask of None, attention is causal by its flag, as ours is."""
+    return hugging_face(cfg, {"full_attention": None})
 
 
 def nanogpt(cfg: Config) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
@@ -133,7 +141,11 @@ def our_step(cfg: Config, device: torch.device, dtype: torch.dtype):
     return model, calls, optimizers
 
 
-PEERS = {"Hugging Face": hugging_face, "nanoGPT": nanogpt}
+PEERS = {
+    "Hugging Face": hugging_face,
+    "HF, no mask": hugging_face_without_mask,
+    "nanoGPT": nanogpt,
+}
 
 
 def contend(cfg: Config, system: str, pipe) -> None:
@@ -164,18 +176,15 @@ def contend(cfg: Config, system: str, pipe) -> None:
         pass
 
 
-def main() -> None:
-    cfg, _ = configure(Config, sys.argv[1:])
-    for name, value in vars(cfg).items():
-        if type(value) is int and value < (0 if name == "seed" else 1):
-            raise UserError(f"--{name}={value} is too small")
-    _, dtype, name = bench.pick_device(cfg)
-    systems = ["ours", *["Hugging Face"] * cfg.hf, *["nanoGPT"] * bool(cfg.nanogpt)]
-    spawn, pipes, about = multiprocessing.get_context("spawn"), {}, {}
-    for system in reversed(systems):  # what may be missing first
+def take_turns(cfg: Config, systems: list[str], about: dict) -> dict[str, list[float]]:
+    """Start each system in a process of its own and measure their steps in turn. Returns the seconds of
+    each round, ours with those of its products; puts (parameters, peak memory) of each in `about`."""
+    spawn, pipes, processes = multiprocessing.get_context("spawn"), {}, []
+    for system in systems:
         bench.say(f"preparing {system}")
         pipes[system], other = spawn.Pipe()
-        spawn.Process(target=contend, args=(cfg, system, other), daemon=True).start()
+        processes.append(spawn.Process(target=contend, args=(cfg, system, other), daemon=True))
+        processes[-1].start()
         other.close()
         try:
             about[system] = pipes[system].recv()
@@ -188,8 +197,29 @@ def main() -> None:
         return lambda: (pipe.send(name), pipe.recv())
 
     calls = {system: told(pipes[system], system) for system in systems}
-    calls["products"] = told(pipes["ours"], "products")
+    if "ours" in systems:
+        calls["products"] = told(pipes["ours"], "products")
     times = bench.measure(calls, cfg.rounds, torch.device("cpu"))  # by this process's clock
+    for pipe, process in zip(pipes.values(), processes):
+        pipe.close()
+        process.join()
+    return times
+
+
+def main() -> None:
+    cfg, _ = configure(Config, sys.argv[1:])
+    for name, value in vars(cfg).items():
+        if type(value) is int and value < (0 if name == "seed" else 1):
+            raise UserError(f"--{name}={value} is too small")
+    device, dtype, name = bench.pick_device(cfg)
+    systems = [*["nanoGPT"] * bool(cfg.nanogpt), *["HF, no mask", "Hugging Face"] * cfg.hf, "ours"]
+    # Side by side on a CPU, whose speed changes from minute to minute; one after the other on a GPU,
+    # which holds one of them at a time. First what may be missing.
+    together = [systems] if device.type == "cpu" else [[system] for system in systems]
+    times, about = {}, {}
+    for group in together:
+        times |= take_turns(cfg, group, about)
+    systems.reverse()
 
     rows, n = [], cfg.micro_batch_size * cfg.block_size
     for system in systems:
