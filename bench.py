@@ -476,7 +476,7 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype, str]:
         raise UserError(f"--device is auto, cpu or cuda, not {name!r}")
     if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
         raise UserError(f"--device={name}, but this machine or build of torch has no such GPU")
-    device = torch.device(name)
+    device = torch.device(name if name == "cpu" else f"cuda:{name[5:] or 0}")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     wanted = cfg.dtype
     if wanted == "auto":
