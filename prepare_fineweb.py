@@ -1,5 +1,5 @@
 """
-Text -> shards of uint16 tokens, in the format of llm.c and modded-nanogpt.
+Text -> shards of uint16 tokens, in the format of llm.c and modded-nanogpt; shards -> batches.
 
     python prepare_fineweb.py                                   # FineWeb sample-10BT, streamed
     python prepare_fineweb.py --input='texts/*.parquet'         # jsonl(.gz, .zst), txt, py
@@ -38,7 +38,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_BYTES = 4 * HEADER_INTS
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl",
          ".txt": "text", ".py": "text"}  # fmt: skip
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
@@ -394,23 +395,27 @@ def save_meta(out_dir: str, meta: dict) -> None:
         f.write((json.dumps(meta, indent=1) + "\n").encode())
 
 
-def load_meta(out_dir: str) -> dict | None:
-    """meta.json of a folder, None if it has none. What only this program notes may be missing."""
-    path = os.path.join(out_dir, "meta.json")
+def load_meta(folder: str) -> dict | None:
+    """Return the meta.json of a folder, or None if it has none. The keys that only this program needs
+    may be missing. Raises UserError if the file cannot be read or is no meta.json."""
+    path = os.path.join(folder, "meta.json")
     try:
         with open(path, encoding="utf-8") as f:
             meta = json.load(f)
-        meta |= {"eot": -1, "source": "unknown", "flags": {}} | meta
+        meta |= {"eot": -1, "source": "", "flags": {}} | meta
         lacks = {"encoding", "vocab_size", "complete", "shards"} - meta.keys()
         if lacks or any({"name", "tokens"} - shard.keys() for shard in meta["shards"]):
             raise ValueError("it lacks what every meta.json says")
         if not isinstance(meta["flags"], dict):
-            raise ValueError(f"flags: {meta['flags']}")
+            raise ValueError(f"flags {meta['flags']}")
+        # A folder that was only begun has no vocabulary yet.
+        if not (meta["complete"] is False or 1 <= meta["vocab_size"] <= 2**16):
+            raise ValueError(f"vocab_size {meta['vocab_size']}")
         return meta
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
-        cure = f"put it right, or delete {out_dir} and start again"
+        cure = "delete the folder and run prepare_fineweb.py again"
         raise UserError(f"cannot read {path} ({e}): {cure}") from None
 
 
@@ -428,11 +433,6 @@ def save_shard(out_dir: str, index: int, tokens: np.ndarray) -> dict:
             f.write(part.data)
             digest.update(part.data)
     return {"name": shard_name(index), "tokens": len(tokens), "sha256": digest.hexdigest()}
-
-
-def shard_files(out_dir: str) -> list[str]:
-    found = [glob.glob(f"*_{part}_*.bin", root_dir=out_dir) for part in ("val", "train")]
-    return sorted(found[0] + found[1], key=lambda name: name.rsplit("_", 1)[1])
 
 
 # ---- the run ----------------------------------------------------------------------------------
@@ -519,7 +519,8 @@ def begin(cfg: Config) -> dict:
     flags = {key: value for key, value in asdict(cfg).items() if key not in FREE_FLAGS}
     if cfg.pretokenized:
         flags = {"pretokenized": cfg.pretokenized}
-    meta, there = load_meta(cfg.out_dir), shard_files(cfg.out_dir)
+    meta = load_meta(cfg.out_dir)
+    there = [name for split in ("val", "train") for name in shard_names(cfg.out_dir, split)]
     if meta is None and there:
         raise UserError(f"{cfg.out_dir} has shards but no meta.json: take another --out_dir")
     shards = meta["shards"] if meta else []
@@ -539,20 +540,18 @@ def begin(cfg: Config) -> dict:
                             "give the same flags, or another --out_dir")  # fmt: skip
     meta["complete"] &= meta["flags"] == flags
     meta["flags"] = flags
+    listed = {shard["name"]: shard["tokens"] for shard in shards}
     for i, shard in enumerate(shards):
-        path = os.path.join(cfg.out_dir, shard["name"])
-        if not os.path.isfile(path) or os.path.getsize(path) != shard_bytes(shard["tokens"]):
-            print(f"{path} is missing or cut: making it and what follows again")
+        try:
+            check_shard(os.path.join(cfg.out_dir, shard["name"]), listed)
+        except UserError as e:
+            print(f"{e}: this run makes it and what follows again")
             for later in shards[i:]:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(cfg.out_dir, later["name"]))
             meta["shards"], meta["complete"] = shards[:i], False
             break
     return meta
-
-
-def shard_bytes(tokens: int) -> int:
-    return 4 * HEADER_INTS + 2 * tokens
 
 
 def cores() -> int:
@@ -582,35 +581,7 @@ def print_table(out_dir: str, meta: dict) -> None:
     print(f"{out_dir} is complete: {meta['source']}, encoding {meta['encoding']}")
 
 
-# ---- ready-made shards, and checking ----------------------------------------------------------
-
-
-def check_shard(path: str, vocab_size: int, eot: int) -> tuple[dict, list[str]]:
-    """Read one shard whole: its tokens, documents and sha256, and what is wrong with it."""
-    found, wrong = {"tokens": 0, "documents": 0}, []
-    try:
-        with open(path, "rb") as f:
-            head = f.read(4 * HEADER_INTS)
-            digest = hashlib.sha256(head)
-            if len(head) < 4 * HEADER_INTS:
-                return {}, ["shorter than a header"]
-            magic, version, count = (int(i) for i in np.frombuffer(head, "<i4")[:3])
-            if (magic, version) != (MAGIC, VERSION):
-                return {}, [f"not a shard: magic {magic}, version {version}"]
-            while data := f.read(1 << 22):
-                digest.update(data)
-                ids = np.frombuffer(data[: len(data) // 2 * 2], "<u2")
-                if not wrong and (ids >= vocab_size).any():  # the first one is enough
-                    at = int(np.argmax(ids >= vocab_size))
-                    where = f"token {found['tokens'] + at:,}"
-                    wrong.append(f"{where} is id {ids[at]}, vocabulary {vocab_size:,}")
-                found["tokens"] += len(ids)
-                found["documents"] += int((ids == eot).sum())
-    except OSError as e:
-        return {}, [f"cannot be read ({e.strerror})"]
-    if (size := os.path.getsize(path)) != (needed := shard_bytes(count)):
-        wrong.append(f"{size:,} bytes, but its header's {count:,} tokens need {needed:,}")
-    return found | {"sha256": digest.hexdigest()}, wrong
+# ---- ready-made shards -----------------------------------------------------------------------
 
 
 def download(cfg: Config, meta: dict) -> None:
@@ -623,9 +594,11 @@ def download(cfg: Config, meta: dict) -> None:
         with whole_file(os.path.join(cfg.out_dir, name)) as f:
             fetch(hf_hub_url(PRETOKENIZED, name, repo_type="dataset"), f)
             f.flush()
-            found, wrong = check_shard(f.name, meta["vocab_size"], meta["eot"])
-            if wrong:
-                raise UserError(f"{name} arrived damaged ({wrong[0]}): run this again")
+            try:
+                check_shard(f.name)
+                found = scan_shard(f.name, meta["vocab_size"], meta["eot"])
+            except UserError as e:
+                raise UserError(f"{name} arrived damaged ({e}): run this again") from None
         # bytes of text per token would need the tokenizer, which shards do not
         meta["shards"].append({"name": name, **found, "bytes": None})
         save_meta(cfg.out_dir, meta)
@@ -666,36 +639,209 @@ def fetch(url: str, f: BinaryIO) -> None:
                 time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
 
 
-def verify(folder: str) -> None:
-    """Re-read every shard against meta.json (GPT-2 without one); UserError if any is wrong."""
-    meta, names = load_meta(folder), shard_files(folder)
-    wrong = []
-    if meta is None:
-        meta = {"vocab_size": 50257, "eot": 50256, "source": "no meta.json", "encoding": "gpt2",
-                "shards": [{"name": name} for name in names], "complete": True}  # fmt: skip
+# ---- shards -> batches ------------------------------------------------------------------------
+
+
+class Shard(NamedTuple):
+    path: str
+    tokens: int
+
+
+class Data(NamedTuple):
+    train: list[Shard]
+    val: list[Shard]
+    encoding: str
+    n_vocab: int  # of the encoding: token ids are below it
+    source: str  # where the text comes from; empty if no meta.json says it
+
+
+def shard_names(folder: str, split: str) -> list[str]:
+    """The sorted names of a folder's shards of one split, "train" or "val"."""
+    return sorted(glob.glob(f"*_{split}_*.bin", root_dir=folder))
+
+
+def has_shards(data_dir: str) -> bool:
+    """Whether a folder can be trained on: prepare_fineweb.py has finished it, or it has training
+    shards without a meta.json."""
+    meta = load_meta(data_dir)
+    return bool(meta["complete"] if meta else shard_names(data_dir, "train"))
+
+
+def check_shard(path: str, listed: dict[str, int] | None = None) -> Shard:
+    """Check a shard's header against the file's size and, where there is a meta.json, against
+    `listed`, its token counts by name. Raises UserError naming the shard and the cure."""
+    again = "delete it and run prepare_fineweb.py again"
+    try:
+        size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_INTS)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}): {again}") from None
+    if len(header) < HEADER_INTS or header[0] != MAGIC:
+        raise UserError(f"{path}: not a token shard (magic number {MAGIC} missing): {again}")
+    if header[1] != VERSION:
+        raise UserError(
+            f"{path}: shard version {header[1]}, not {VERSION} (7 is Llama 3's 32-bit tokens): {again}"
+        )
+    tokens = int(header[2])
+    if tokens < 1 or size != HEADER_BYTES + 2 * tokens:
+        raise UserError(
+            f"{path}: header says {tokens:,} tokens, the file holds "
+            f"{(size - HEADER_BYTES) / 2:,.1f}: {again}"
+        )
+    if listed is not None and listed.get(os.path.basename(path)) != tokens:
+        raise UserError(f"{path}: not the shard that meta.json lists (another encoding?): {again}")
+    return Shard(path, tokens)
+
+
+def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
+    """Check the shards of a folder without reading their tokens. Returns meta.json (what is true of
+    GPT-2's public shards if there is none), the sound shards of each split, and what is wrong."""
+    make = f"make it with: python prepare_fineweb.py --out_dir={folder}"
+    meta, listed, wrong = load_meta(folder), None, []
+    if meta:
+        listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]}
+    else:
+        meta = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256, "source": "", "complete": True}
+    if not meta["complete"]:
+        wrong.append(f"{folder} is not finished: run its prepare_fineweb.py line again")
+    splits: dict[str, list[Shard]] = {"train": [], "val": []}
+    for split, shards in splits.items():
+        names = shard_names(folder, split)
+        if not names:
+            others = sorted(glob.glob(f"*{split}*.bin", root_dir=folder))
+            cure = f"rename {others[0]}, shards are named *_{split}_000001.bin" if others else make
+            wrong.append(f"no {split} shards in {folder}: {cure}")
+        for name in names:
+            try:
+                shards.append(check_shard(os.path.join(folder, name), listed))
+            except UserError as e:
+                wrong.append(str(e))
+        if listed is not None:
+            gone = [name for name in listed if f"_{split}_" in name and name not in names]
+            wrong += [f"{folder} lacks {name}, which meta.json lists: {make}" for name in gone]
+            continue
         numbered = [name for name in names if re.search(r"_\d+\.bin$", name)]
         cure = "a shard's name ends in its number, e.g. _000001.bin: rename it"
         wrong += [f"{os.path.join(folder, name)}: {cure}" for name in names if name not in numbered]
+        sets = sorted({name.rsplit("_", 1)[0] for name in numbered})
+        if len(sets) > 1:
+            wrong.append(f"{folder} has shards of two sets, {sets[0]}_ and {sets[1]}_: move one away")
+            continue
         numbers = sorted(int(name[:-4].rsplit("_", 1)[1]) for name in numbered)
-        wrong += [f"{folder}: shard {a + 1} is missing" + (f", and on to {b - 1}" if b > a + 2 else "")
-                  for a, b in itertools.pairwise([-1, *numbers]) if b > a + 1]  # fmt: skip
-    listed = [shard["name"] for shard in meta["shards"]]
-    if not listed:
-        raise UserError(f"{folder} has no shards: check the path")
-    wrong += [f"{os.path.join(folder, name)}: not in meta.json" for name in names if name not in listed]
-    for shard in meta["shards"]:
-        path = os.path.join(folder, shard["name"])
-        found, problems = check_shard(path, meta["vocab_size"], meta["eot"])
-        for key, value in found.items():
-            if shard.setdefault(key, value) != value:
-                problems.append(f"{key} {value}, but meta.json says {shard[key]}")
-        wrong += [f"{path}: {problem}" for problem in problems]
-    if not meta["complete"]:
-        wrong.append(f"{folder}: unfinished, run its command again")
+        for before, after in itertools.pairwise(numbers):
+            if after != before + 1:
+                wrong.append(f"{folder} lacks {split} shard {before + 1}: {make}")
+    return meta, splits, wrong
+
+
+def open_data(data_dir: str, block_size: int) -> Data:
+    """Find and check the shards of a folder. Raises UserError naming the first that is wrong."""
+    meta, splits, wrong = find_shards(data_dir)
+    if wrong:
+        raise UserError(wrong[0])
+    for split, shards in splits.items():
+        if window_counts(shards, block_size).sum() < 1:
+            raise UserError(
+                f"the {split} shards of {data_dir} have no window of block_size + 1 = "
+                f"{block_size + 1} tokens: lower --block_size or prepare more data"
+            )
+    return Data(splits["train"], splits["val"], meta["encoding"], meta["vocab_size"], meta["source"])
+
+
+@functools.lru_cache(maxsize=32)
+def permutation(n: int, *seed: int) -> np.ndarray:
+    """A seeded permutation of range(n). RandomState's stream is frozen, unlike the newer Generator's."""
+    return np.random.RandomState(seed).permutation(n)
+
+
+def window_counts(shards: list[Shard], block_size: int) -> np.ndarray:
+    """Windows of each shard: window i is tokens [i * block_size, (i + 1) * block_size]."""
+    return np.array([(shard.tokens - 1) // block_size for shard in shards])
+
+
+def locate(counts: np.ndarray, samples: np.ndarray, data_seed: int) -> list[tuple[int, int]]:
+    """The (shard, window) of each training sample: sample g is window g mod W of epoch g // W, an
+    epoch being a permutation of the shards, then of the windows within each."""
+    found = []
+    for g in samples.tolist():
+        epoch, w = divmod(g, int(counts.sum()))
+        order = permutation(len(counts), data_seed, epoch)
+        ends = counts[order].cumsum()
+        place = int(ends.searchsorted(w, side="right"))
+        shard = int(order[place])
+        windows = permutation(int(counts[shard]), data_seed, epoch, shard)
+        found.append((shard, int(windows[w - (ends[place] - counts[shard])])))
+    return found
+
+
+def read_windows(
+    shards: list[Shard], places: list[tuple[int, int]], block_size: int, n_vocab: int
+) -> np.ndarray:
+    """Read the windows at `places`, (shard, window) pairs, and check their token ids: (n, block_size +
+    1) int64. Raises UserError naming the shard. A read at an offset is used, as a shard that shrinks
+    under a memory map would kill the process."""
+    batch = np.empty((len(places), block_size + 1), np.int64)
+    by_shard = sorted(range(len(places)), key=lambda row: places[row])
+    for s, rows in itertools.groupby(by_shard, key=lambda row: places[row][0]):
+        path = shards[s].path
+        try:
+            with open(path, "rb") as f:  # one shard open at a time: a batch may need thousands
+                for row in rows:
+                    window = places[row][1]
+                    size, offset = 2 * (block_size + 1), HEADER_BYTES + 2 * block_size * window
+                    raw = os.pread(f.fileno(), size, offset)
+                    if len(raw) < size:
+                        raise UserError(f"{path} shrank during the run: restore it, then resume")
+                    batch[row] = np.frombuffer(raw, "<u2")
+                    if (largest := batch[row].max()) >= n_vocab:
+                        raise UserError(
+                            f"{path}: token id {largest} in window {window}, but the encoding has ids "
+                            f"below {n_vocab}: prepare this shard again"
+                        )
+        except OSError as e:
+            raise UserError(
+                f"{path}: cannot be read ({e.strerror}): restore it, then resume"
+            ) from None
+    return batch
+
+
+# ---- checking ---------------------------------------------------------------------------------
+
+
+def scan_shard(path: str, n_vocab: int, eot: int) -> dict:
+    """Read a shard whole and return its "tokens", "documents" (how many tokens are eot) and "sha256".
+    Raises UserError for the first token id that is not below n_vocab."""
+    tokens = documents = 0
+    with open(path, "rb") as f:
+        digest = hashlib.sha256(f.read(HEADER_BYTES))
+        while data := f.read(1 << 22):
+            digest.update(data)
+            ids = np.frombuffer(data, "<u2")
+            if len(bad := np.flatnonzero(ids >= n_vocab)):
+                where = f"{path}: token {tokens + bad[0]:,} is id {ids[bad[0]]}"
+                raise UserError(f"{where}, the vocabulary has {n_vocab:,}: prepare it again")
+            tokens += len(ids)
+            documents += int((ids == eot).sum())
+    return {"tokens": tokens, "documents": documents, "sha256": digest.hexdigest()}
+
+
+def verify(folder: str) -> None:
+    """Re-read every shard and check it against meta.json. Prints a line for each thing that is wrong
+    and then raises UserError."""
+    meta, splits, wrong = find_shards(folder)
+    entries = {entry["name"]: entry for entry in meta.get("shards", [])}
+    for shard in splits["val"] + splits["train"]:
+        name = os.path.basename(shard.path)
+        entry = entries.setdefault(name, {"name": name})
+        try:
+            for key, value in scan_shard(shard.path, meta["vocab_size"], meta["eot"]).items():
+                if entry.setdefault(key, value) != value:
+                    wrong.append(f"{shard.path}: {key} {value}, but meta.json says {entry[key]}")
+        except (UserError, OSError) as e:
+            wrong.append(str(e))
     if wrong:
         print("\n".join(wrong))
         raise UserError(f"{len(wrong)} things are wrong in {folder}, listed above")
-    print_table(folder, meta)
+    print_table(folder, meta | {"shards": list(entries.values())})
 
 
 def main() -> None:

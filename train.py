@@ -34,7 +34,6 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +43,15 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import UserError, configure, reason, run, suggest
 from model import GPT, GPTConfig, ffn_cost, has, is_residual, parse_spec
-from prepare_fineweb import HEADER_INTS, MAGIC, VERSION, load_encoding, whole_file
+from prepare_fineweb import (
+    Data,
+    load_encoding,
+    locate,
+    open_data,
+    read_windows,
+    whole_file,
+    window_counts,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Flags
@@ -197,148 +204,7 @@ def use_bfloat16(cfg: Config, device: torch.device) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------
-# Data: shards -> windows -> batches
-
-HEADER_BYTES = 4 * HEADER_INTS
-
-
-class Shard(NamedTuple):
-    path: str
-    tokens: int
-
-
-class Data(NamedTuple):
-    train: list[Shard]
-    val: list[Shard]
-    encoding: str
-    n_vocab: int  # of the encoding: ids are below it
-
-
-def open_data(data_dir: str, block_size: int) -> Data:
-    """Find and check every shard of a folder: name, header, size, numbering, meta.json."""
-    make = f"make it with: python prepare_fineweb.py --out_dir={data_dir}"
-    meta_path = os.path.join(data_dir, "meta.json")
-    meta = {"encoding": "gpt2", "vocab_size": 50257, "complete": True}  # of public shards
-    listed = None
-    try:
-        if os.path.exists(meta_path):
-            with open(meta_path, encoding="utf-8") as f:
-                meta = json.load(f)
-            listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]}
-        encoding, n_vocab, complete = str(meta["encoding"]), int(meta["vocab_size"]), meta["complete"]
-        if not 1 <= n_vocab <= 2**16:
-            raise ValueError(f"vocab_size {n_vocab}")
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{meta_path} cannot be read ({e!r}): {make}") from None
-    if not complete:
-        raise UserError(f"{data_dir} is not finished: run its prepare_fineweb.py line again")
-    splits = {}
-    for split in ("train", "val"):
-        paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), f"*_{split}_*.bin")))
-        if not paths:
-            raise UserError(f"no {split} shards in {data_dir}: {make}")
-        shards = [check_shard(path, listed) for path in paths]
-        sets = sorted({re.sub(r"\d+\.bin$", "", os.path.basename(path)) for path in paths})
-        if len(sets) > 1:
-            raise UserError(f"{data_dir} has shards of two sets, {sets[0]} and {sets[1]}: move one away")
-        numbers = [int(re.findall(r"\d+", path)[-1]) for path in paths]
-        for before, after in zip(numbers, numbers[1:]):
-            if after != before + 1:
-                raise UserError(f"{data_dir} lacks {split} shard {before + 1}: {make}")
-        for name in sorted(set(listed or ()) - {os.path.basename(path) for path in paths}):
-            if f"_{split}_" in name:
-                raise UserError(f"{data_dir} lacks {name}, which meta.json lists: {make}")
-        if sum((shard.tokens - 1) // block_size for shard in shards) < 1:
-            raise UserError(
-                f"the {split} shards of {data_dir} have no window of block_size + 1 = "
-                f"{block_size + 1} tokens: lower --block_size or prepare more data"
-            )
-        splits[split] = shards
-    return Data(splits["train"], splits["val"], encoding, n_vocab)
-
-
-def check_shard(path: str, listed: dict[str, int] | None) -> Shard:
-    """Read a shard's header and hold it against its size on disk and meta.json."""
-    again = "delete it and run prepare_fineweb.py again"
-    try:
-        size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_BYTES // 4)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}): {again}") from None
-    if header.size < 256 or header[0] != MAGIC:
-        raise UserError(f"{path}: not a token shard (magic number {MAGIC} missing): {again}")
-    if header[1] != VERSION:
-        raise UserError(
-            f"{path}: shard version {header[1]}, not {VERSION} (7 is Llama 3's 32-bit tokens): {again}"
-        )
-    tokens = int(header[2])
-    if tokens < 1 or size != HEADER_BYTES + 2 * tokens:
-        raise UserError(
-            f"{path}: header says {tokens:,} tokens, the file holds "
-            f"{(size - HEADER_BYTES) / 2:,.1f}: {again}"
-        )
-    name = os.path.basename(path)
-    if not re.search(r"_\d+\.bin$", name):
-        raise UserError(f"{path}: a shard's name ends in its number, e.g. _000001.bin: rename it")
-    if listed is not None and listed.get(name) != tokens:
-        raise UserError(f"{path}: not the shard that meta.json lists (another encoding?): {again}")
-    return Shard(path, tokens)
-
-
-@functools.lru_cache(maxsize=32)
-def permutation(n: int, *seed: int) -> np.ndarray:
-    """Of range(n). RandomState: its stream is frozen, the newer Generator's is not."""
-    return np.random.RandomState(seed).permutation(n)
-
-
-def window_counts(shards: list[Shard], block_size: int) -> np.ndarray:
-    """Windows of each shard: window i is tokens [i * block_size, (i + 1) * block_size]."""
-    return np.array([(shard.tokens - 1) // block_size for shard in shards])
-
-
-def locate(counts: np.ndarray, samples: np.ndarray, data_seed: int) -> list[tuple[int, int]]:
-    """The (shard, window) of each training sample: sample g is window g mod W of epoch g // W, an
-    epoch being a permutation of the shards, then of the windows within each."""
-    found = []
-    for g in samples.tolist():
-        epoch, w = divmod(g, int(counts.sum()))
-        order = permutation(len(counts), data_seed, epoch)
-        ends = counts[order].cumsum()
-        place = int(ends.searchsorted(w, side="right"))
-        shard = int(order[place])
-        windows = permutation(int(counts[shard]), data_seed, epoch, shard)
-        found.append((shard, int(windows[w - (ends[place] - counts[shard])])))
-    return found
-
-
-def read_windows(
-    shards: list[Shard], places: list[tuple[int, int]], block_size: int, n_vocab: int
-) -> Tensor:
-    """(n, block_size + 1) int64 tokens, checked. pread, as a shard that shrinks under a memory map
-    kills the process. Raises UserError naming the shard."""
-    batch = np.empty((len(places), block_size + 1), np.int64)
-    files: dict[int, int] = {}
-    try:
-        for row, (s, window) in enumerate(places):
-            if s not in files:
-                files[s] = os.open(shards[s].path, os.O_RDONLY)
-            size = 2 * (block_size + 1)
-            raw = os.pread(files[s], size, HEADER_BYTES + 2 * block_size * window)
-            if len(raw) < size:
-                raise UserError(f"{shards[s].path} shrank during the run: restore it, then resume")
-            batch[row] = np.frombuffer(raw, "<u2")
-            if batch[row].max() >= n_vocab:
-                raise UserError(
-                    f"{shards[s].path}: token id {batch[row].max()} in window {window}, but the "
-                    f"encoding has ids below {n_vocab}: prepare this shard again"
-                )
-    except OSError as e:
-        raise UserError(
-            f"{shards[s].path}: cannot be read ({e.strerror}): restore it, then resume"
-        ) from None
-    finally:
-        for fd in files.values():
-            os.close(fd)
-    return torch.from_numpy(batch)
+# Data
 
 
 def prepare_data(cfg: Config, local_rank: int) -> None:
@@ -554,7 +420,7 @@ def evaluate(model: nn.Module, data: Data, cfg: Config, device: torch.device, au
             break
         # One shape for all batches, so that torch.compile sees one: rows of padding, not counted.
         batch = torch.full((micro, T + 1), -100)
-        batch[: len(tokens)] = tokens
+        batch[: len(tokens)] = torch.from_numpy(tokens)
         x, y = inputs_and_targets(batch.to(device))
         with autocast():
             losses.append(model(x.clamp(min=0), y)[1])
@@ -600,7 +466,7 @@ def active_fraction(model: GPT, data: Data, device: torch.device, autocast) -> f
     first = next(s for s, count in enumerate(counts) if count)
     tokens = read_windows(data.val, [(first, 0)], model.config.block_size, data.n_vocab)
     with autocast():
-        model.model(tokens[:, :-1].to(device))
+        model.model(torch.from_numpy(tokens)[:, :-1].to(device))
     for hook in hooks:
         hook.remove()
     return float(torch.stack(active).mean())
@@ -1157,6 +1023,7 @@ def main() -> None:
                 stopped = True
                 break
 
+            batch = torch.from_numpy(batch)
             if device.type == "cuda":
                 batch = batch.pin_memory()
             batches = batch.to(device, non_blocking=True).split(cfg.micro_batch_size)

@@ -662,7 +662,7 @@ ERRORS = {
     "both": (["--input={d}/good.parquet", "--dataset=x"], ["--dataset"]),
     "verify and": (["--verify=x", "--input=stdlib"], ["--input"]),
     "pretokenized and": (["--pretokenized=2", "--encoding=bytes"], ["--encoding"]),
-    "no folder": (["--verify=/nowhere/at/all"], ["no shards"]),
+    "no folder": (["--verify=/nowhere/at/all"], ["/nowhere/at/all", "wrong"]),
     "out_dir is a file": (["--input=stdlib", "--out_dir={d}/good.jsonl"], ["--out_dir"]),
 }
 
@@ -787,19 +787,23 @@ def test_verify(tmp_path, monkeypatch, capsys):
     assert f"{name}: sha256" in damaged(lambda out, d: put(d, 900, b"\x01"))  # in the header
     found = damaged(lambda out, d: put(d, 1024 + 2 * 300, b"\x01\x01"))
     assert f"{name}: token 300 is id 257" in found
-    assert "not a shard" in damaged(lambda out, d: put(d, 0, b"\x00"))
-    assert "need 1,822" in damaged(lambda out, d: put(d, 8, (399).to_bytes(4, "little")))
-    assert "1,823 bytes" in damaged(lambda out, d: d.pop())
-    assert "shorter than a header" in damaged(lambda out, d: d.clear())
+    assert f"{name}: not a token shard" in damaged(lambda out, d: put(d, 0, b"\x00"))
+    fewer = damaged(lambda out, d: put(d, 8, (399).to_bytes(4, "little")))
+    assert "header says 399 tokens, the file holds 400.0" in fewer
+    assert "header says 400 tokens, the file holds 399.5" in damaged(lambda out, d: d.pop())
+    assert f"{name}: not a token shard" in damaged(lambda out, d: d.clear())
     missing = damaged(lambda out, d: (out / name).unlink())
-    assert f"{name}: cannot be read" in missing
+    assert f"lacks {name}, which meta.json lists" in missing
     assert len(missing.splitlines()) == 1  # not its tokens and documents besides
     stray = damaged(lambda out, d: (out / "fineweb_train_000099.bin").write_bytes(b""))
-    assert "000099.bin: not in meta.json" in stray
-    for key, value in {"tokens": 399, "documents": 0, "sha256": "0"}.items():
+    assert "000099.bin: not a token shard" in stray
+    extra = damaged(lambda out, d: small_shard(out / "fineweb_train_000099.bin"))
+    assert "000099.bin: not the shard that meta.json lists" in extra
+    for key, value in {"documents": 0, "sha256": "0"}.items():
         found = damaged(lambda out, d, k=key, v=value: edit_meta(out, **{k: v}))
         assert f"{name}: {key}" in found
-    assert "unfinished" in damaged(lambda out, d: (truncate(out, 2), (out / name).touch()))
+    assert f"{name}: not the shard" in damaged(lambda out, d: edit_meta(out, tokens=399))
+    assert "is not finished" in damaged(lambda out, d: (truncate(out, 2), (out / name).touch()))
 
     # without meta.json it is GPT-2's vocabulary, and the numbers must have no gap
     (good / "meta.json").unlink()
@@ -810,7 +814,7 @@ def test_verify(tmp_path, monkeypatch, capsys):
     assert f"{name}: token 1 is id 50257" in prep("--verify", good).stdout
     (good / name).unlink()
     result = prep("--verify", good)
-    assert "shard 2 is missing" in result.stdout
+    assert "lacks train shard 2" in result.stdout
     assert result.returncode == 1
 
 
@@ -824,18 +828,28 @@ def test_verify_names_and_gaps_without_meta(tmp_path):
     for name in ("x_val_000000.bin", "x_train_abc.bin", "x_train_000003.bin", "x_train_9999999999.bin"):
         small_shard(tmp_path / name)
     result = prep("--verify", tmp_path)
-    fails(result, "3 things are wrong")
+    fails(result, "2 things are wrong")
     assert "x_train_abc.bin: a shard's name ends in its number, e.g. _000001.bin" in result.stdout
-    assert "shard 1 is missing, and on to 2" in result.stdout
-    assert "shard 4 is missing, and on to 9999999998" in result.stdout
-    shutil.rmtree(tmp_path)
-    tmp_path.mkdir()
-    small_shard(tmp_path / "x_train_000000.bin")
-    fails(prep("--verify", tmp_path / "x_train_000000.bin"), "no shards", "check the path")
+    assert "lacks train shard 4" in result.stdout
+    result = prep("--verify", tmp_path / "x_val_000000.bin")
+    fails(result, "things are wrong")
+    assert "no train shards" in result.stdout
+
+
+def test_llmc_tiny_shakespeare_names_the_pattern(tmp_path):
+    """llm.c's tiny_shakespeare_train.bin has no number: the error says how a shard is named."""
+    small_shard(tmp_path / "tiny_shakespeare_train.bin")
+    small_shard(tmp_path / "tiny_shakespeare_val.bin")
+    with pytest.raises(UserError, match=r"rename tiny_shakespeare_train\.bin.*\*_train_000001\.bin"):
+        prepare_fineweb.open_data(str(tmp_path), 2)
+    for split in ("train", "val"):
+        (tmp_path / f"tiny_shakespeare_{split}.bin").rename(tmp_path / f"tiny_{split}_000000.bin")
+    assert prepare_fineweb.open_data(str(tmp_path), 2).train[0].tokens == 5
 
 
 META = {"encoding": "bytes", "vocab_size": 257, "complete": True,
-        "shards": [{"name": "x_train_000000.bin", "tokens": 5}]}  # fmt: skip
+        "shards": [{"name": "x_train_000000.bin", "tokens": 5},
+                   {"name": "x_val_000000.bin", "tokens": 5}]}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -857,12 +871,61 @@ def test_meta_that_is_none(tmp_path, monkeypatch, text):
 
 def test_meta_of_another_program(tmp_path, monkeypatch):
     """What training needs is enough to verify; to go on with it is refused."""
-    small_shard(tmp_path / "x_train_000000.bin")
+    for shard in META["shards"]:
+        small_shard(tmp_path / shard["name"])
     (tmp_path / "meta.json").write_text(json.dumps(META))
-    assert "1 shards" in works(prep("--verify", tmp_path))
+    assert "2 shards" in works(prep("--verify", tmp_path))
     for flags in (["--pretokenized=1"], ["--input=stdlib", "--encoding=bytes"]):
         with pytest.raises(UserError, match="not begun with .*take another --out_dir"):
             in_process(monkeypatch, *flags, f"--out_dir={tmp_path}")
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+
+def test_a_batch_over_more_shards_than_files_may_be_open(tmp_path):
+    """Each window is right and in its place, although the process may open only 64 files."""
+    shards, expected = [], []
+    for i in range(200):
+        header = np.array([20240520, 1, 9] + [0] * 253, dtype="<i4")
+        ids = np.arange(i, i + 9, dtype="<u2")
+        path = tmp_path / f"x_train_{i:06d}.bin"
+        path.write_bytes(header.tobytes() + ids.tobytes())
+        shards.append(prepare_fineweb.check_shard(str(path)))
+        expected += [[i, i + 1, i + 2], [i + 4, i + 5, i + 6]]
+    places = [(i, window) for i in range(200) for window in (0, 2)]
+    mixed = random.Random(0).sample(range(400), 400)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        batch = prepare_fineweb.read_windows(shards, [places[i] for i in mixed], 2, 257)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert batch.dtype == np.int64
+    assert batch.tolist() == [expected[i] for i in mixed]
+
+
+def test_what_a_folder_says_of_itself(tmp_path, monkeypatch):
+    """open_data and has_shards: encoding, vocabulary and source of a finished folder, of an unfinished
+    one, of one without a meta.json and of an empty one."""
+    write_jsonl(tmp_path / "a.jsonl", ["some", "texts", "more", "and more"])
+    out = tmp_path / "out"
+    assert not prepare_fineweb.has_shards(str(out))
+    in_process(monkeypatch, f"--input={tmp_path}/a.jsonl", "--encoding=bytes", "--workers=1",
+               "--val_tokens=9", f"--out_dir={out}")  # fmt: skip
+    data = prepare_fineweb.open_data(str(out), 4)
+    assert (data.encoding, data.n_vocab) == ("bytes", 257)
+    assert data.source == f"{tmp_path}/a.jsonl (1 files)"
+    assert [shard.tokens for shard in data.train + data.val] == [16, 9]
+    assert prepare_fineweb.has_shards(str(out))
+    truncate(out, 1)
+    assert not prepare_fineweb.has_shards(str(out))
+    (out / "meta.json").unlink()
+    assert not prepare_fineweb.has_shards(str(out))  # validation alone is no data to train on
+    small_shard(out / "fineweb_train_000001.bin")
+    assert prepare_fineweb.has_shards(str(out))
+    data = prepare_fineweb.open_data(str(out), 4)
+    assert (data.encoding, data.n_vocab, data.source) == ("gpt2", 50257, "")
 
 
 # ---- the network ------------------------------------------------------------------------------
