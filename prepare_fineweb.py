@@ -18,23 +18,25 @@ shard, to the same bytes. Neither interruptions nor the number of workers change
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import functools
 import glob
 import hashlib
-import importlib.util
+import io
 import itertools
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import sysconfig
 import tempfile
 import threading
-import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -42,19 +44,19 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
-from configurator import UserError, configure, run, suggest
+from configurator import UserError, configure, reason, run, suggest
 
 if TYPE_CHECKING:
     import tiktoken
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
-KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl",
-         ".txt": "text", ".py": "text"}  # fmt: skip
+KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".py": "text"}
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
-DOWNLOAD_ATTEMPTS, RETRY_SECONDS = 5, 1.0  # without getting any further; doubled each time
 EOT = "<|endoftext|>"
 BATCH_CHARS = 1 << 18
+# what a file system answers that cannot lock a file or write a folder to disk
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS}
 
 
 @dataclass
@@ -166,16 +168,15 @@ def encode_batch(texts: list[str]) -> np.ndarray:
 
 
 def encode_in_order(
-    pool: ProcessPoolExecutor, workers: int, batches: Iterator[tuple[dict, list[str]]]
-) -> Iterator[tuple[dict, np.ndarray]]:
-    """(position, texts) -> (position, tokens), in order, with a bounded number in flight."""
-    futures = ((position, pool.submit(encode_batch, texts)) for position, texts in batches)
+    pool: ProcessPoolExecutor, workers: int, batches: Iterator[list[str]]
+) -> Iterator[np.ndarray]:
+    """The tokens of each batch of texts, in order, with a bounded number in flight."""
+    futures = (pool.submit(encode_batch, texts) for texts in batches)
     try:
         pending = deque(itertools.islice(futures, 2 * workers + 2))
         while pending:
             pending.extend(itertools.islice(futures, 1))
-            position, future = pending.popleft()
-            yield position, future.result()
+            yield pending.popleft().result()
     except BrokenProcessPool:
         raise UserError(
             "a worker process died (out of memory?): run the same command again, it goes on from "
@@ -186,25 +187,50 @@ def encode_in_order(
 # ---- sources ----------------------------------------------------------------------------------
 
 
-def find_files(cfg: Config) -> tuple[str, list[str]]:
-    """The kind ("parquet", "jsonl", "text") and the sorted paths of the local input files."""
+def find_source(cfg: Config, meta: dict) -> tuple[list[str], int]:
+    """Find the input. Returns the paths of its files, here or on the hub, and about how many tokens
+    they hold (0: unknown). Notes in meta what the input is, so that no run goes on with another."""
+    if not cfg.input:
+        meta["revision"], paths = find_dataset(cfg, meta.get("revision") or cfg.revision or None)
+        meta["source"] = f"{cfg.dataset} {cfg.name} {cfg.split} at {meta['revision']}"
+        billions = re.search(r"(\d+)BT", cfg.name)  # sample-10BT holds about 10 billion tokens
+        return paths, int(billions[1]) * 10**9 if billions else 0
     if cfg.input == "stdlib":
-        return "text", stdlib_files()
-    found = glob.glob(os.path.expanduser(cfg.input), recursive=True)
-    paths = sorted(filter(os.path.isfile, found))
+        paths = stdlib_files()
+        meta["source"] = f"the standard library of Python {sys.version.split()[0]}"
+    else:
+        paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(cfg.input), recursive=True)))
+        meta["source"] = f"{cfg.input} ({len(paths)} files)"
     if not paths:
         raise UserError(f"--input={cfg.input!r} matches no file: quote the glob, check the path")
-    kinds = {}
-    for path in paths:
-        extension = next((e for e in KINDS if path.endswith(e)), None)
-        if extension is None:
-            raise UserError(f"cannot tell what {path} is: --input takes {', '.join(KINDS)}")
-        if extension == ".jsonl.zst" and not importlib.util.find_spec("zstandard"):
-            raise UserError(f"{path} needs the zstandard package: pip install zstandard")
-        kinds[KINDS[extension]] = path
+    kinds = {kind_of(path): path for path in paths}
     if len(kinds) > 1:
         raise UserError(f"--input mixes {' and '.join(kinds.values())}: take one kind at a time")
-    return kinds.popitem()[0], paths
+    size = sum(text_bytes(path, cfg.text_column) for path in paths)
+    names_and_sizes = [(os.path.basename(path), os.path.getsize(path)) for path in paths]
+    digest = hashlib.sha256(json.dumps(names_and_sizes).encode()).hexdigest()
+    if meta.setdefault("input_digest", digest) != digest:
+        raise UserError(f"the files of --input={cfg.input!r} are not those that {cfg.out_dir} was "
+                        "begun with: put them back, or take another --out_dir")  # fmt: skip
+    return paths, int(size / (1 if cfg.encoding == "bytes" else 4.5))
+
+
+def find_dataset(cfg: Config, revision: str | None) -> tuple[str, list[str]]:
+    """The commit of the hub's dataset that `revision` names, and the hf:// paths of its files. A run
+    of days must not see a branch move, so it goes on with the commit that it began with."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    datasets.disable_progress_bars()
+    with reading(f"hf://datasets/{cfg.dataset}"), tempfile.TemporaryDirectory() as cache_dir:
+        commit = HfApi().dataset_info(cfg.dataset, revision=revision, timeout=30).sha
+        builder = datasets.load_dataset_builder(
+            cfg.dataset, cfg.name or None, revision=commit, cache_dir=cache_dir
+        )
+    files = builder.config.data_files or {}
+    if cfg.split not in files:
+        raise UserError(f"{cfg.dataset} has no --split={cfg.split}: {suggest(cfg.split, list(files))}")
+    return commit, list(files[cfg.split])
 
 
 def stdlib_files() -> list[str]:
@@ -217,155 +243,148 @@ def stdlib_files() -> list[str]:
     return sorted(paths, key=lambda path: path.split(os.sep))
 
 
-def text_bytes(cfg: Config, kind: str, paths: list[str]) -> int:
-    """About how many bytes of text the files hold, for the time left. Checks parquet headers."""
-    if kind != "parquet":
-        return sum(os.path.getsize(p) * (3 if p.endswith((".gz", ".zst")) else 1) for p in paths)
-    from pyarrow import parquet
+def kind_of(path: str) -> str:
+    """Whether a file is "parquet", "jsonl" or "text", by its name."""
+    extension = os.path.splitext(re.sub(r"\.(gz|zst)$", "", path))[1]
+    if extension not in KINDS:
+        known = f"{', '.join(KINDS)}, and these with .gz or .zst"
+        raise UserError(f"cannot tell what {path} is by its name: it must end in {known}")
+    return KINDS[extension]
 
-    total = 0
-    for path in paths:
-        with reading(path):
-            meta = parquet.read_metadata(path)
-        names = meta.schema.names
-        if cfg.text_column not in names:
-            raise no_column(cfg.text_column, path, names)
-        column = names.index(cfg.text_column)
-        for group in map(meta.row_group, range(meta.num_row_groups)):
-            total += group.column(column).total_uncompressed_size
-    return total
+
+def text_bytes(path: str, column: str) -> int:
+    """About how many bytes of text a local file holds. Checks a parquet file's column on the way."""
+    if kind_of(path) != "parquet":
+        return os.path.getsize(path) * (3 if path.endswith((".gz", ".zst")) else 1)
+    with reading(path), open_input(path) as f:
+        meta = open_parquet(f, path, column).metadata
+        index = meta.schema.names.index(column)
+        groups = map(meta.row_group, range(meta.num_row_groups))
+        return sum(group.column(index).total_uncompressed_size for group in groups)
 
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """One line for whatever datasets, pyarrow, a decompressor, the hub or the network raise."""
+    """Turn whatever a library, the hub or the network raises into one line."""
     try:
         yield
     except (UserError, ImportError):
         raise
     except Exception as e:
-        reason = f"{type(e).__name__}: {str(e).strip()}".splitlines()[0]
-        cure = "check the input and the network, then run the same command again: it goes on"
-        raise UserError(f"cannot read {what} ({reason[:300]}): {cure}") from e
+        again = "check the network, then run the same command again"
+        cure = again if what.startswith("hf://") else "repair it or take it out"
+        raise UserError(f"cannot read {what} ({type(e).__name__}: {reason(e)}): {cure}") from e
 
 
-def no_column(name: str, where: str, names: list[str]) -> UserError:
-    return UserError(f"{where} has no column {name!r}: set --text_column; {suggest(name, names)}")
+@contextlib.contextmanager
+def open_input(path: str) -> Iterator[BinaryIO]:
+    """Open a file, here or on the hub, to read its bytes; those of a .gz or .zst decompressed."""
+    if path.startswith("hf://"):
+        from huggingface_hub import HfFileSystem
+
+        f = HfFileSystem().open(path, "rb")
+    else:
+        f = open(path, "rb")  # noqa: SIM115
+    with f:
+        if path.endswith((".gz", ".zst")):
+            import pyarrow  # its streams find a file that was cut, and read all frames of a .zst
+
+            f = pyarrow.input_stream(f, compression="gzip" if path.endswith(".gz") else "zstd")
+        yield f
 
 
-def find_source(cfg: Config, meta: dict) -> tuple[str, list[str], int]:
-    """Find the input: its kind, its local files and about how many tokens it holds (0: unknown).
-    Notes in meta what it is, so that a run is never taken up again with another input."""
-    if not cfg.input:
-        if not meta.get("revision"):  # a run of days must not see a branch or tag move
-            from huggingface_hub import HfApi
-
-            with reading(f"the dataset {cfg.dataset}"):
-                info = HfApi().dataset_info(cfg.dataset, revision=cfg.revision or None, timeout=30)
-                meta["revision"] = info.sha
-        meta["source"] = f"{cfg.dataset} {cfg.name} {cfg.split} at {meta['revision']}"
-        billions = re.search(r"(\d+)BT", cfg.name)  # sample-10BT holds about 10 billion tokens
-        return "hub", [], int(billions[1]) * 10**9 if billions else 0
-    kind, paths = find_files(cfg)
-    size = text_bytes(cfg, kind, paths)
-    names_and_sizes = [(os.path.basename(p), os.path.getsize(p)) for p in paths]
-    digest = hashlib.sha256(json.dumps(names_and_sizes).encode()).hexdigest()
-    if meta.setdefault("input_digest", digest) != digest:
-        raise UserError(f"the files of --input={cfg.input!r} are not those that {cfg.out_dir} was "
-                        "begun with: put them back, or take another --out_dir")  # fmt: skip
-    python = f"the standard library of Python {sys.version.split()[0]}"
-    meta["source"] = python if cfg.input == "stdlib" else f"{cfg.input} ({len(paths)} files)"
-    return kind, paths, int(size / (1 if cfg.encoding == "bytes" else 4.5))
-
-
-def go_on(stream, meta: dict) -> dict:
-    """Move the stream to where meta's shards end, and return the position of the first document to
-    take, the last one begun: {"state": the stream's state, "documents": how many to skip from it}."""
-    import datasets
-
-    # a state spares reading all that comes before, but only its own version can tell it
-    resume = meta.get("resume", {"shards": -1})
-    state = resume["shards"] == len(meta["shards"]) and resume["position"]["state"]
-    if state and state["version"] == datasets.__version__:
-        stream.load_state_dict(state["stream"])
-        return resume["position"]
-    begun = sum(shard["documents"] for shard in meta["shards"])
-    return {"state": None, "documents": max(begun - 1, 0)}
-
-
-def open_stream(cfg: Config, kind: str, paths: list[str], revision: str | None, cache_dir: str):
-    """A streaming dataset: rows of the hub's dataset or of the files, or lines of jsonl files."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are ours to tell
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # would stall without a network
-    datasets.config.HF_DATASETS_CACHE = cache_dir  # it leaves lock files even when it streams
-    datasets.config.TORCH_AVAILABLE = False  # would import torch, for seconds and for nothing
-    load = functools.partial(datasets.load_dataset, streaming=True)
-    if kind == "hub":
-        return load(cfg.dataset, cfg.name or None, split=cfg.split, revision=revision)
-    if kind == "text":
-        return datasets.IterableDataset.from_generator(read_files, gen_kwargs={"paths": paths})
-    files = {"data_files": [glob.escape(os.path.abspath(path)) for path in paths], "split": "train"}
-    if kind == "parquet":  # few rows at a time: a novel is a megabyte
-        return load(kind, columns=[cfg.text_column], batch_size=64, **files)
-    # jsonl is read as lines and parsed here. The json builder of `datasets` guesses types (a text
-    # like a date becomes one), drops lone surrogates, wants the same keys in every file, and on an
-    # error it reads the whole file anew, whose first documents would come twice.
-    return load("text", encoding="utf-8-sig", encoding_errors="replace", **files)
-
-
-def read_files(paths: list[str]) -> Iterator[dict]:
-    """One file, one document, to the byte: carriage returns stay, invalid UTF-8 is replaced."""
+def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
+    """The texts of all documents of these files but the first `skip`."""
+    read = {"parquet": read_parquet, "jsonl": read_jsonl, "text": read_text}
     for path in paths:
-        with open(path, "rb") as f:
-            yield {"text": f.read().decode("utf-8", "replace")}
+        with reading(path):
+            skip = yield from read[kind_of(path)](path, column, skip)
 
 
-def read_texts(cfg: Config, kind: str, rows: Iterator[dict], where: str) -> Iterator[str]:
-    """The text of each row; a null is an empty document, and a blank line of jsonl is none."""
-    with reading(where):
-        for row in rows:
-            if kind == "jsonl":
-                if not row["text"].strip():
-                    continue
-                row = parse_line(row["text"], where)
-            if cfg.text_column not in row:
-                raise no_column(cfg.text_column, f"a row of {where}", list(row))
-            text = row[cfg.text_column]
-            if text is not None and not isinstance(text, str):
-                what = f"column {cfg.text_column!r} of {where} holds {type(text).__name__}"
-                raise UserError(f"{what}, not text: set --text_column; columns: {', '.join(row)}")
+# Each of the three readers yields a file's documents after the first `skip`, and returns how many
+# are still to be skipped in the files that follow.
+
+
+def read_parquet(path: str, column: str, skip: int) -> Generator[str, None, int]:
+    """A row is a document, null an empty one. Row groups are skipped without reading their text."""
+    with open_input(path) as f:
+        file = open_parquet(f, path, column)
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if skip >= rows:
+                skip -= rows
+                continue
+            for batch in file.iter_batches(64, [group], [column]):  # few rows: a novel is a megabyte
+                for text in batch.column(0).to_pylist()[skip:]:
+                    yield text or ""
+                skip = max(skip - len(batch), 0)
+    return skip
+
+
+def open_parquet(f: BinaryIO, path: str, column: str):
+    """A pyarrow ParquetFile whose column holds text. Raises UserError if the column does not."""
+    from pyarrow import parquet, types
+
+    file = parquet.ParquetFile(f)
+    schema = file.schema_arrow
+    if column not in schema.names:
+        raise no_text(column, path, schema.names)
+    kind = schema.field(column).type
+    if str(kind.value_type if types.is_dictionary(kind) else kind) not in ("string", "large_string"):
+        raise no_text(column, path, schema.names, str(kind))
+    return file
+
+
+def no_text(column: str, path: str, names: list[str], kind: str = "") -> UserError:
+    what = f"holds {kind}, not text" if kind else "is missing"
+    return UserError(f"column {column!r} of {path} {what}: set --text_column; {suggest(column, names)}")
+
+
+def read_jsonl(path: str, column: str, skip: int) -> Generator[str, None, int]:
+    """A line that is not blank is a document, a null text an empty one. Invalid UTF-8 is replaced."""
+    with open_input(path) as f:
+        for line in io.TextIOWrapper(f, encoding="utf-8-sig", errors="replace", newline="\n"):
+            if not line.strip():
+                continue
+            if skip:
+                skip -= 1
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{path}: not JSON ({e}): repair the line {line[:60]!r}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}: not a JSON object: repair the line {line[:60]!r}")
+            if column not in row:
+                raise no_text(column, path, list(row))
+            text = row[column]
+            if not isinstance(text, str | None):
+                raise no_text(column, path, list(row), type(text).__name__)
             yield text or ""
+    return skip
 
 
-def parse_line(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not JSON ({e}): repair the line {line[:60]!r}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object: repair the line {line[:60]!r}")
-    return row
+def read_text(path: str, column: str, skip: int) -> Generator[str, None, int]:
+    """One file is one document, to the byte: carriage returns stay, invalid UTF-8 is replaced."""
+    if skip:
+        return skip - 1
+    with open_input(path) as f:
+        yield f.read().decode("utf-8", "replace")
+    return 0
 
 
-def make_batches(texts: Iterator[str], stream, position: dict) -> Iterator[tuple[dict, list[str]]]:
-    """Group the stream's texts, the first of which is at position, into batches of about BATCH_CHARS,
-    each with the position of its first text."""
-    import datasets
-
+def make_batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Group texts into batches of about BATCH_CHARS characters."""
     batch: list[str] = []
     size = 0
-    for text in itertools.islice(texts, position["documents"], None):
+    for text in texts:
         batch.append(text)
         size += len(text) + 100
         if size >= BATCH_CHARS:
-            yield position, batch
-            state = {"version": datasets.__version__, "stream": stream.state_dict()}
-            position, batch, size = {"state": state, "documents": 0}, [], 0
+            yield batch
+            batch, size = [], 0
     if batch:
-        yield position, batch
+        yield batch
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -381,13 +400,35 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)  # the new name, too
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        except OSError as e:
+            if e.errno not in NOT_SUPPORTED:
+                raise
+        finally:
+            os.close(folder)
     except OSError as e:
         raise OSError(e.errno, e.strerror, path) from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str) -> Iterator[None]:
+    """Make the folder and hold its lock, so that two runs do not write there at once. Where the file
+    system has no locks, say so and go on without. Raises UserError if another run holds the lock."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, ".lock"), "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {folder}: wait for it") from None
+        except OSError as e:
+            if e.errno not in NOT_SUPPORTED:
+                raise
+            print(f"{folder} is on a file system without locks: let only one run write there")
+        yield
 
 
 def save_meta(out_dir: str, meta: dict) -> None:
@@ -441,68 +482,61 @@ def save_shard(out_dir: str, index: int, tokens: np.ndarray) -> dict:
 def prepare(cfg: Config, meta: dict) -> None:
     """Tokenize the input into cfg.out_dir, going on where an earlier run was interrupted."""
     encoding = load_encoding(cfg.encoding)
-    kind, paths, estimate = find_source(cfg, meta)
-    meta |= {"vocab_size": encoding.n_vocab, "eot": encoding.eot_token}
-    eot = encoding.eot_token
+    paths, estimate = find_source(cfg, meta)
+    eot = encoding.eot_token  # ordinary encodings never hold this token
+    meta |= {"vocab_size": encoding.n_vocab, "eot": eot}
     lengths = np.zeros(encoding.n_vocab, dtype=np.int64)  # bytes of text in each token
     for piece in encoding.token_byte_values():
         lengths[encoding.encode_single_token(piece)] = len(piece)
+    save_meta(cfg.out_dir, meta)
+
+    # Go on with the last document that the shards hold the beginning of, `cut` tokens of it.
     shards = meta["shards"]
     done = sum(shard["tokens"] for shard in shards)
+    begun = sum(shard["documents"] for shard in shards)
+    cut = skip = shards[-1]["cut"] if shards else 0
     limit = cfg.max_tokens or sys.maxsize
     if shards:
         print(f"going on after {shards[-1]['name']}: {done:,} tokens are done")
+    shard = np.empty(max(cfg.val_tokens, cfg.shard_tokens), dtype=np.uint16)
+    filled = documents = size = 0
+
+    def finish_shard() -> None:
+        nonlocal filled, documents, size
+        entry = save_shard(cfg.out_dir, len(shards), shard[:filled])
+        shards.append(entry | {"documents": documents, "bytes": size, "cut": cut})
+        save_meta(cfg.out_dir, meta)
+        filled = documents = size = 0
 
     workers = cfg.workers or cores()
     # spawn on every platform: the same everywhere, and no lock or thread is inherited by a fork
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(workers, context, start_worker, (cfg.encoding,)) as pool,
-        tempfile.TemporaryDirectory() as cache_dir,
         progress(done, cfg.max_tokens or estimate) as bar,
     ):
-        for _ in range(workers):  # they start while this process imports datasets
+        for _ in range(workers):  # they start while this process finds its place
             pool.submit(encode_batch, [""])
-        with reading(meta["source"]):
-            stream = open_stream(cfg, kind, paths, meta.get("revision"), cache_dir)
-            position = go_on(stream, meta)
-        save_meta(cfg.out_dir, meta)
-        texts = read_texts(cfg, kind, iter(stream), meta["source"])
-        batches = make_batches(texts, stream, position)
-
-        # the first document is the last one begun: `at` of its tokens are in the shards already
-        at = shards[-1]["cut"] if shards else 0
-        shard = np.empty(max(cfg.val_tokens, cfg.shard_tokens), dtype=np.uint16)
-        filled = documents = size = 0
-
-        def finish_shard(cut: int) -> None:
-            nonlocal filled, documents, size
-            entry = save_shard(cfg.out_dir, len(shards), shard[:filled])
-            shards.append(entry | {"documents": documents, "bytes": size, "cut": cut})
-            filled = documents = size = 0
-
-        for position, tokens in encode_in_order(pool, workers, batches):
-            starts = np.flatnonzero(tokens == eot)  # ordinary encodings never hold this token
+        batches = make_batches(read_texts(paths, cfg.text_column, max(begun - 1, 0)))
+        for tokens in encode_in_order(pool, workers, batches):
+            at, skip = skip, 0
             while at < len(tokens) and done < limit:
                 capacity = cfg.shard_tokens if shards else cfg.val_tokens
                 n = min(len(tokens) - at, capacity - filled, limit - done)
                 piece = tokens[at : at + n]
                 shard[filled : filled + n] = piece
                 filled, at, done = filled + n, at + n, done + n
-                documents += int((piece == eot).sum())
+                starts = np.flatnonzero(piece == eot)
+                documents += len(starts)
+                cut = n - int(starts[-1]) if len(starts) else cut + n
                 size += int(lengths[piece].sum())
                 bar.update(n)
                 if filled == capacity:
-                    last = int(np.searchsorted(starts, at)) - 1  # the last document begun
-                    finish_shard(cut=int(at - starts[last]))
-                    first = {"documents": position["documents"] + last}
-                    meta["resume"] = {"shards": len(shards), "position": position | first}
-                    save_meta(cfg.out_dir, meta)
-            at = 0
+                    finish_shard()
             if done == limit:
                 break
         if filled:
-            finish_shard(cut=0)
+            finish_shard()
     if len(shards) < 2:
         for name in [*(shard["name"] for shard in shards), "meta.json"]:
             os.remove(os.path.join(cfg.out_dir, name))
@@ -510,7 +544,6 @@ def prepare(cfg: Config, meta: dict) -> None:
             f"the input has only {done:,} tokens and --val_tokens={cfg.val_tokens} leaves no "
             f"training shard: set --val_tokens={max(1, done // 10)} or give more text"
         )
-    meta.pop("resume", None)
 
 
 def begin(cfg: Config) -> dict:
@@ -585,58 +618,33 @@ def print_table(out_dir: str, meta: dict) -> None:
 
 
 def download(cfg: Config, meta: dict) -> None:
-    """Get the ready-made validation shard and training shards 1 to cfg.pretokenized."""
-    from huggingface_hub import hf_hub_url
+    """Get the ready-made validation shard and training shards 1 to cfg.pretokenized. What has arrived
+    of a shard stays in a folder of its own, so that a download goes on where it broke off."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import EntryNotFoundError
 
     meta |= {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256, "source": PRETOKENIZED}
+    folder = os.path.join(cfg.out_dir, ".download")
     for i in range(len(meta["shards"]), cfg.pretokenized + 1):
         name = shard_name(i)
-        with whole_file(os.path.join(cfg.out_dir, name)) as f:
-            fetch(hf_hub_url(PRETOKENIZED, name, repo_type="dataset"), f)
-            f.flush()
+        with reading(f"hf://datasets/{PRETOKENIZED}/{name}"):
             try:
-                check_shard(f.name)
-                found = scan_shard(f.name, meta["vocab_size"], meta["eot"])
-            except UserError as e:
-                raise UserError(f"{name} arrived damaged ({e}): run this again") from None
+                path = hf_hub_download(PRETOKENIZED, name, repo_type="dataset", local_dir=folder)
+            except EntryNotFoundError:
+                raise UserError(f"{PRETOKENIZED} has no {name}: lower --pretokenized") from None
+        try:
+            check_shard(path)
+            found = scan_shard(path, meta["vocab_size"], meta["eot"])
+        except UserError as e:
+            shutil.rmtree(folder)
+            raise UserError(f"{name} arrived damaged ({e}): run this again") from None
+        with open(path, "rb") as source, whole_file(os.path.join(cfg.out_dir, name)) as f:
+            shutil.copyfileobj(source, f)
+        os.remove(path)
         # bytes of text per token would need the tokenizer, which shards do not
         meta["shards"].append({"name": name, **found, "bytes": None})
         save_meta(cfg.out_dir, meta)
-
-
-def fetch(url: str, f: BinaryIO) -> None:
-    """Download url into f, going on where a connection broke. hf_hub_download would try for ever where
-    a server breaks off and cannot go on: any byte that comes resets its count. Here only getting
-    further than ever before does."""
-    import requests
-
-    failures = furthest = 0
-    with progress(0, 0, "B") as bar:
-        while True:
-            headers = {"Accept-Encoding": "identity"}  # or Range would count compressed bytes
-            headers |= {"Range": f"bytes={f.tell()}-"} if f.tell() else {}
-            try:
-                with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-                    if response.status_code in (401, 403, 404):
-                        raise UserError(f"the hub has no {url}: lower --pretokenized")
-                    response.raise_for_status()
-                    if response.status_code != 206:  # not the rest, but all of it
-                        f.seek(0)
-                        f.truncate()
-                        bar.total = int(response.headers.get("Content-Length", 0)) or None
-                    for chunk in response.iter_content(1 << 16):
-                        f.write(chunk)
-                        bar.update(f.tell() - bar.n)
-                    if f.tell() < (bar.total or 0):
-                        raise requests.ConnectionError(f"only {f.tell():,} of {bar.total:,} bytes")
-                    return
-            except requests.RequestException as e:
-                failures = 1 if f.tell() > furthest else failures + 1
-                furthest = max(furthest, f.tell())
-                if failures == DOWNLOAD_ATTEMPTS:
-                    raise UserError(f"cannot download {url} ({type(e).__name__}: {str(e)[:200]}): "
-                                    "check the network, then run this again") from None  # fmt: skip
-                time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- shards -> batches ------------------------------------------------------------------------
@@ -864,10 +872,7 @@ def main() -> None:
         raise UserError(f"--max_tokens={cfg.max_tokens} leaves nothing to train on after "
                         f"--val_tokens={cfg.val_tokens}: raise one or lower the other")  # fmt: skip
     try:
-        import filelock
-
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        with filelock.FileLock(os.path.join(cfg.out_dir, ".lock"), timeout=0):
+        with folder_lock(cfg.out_dir):
             meta = begin(cfg)
             if meta["complete"]:
                 return print(f"{cfg.out_dir} is finished already, nothing to do")
@@ -877,8 +882,6 @@ def main() -> None:
             print_table(cfg.out_dir, meta)
     except ImportError as e:
         raise UserError(f"{e.name} is missing: pip install -r requirements.txt") from None
-    except filelock.Timeout:
-        raise UserError(f"another run is writing to {cfg.out_dir}: wait for it") from None
     except KeyboardInterrupt:
         raise UserError("stopped: run the same command again, it goes on from there") from None
     except OSError as e:
