@@ -2,7 +2,7 @@
 Text -> shards of uint16 tokens, in the format of llm.c and modded-nanogpt; shards -> batches.
 
     python prepare_fineweb.py                                   # FineWeb sample-10BT, streamed
-    python prepare_fineweb.py --input='texts/*.parquet'         # jsonl(.gz, .zst), txt, py
+    python prepare_fineweb.py --input='texts/*.parquet'         # or .jsonl, .txt, .py; also .gz, .zst
     python prepare_fineweb.py --pretokenized=8                  # download ready-made GPT-2 shards
     python prepare_fineweb.py --input=stdlib --encoding=bytes   # offline: Python's own sources
     python prepare_fineweb.py --verify=data/fineweb             # re-read and check everything
@@ -11,8 +11,11 @@ A shard is 256 little-endian int32 of header (20240520, 1, number of tokens, zer
 tokens. Every document is <|endoftext|> and then its ordinary encoding; documents run on across
 shards. The stream's first val_tokens tokens are the validation shard, the rest training shards.
 
-It can be killed at any moment: run the same command again and it goes on from the last complete
-shard, to the same bytes. Neither interruptions nor the number of workers change the result.
+A run can be killed at any moment: the same command goes on from the last complete shard, to the same
+bytes. It counts the documents of the shards and skips as many. Parquet files and row groups are
+skipped by the row counts in their footers, which costs two small requests for each of the hub's files
+(seconds for the 15 files of sample-10BT, an hour or more for the tens of thousands of the whole of
+FineWeb) and reading one row group; jsonl is read from the start, but not parsed.
 """
 
 from __future__ import annotations
@@ -53,15 +56,16 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".py": "text"}
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
+GPT2 = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256}  # meta.json of ready-made shards
 EOT = "<|endoftext|>"
 BATCH_CHARS = 1 << 18
-# what a file system answers that cannot lock a file or write a folder to disk
+# The answers of a file system that cannot lock a file or sync a folder.
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS}
 
 
 @dataclass
 class Config:
-    input: str = ""  # glob of local parquet, jsonl(.gz, .zst), txt or py files, or "stdlib"
+    input: str = ""  # glob of local parquet, jsonl, txt or py files (also .gz, .zst), or "stdlib"
     dataset: str = "HuggingFaceFW/fineweb"  # what to stream from the Hugging Face hub if no input
     name: str = "sample-10BT"  # the dataset's configuration
     split: str = "train"  # the dataset's split
@@ -77,26 +81,22 @@ class Config:
     verify: str = ""  # check this folder against its meta.json instead
 
 
-# flags not compared when a run is taken up again: they do not change shards that it tokenizes
-FREE_FLAGS = {"out_dir", "workers", "pretokenized", "verify"}
-
-
 # ---- encodings --------------------------------------------------------------------------------
 
 
 def load_encoding(name: str) -> tiktoken.Encoding:
-    """The tiktoken encoding `name`; "bytes" is the 256 bytes and end-of-text = 256, made in memory.
-    Raises UserError if it is unknown, cannot be had, or does not fit shards of uint16."""
+    """Return the tiktoken encoding `name`; "bytes" is the 256 bytes and end-of-text = 256, made in
+    memory. Raises UserError if it is unknown, cannot be had, or does not fit shards of uint16."""
     import tiktoken
 
     if name == "bytes":
-        # Runs of up to 64 characters: fewer regex matches than one a character, and no run so
-        # long that looking for merges in it costs. There are none: every byte is its own token.
+        # Every byte is its own token, so there are no merges to look for. The pattern takes up to 64
+        # characters: one at a time is slow, and so is looking for merges in a long run.
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks,
                                  special_tokens={EOT: 256})  # fmt: skip
-    if name not in tiktoken.list_encoding_names():
-        known = ["bytes", *tiktoken.list_encoding_names()]
+    known = ["bytes", *tiktoken.list_encoding_names()]
+    if name not in known:
         raise UserError(f"unknown encoding {name!r}: {suggest(name, known)}")
     too_big = f"encoding {name!r} has more than 65,536 tokens, too many for uint16: use gpt2"
     if name.startswith(("cl100k", "o200k")):  # known without a download
@@ -104,10 +104,8 @@ def load_encoding(name: str) -> tiktoken.Encoding:
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError, AssertionError) as e:  # requests' errors are OSErrors
-        raise UserError(
-            f"cannot get the tokenizer {name!r} ({type(e).__name__}): connect to the internet "
-            "once, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --encoding=bytes"
-        ) from None
+        cure = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --encoding=bytes"
+        raise UserError(f"cannot download tokenizer {name!r} ({type(e).__name__}): {cure}") from None
     if encoding.n_vocab > 65_536:
         raise UserError(too_big)
     if EOT not in encoding.special_tokens_set:
@@ -115,7 +113,7 @@ def load_encoding(name: str) -> tiktoken.Encoding:
     return encoding
 
 
-# Unicode's White_Space, which is what \s means to tiktoken's regex (and not to Python's)
+# Unicode's White_Space, which \s means in tiktoken's regex and not in Python's.
 SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 LONG_SPACE = re.compile(rf"{SPACE}{{999,}}(?={SPACE}[^{SPACE[1:]})")
 
@@ -133,44 +131,42 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
         cuts = [0, *(m.end() for m in LONG_SPACE.finditer(text)), len(text)]
         if len(cuts) == 2:
             raise
-        pieces = itertools.pairwise(cuts)
-        return np.concatenate([encode(encoding, text[a:b]) for a, b in pieces])
+        return np.concatenate([encode(encoding, text[a:b]) for a, b in itertools.pairwise(cuts)])
 
 
 # ---- workers ----------------------------------------------------------------------------------
 
 
 def start_worker(name: str) -> None:
-    """Run once in each worker process: load the encoding, and never outlive the parent."""
+    """Prepare a worker process: load the encoding, and end when the parent does, even by kill -9."""
     global worker_encoding
+
+    def exit_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     threading.Thread(target=exit_with_parent, daemon=True).start()
     worker_encoding = load_encoding(name)
 
 
-def exit_with_parent() -> None:
-    multiprocessing.parent_process().join()  # returns when the parent is gone, kill -9 included
-    os._exit(1)
-
-
 def encode_batch(texts: list[str]) -> np.ndarray:
-    """Documents -> one (n,) uint16 array: each is end-of-text, then its encoding."""
+    """Return the tokens of these documents, (n,) uint16: each is end-of-text, then its encoding."""
     eot = np.array([worker_encoding.eot_token], dtype=np.uint16)
     parts = []
     for text in texts:
         try:
             parts += eot, encode(worker_encoding, text)
         except Exception as e:
-            raise UserError(
-                f"cannot tokenize the document that begins {text[:60]!r} ({e}): take it out"
-            ) from None
+            where = f"the document that begins {text[:60]!r}"
+            raise UserError(f"cannot tokenize {where} ({e}): take it out") from None
     return np.concatenate(parts)
 
 
 def encode_in_order(
     pool: ProcessPoolExecutor, workers: int, batches: Iterator[list[str]]
 ) -> Iterator[np.ndarray]:
-    """The tokens of each batch of texts, in order, with a bounded number in flight."""
+    """Yield the tokens of each batch of texts, in order, with a bounded number in flight."""
     futures = (pool.submit(encode_batch, texts) for texts in batches)
     try:
         pending = deque(itertools.islice(futures, 2 * workers + 2))
@@ -178,10 +174,8 @@ def encode_in_order(
             pending.extend(itertools.islice(futures, 1))
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise UserError(
-            "a worker process died (out of memory?): run the same command again, it goes on from "
-            "the last complete shard; fewer --workers need less memory"
-        ) from None
+        cure = "run the same command again, it goes on; fewer --workers need less memory"
+        raise UserError(f"a worker process died (out of memory?): {cure}") from None
 
 
 # ---- sources ----------------------------------------------------------------------------------
@@ -206,30 +200,35 @@ def find_source(cfg: Config, meta: dict) -> tuple[list[str], int]:
     kinds = {kind_of(path): path for path in paths}
     if len(kinds) > 1:
         raise UserError(f"--input mixes {' and '.join(kinds.values())}: take one kind at a time")
-    size = sum(text_bytes(path, cfg.text_column) for path in paths)
-    names_and_sizes = [(os.path.basename(path), os.path.getsize(path)) for path in paths]
+    for path in paths if "parquet" in kinds else ():  # not after hours, in the last file
+        with reading(path), open_input(path) as f:
+            open_parquet(f, path, cfg.text_column)
+    sizes = [os.path.getsize(path) for path in paths]
+    names_and_sizes = list(zip(map(os.path.basename, paths), sizes))
     digest = hashlib.sha256(json.dumps(names_and_sizes).encode()).hexdigest()
     if meta.setdefault("input_digest", digest) != digest:
         raise UserError(f"the files of --input={cfg.input!r} are not those that {cfg.out_dir} was "
                         "begun with: put them back, or take another --out_dir")  # fmt: skip
-    return paths, int(size / (1 if cfg.encoding == "bytes" else 4.5))
+    ratio = 2 if paths[0].endswith((".parquet", ".gz", ".zst")) else 1  # how far it is compressed
+    return paths, int(sum(sizes) * ratio / (1 if cfg.encoding == "bytes" else 4.5))
 
 
 def find_dataset(cfg: Config, revision: str | None) -> tuple[str, list[str]]:
-    """The commit of the hub's dataset that `revision` names, and the hf:// paths of its files. A run
-    of days must not see a branch move, so it goes on with the commit that it began with."""
+    """Return the commit that `revision` names in the hub's dataset, and the hf:// paths of its files.
+    A run of days must not see a branch move, so it goes on with the commit that it began with."""
     import datasets
     from huggingface_hub import HfApi
 
     datasets.disable_progress_bars()
-    with reading(f"hf://datasets/{cfg.dataset}"), tempfile.TemporaryDirectory() as cache_dir:
-        commit = HfApi().dataset_info(cfg.dataset, revision=revision, timeout=30).sha
+    name = cfg.dataset
+    with reading(f"hf://datasets/{name}"), tempfile.TemporaryDirectory() as cache:
+        commit = HfApi().dataset_info(name, revision=revision, timeout=30).sha
         builder = datasets.load_dataset_builder(
-            cfg.dataset, cfg.name or None, revision=commit, cache_dir=cache_dir
+            name, cfg.name or None, revision=commit, cache_dir=cache
         )
     files = builder.config.data_files or {}
     if cfg.split not in files:
-        raise UserError(f"{cfg.dataset} has no --split={cfg.split}: {suggest(cfg.split, list(files))}")
+        raise UserError(f"{name} has no --split={cfg.split}: {suggest(cfg.split, list(files))}")
     return commit, list(files[cfg.split])
 
 
@@ -247,20 +246,8 @@ def kind_of(path: str) -> str:
     """Whether a file is "parquet", "jsonl" or "text", by its name."""
     extension = os.path.splitext(re.sub(r"\.(gz|zst)$", "", path))[1]
     if extension not in KINDS:
-        known = f"{', '.join(KINDS)}, and these with .gz or .zst"
-        raise UserError(f"cannot tell what {path} is by its name: it must end in {known}")
+        raise UserError(f"cannot read {path}: its name must end in {', '.join(KINDS)} (or .gz, .zst)")
     return KINDS[extension]
-
-
-def text_bytes(path: str, column: str) -> int:
-    """About how many bytes of text a local file holds. Checks a parquet file's column on the way."""
-    if kind_of(path) != "parquet":
-        return os.path.getsize(path) * (3 if path.endswith((".gz", ".zst")) else 1)
-    with reading(path), open_input(path) as f:
-        meta = open_parquet(f, path, column).metadata
-        index = meta.schema.names.index(column)
-        groups = map(meta.row_group, range(meta.num_row_groups))
-        return sum(group.column(index).total_uncompressed_size for group in groups)
 
 
 @contextlib.contextmanager
@@ -294,7 +281,7 @@ def open_input(path: str) -> Iterator[BinaryIO]:
 
 
 def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
-    """The texts of all documents of these files but the first `skip`."""
+    """Yield the texts of all documents in these files but the first `skip`."""
     read = {"parquet": read_parquet, "jsonl": read_jsonl, "text": read_text}
     for path in paths:
         with reading(path):
@@ -351,10 +338,11 @@ def read_jsonl(path: str, column: str, skip: int) -> Generator[str, None, int]:
                 continue
             try:
                 row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"a {type(row).__name__}")
             except (ValueError, RecursionError) as e:
-                raise UserError(f"{path}: not JSON ({e}): repair the line {line[:60]!r}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}: not a JSON object: repair the line {line[:60]!r}")
+                where = f"{path}: not a JSON object ({e})"
+                raise UserError(f"{where}: repair the line {line[:60]!r}") from None
             if column not in row:
                 raise no_text(column, path, list(row))
             text = row[column]
@@ -392,7 +380,8 @@ def make_batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[BinaryIO]:
-    """A file to write, which has its name only when it is complete and on disk. OSError names it."""
+    """Open a file to write, which has its name only when it is complete and on disk. OSError names
+    it."""
     try:
         with open(path + ".tmp", "wb") as f:
             yield f
@@ -433,31 +422,27 @@ def folder_lock(folder: str) -> Iterator[None]:
 
 def save_meta(out_dir: str, meta: dict) -> None:
     with whole_file(os.path.join(out_dir, "meta.json")) as f:
-        f.write((json.dumps(meta, indent=1) + "\n").encode())
+        f.write((json.dumps(meta, indent=1, sort_keys=True) + "\n").encode())
 
 
 def load_meta(folder: str) -> dict | None:
-    """Return the meta.json of a folder, or None if it has none. The keys that only this program needs
-    may be missing. Raises UserError if the file cannot be read or is no meta.json."""
+    """Return the meta.json of a folder, or None if it has none. Keys that only this program needs may
+    be missing. Raises UserError if the file cannot be read or lacks what training needs."""
     path = os.path.join(folder, "meta.json")
     try:
         with open(path, encoding="utf-8") as f:
-            meta = json.load(f)
-        meta |= {"eot": -1, "source": "", "flags": {}} | meta
-        lacks = {"encoding", "vocab_size", "complete", "shards"} - meta.keys()
-        if lacks or any({"name", "tokens"} - shard.keys() for shard in meta["shards"]):
-            raise ValueError("it lacks what every meta.json says")
-        if not isinstance(meta["flags"], dict):
-            raise ValueError(f"flags {meta['flags']}")
+            meta = {"eot": -1, "source": "", "flags": {}} | json.load(f)
+        valid = all({"name", "tokens"} <= shard.keys() for shard in meta["shards"])
+        valid &= isinstance(meta["encoding"], str) and isinstance(meta["flags"], dict)
         # A folder that was only begun has no vocabulary yet.
-        if not (meta["complete"] is False or 1 <= meta["vocab_size"] <= 2**16):
-            raise ValueError(f"vocab_size {meta['vocab_size']}")
+        if not valid or (meta["complete"] and not 1 <= meta["vocab_size"] <= 2**16):
+            raise ValueError("its shards, encoding, flags or vocab_size are wrong")
         return meta
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         cure = "delete the folder and run prepare_fineweb.py again"
-        raise UserError(f"cannot read {path} ({e}): {cure}") from None
+        raise UserError(f"cannot read {path} ({e!r}): {cure}") from None
 
 
 def shard_name(index: int) -> str:
@@ -465,7 +450,7 @@ def shard_name(index: int) -> str:
 
 
 def save_shard(out_dir: str, index: int, tokens: np.ndarray) -> dict:
-    """Write tokens (n,) uint16 as shard `index`; returns its name, token count and sha256."""
+    """Write tokens (n,) uint16 as shard `index`. Returns its name, token count and sha256."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     digest = hashlib.sha256()
@@ -481,6 +466,8 @@ def save_shard(out_dir: str, index: int, tokens: np.ndarray) -> dict:
 
 def prepare(cfg: Config, meta: dict) -> None:
     """Tokenize the input into cfg.out_dir, going on where an earlier run was interrupted."""
+    from tqdm import tqdm
+
     encoding = load_encoding(cfg.encoding)
     paths, estimate = find_source(cfg, meta)
     eot = encoding.eot_token  # ordinary encodings never hold this token
@@ -490,7 +477,7 @@ def prepare(cfg: Config, meta: dict) -> None:
         lengths[encoding.encode_single_token(piece)] = len(piece)
     save_meta(cfg.out_dir, meta)
 
-    # Go on with the last document that the shards hold the beginning of, `cut` tokens of it.
+    # Go on with the last document that the shards have the beginning of, which is `cut` tokens.
     shards = meta["shards"]
     done = sum(shard["tokens"] for shard in shards)
     begun = sum(shard["documents"] for shard in shards)
@@ -509,23 +496,23 @@ def prepare(cfg: Config, meta: dict) -> None:
         filled = documents = size = 0
 
     workers = cfg.workers or cores()
+    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
+    bar = tqdm(total=cfg.max_tokens or estimate or None, initial=done, unit="tok", unit_scale=True,
+               mininterval=interval, maxinterval=interval, dynamic_ncols=True)  # fmt: skip
     # spawn on every platform: the same everywhere, and no lock or thread is inherited by a fork
     context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, context, start_worker, (cfg.encoding,)) as pool,
-        progress(done, cfg.max_tokens or estimate) as bar,
-    ):
+    with ProcessPoolExecutor(workers, context, start_worker, (cfg.encoding,)) as pool, bar:
         for _ in range(workers):  # they start while this process finds its place
             pool.submit(encode_batch, [""])
         batches = make_batches(read_texts(paths, cfg.text_column, max(begun - 1, 0)))
         for tokens in encode_in_order(pool, workers, batches):
-            at, skip = skip, 0
-            while at < len(tokens) and done < limit:
+            tokens, skip = tokens[skip:], 0
+            while len(tokens) and done < limit:
                 capacity = cfg.shard_tokens if shards else cfg.val_tokens
-                n = min(len(tokens) - at, capacity - filled, limit - done)
-                piece = tokens[at : at + n]
+                n = min(len(tokens), capacity - filled, limit - done)
+                piece, tokens = tokens[:n], tokens[n:]
                 shard[filled : filled + n] = piece
-                filled, at, done = filled + n, at + n, done + n
+                filled, done = filled + n, done + n
                 starts = np.flatnonzero(piece == eot)
                 documents += len(starts)
                 cut = n - int(starts[-1]) if len(starts) else cut + n
@@ -540,50 +527,39 @@ def prepare(cfg: Config, meta: dict) -> None:
     if len(shards) < 2:
         for name in [*(shard["name"] for shard in shards), "meta.json"]:
             os.remove(os.path.join(cfg.out_dir, name))
-        raise UserError(
-            f"the input has only {done:,} tokens and --val_tokens={cfg.val_tokens} leaves no "
-            f"training shard: set --val_tokens={max(1, done // 10)} or give more text"
-        )
+        cure = f"set --val_tokens={max(1, done // 10)} or give more text"
+        raise UserError(f"the input has only {done:,} tokens, all of them for validation: {cure}")
 
 
 def begin(cfg: Config) -> dict:
-    """meta.json of cfg.out_dir without shards that are missing or cut, or a new one. Raises UserError
-    for flags other than those that its shards were made with, and for shards of another run."""
-    flags = {key: value for key, value in asdict(cfg).items() if key not in FREE_FLAGS}
-    if cfg.pretokenized:
-        flags = {"pretokenized": cfg.pretokenized}
+    """Return a new meta.json, or that of cfg.out_dir without the shards from the first missing or cut
+    one on. Raises UserError for other flags than it was begun with, and for shards of another run."""
+    free = {"out_dir", "workers", "verify"}  # they do not change the shards
+    flags = {key: value for key, value in asdict(cfg).items() if key not in free}
     meta = load_meta(cfg.out_dir)
-    there = [name for split in ("val", "train") for name in shard_names(cfg.out_dir, split)]
-    if meta is None and there:
-        raise UserError(f"{cfg.out_dir} has shards but no meta.json: take another --out_dir")
-    shards = meta["shards"] if meta else []
-    known = {shard["name"] for shard in shards} | {shard_name(len(shards))}
+    listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]} if meta else {}
+    known = {*listed, shard_name(len(listed))} if meta else set()
+    there = shard_names(cfg.out_dir, "val") + shard_names(cfg.out_dir, "train")
     if strange := [name for name in there if name not in known]:
-        raise UserError(f"{cfg.out_dir}/{strange[0]} is not of this run: move it away")
-    if not shards:  # perhaps a first try failed, and its flags are to be put right
+        raise UserError(f"{cfg.out_dir}/{strange[0]} is not of this run: take another --out_dir")
+    if not listed:  # perhaps a first try failed, and its flags are to be put right
         return {"encoding": cfg.encoding, "vocab_size": 0, "eot": 0, "source": "", "shards": [],
                 "complete": False, "flags": flags}  # fmt: skip
-    if flags.keys() != meta["flags"].keys():
-        how = "--pretokenized" if cfg.pretokenized else "such flags"
-        raise UserError(f"{cfg.out_dir} was not begun with {how}: take another --out_dir")
+    old, meta["flags"] = meta["flags"], flags
     for key, value in flags.items():
-        old = meta["flags"][key]
-        if old != value and not (key == "pretokenized" and old < value):  # more is welcome
-            raise UserError(f"{cfg.out_dir} was begun with --{key}={old}, not --{key}={value}: "
-                            "give the same flags, or another --out_dir")  # fmt: skip
-    meta["complete"] &= meta["flags"] == flags
-    meta["flags"] = flags
-    listed = {shard["name"]: shard["tokens"] for shard in shards}
-    for i, shard in enumerate(shards):
+        if key == "pretokenized" and 0 < old.get(key, 0) < value:
+            meta["complete"] = False  # more of the ready-made shards are welcome
+        elif key not in old or old[key] != value:
+            raise UserError(f"{cfg.out_dir} was begun with --{key}={old.get(key)}, not {value}: give "
+                            "the same flags, or take another --out_dir")  # fmt: skip
+    for i, name in enumerate(listed):
         try:
-            check_shard(os.path.join(cfg.out_dir, shard["name"]), listed)
+            check_shard(os.path.join(cfg.out_dir, name), listed)
         except UserError as e:
             print(f"{e}: this run makes it and what follows again")
-            for later in shards[i:]:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(cfg.out_dir, later["name"]))
-            meta["shards"], meta["complete"] = shards[:i], False
-            break
+            for later in set(list(listed)[i:]) & set(there):
+                os.remove(os.path.join(cfg.out_dir, later))
+            return meta | {"shards": meta["shards"][:i], "complete": False}
     return meta
 
 
@@ -594,55 +570,42 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def progress(done: int, total: int, unit: str = "tok"):
-    """A bar with tokens, tokens/s and time left; in a log file one line a minute at most."""
-    from tqdm import tqdm
-
-    interval = 0.5 if sys.stderr.isatty() else 60
-    return tqdm(total=total or None, initial=done, unit=unit, unit_scale=True,
-                mininterval=interval, maxinterval=interval, dynamic_ncols=True)  # fmt: skip
-
-
-def print_table(out_dir: str, meta: dict) -> None:
-    shards = meta["shards"]
-    total = {key: sum(s.get(key) or 0 for s in shards) for key in ("documents", "tokens", "bytes")}
-    lines = [f"{'shard':<26}{'documents':>12}{'tokens':>16}{'bytes/token':>13}"]
-    for s in [*shards, {"name": f"{len(shards)} shards", **total}]:
-        ratio = f"{s['bytes'] / s['tokens']:.3f}" if s.get("bytes") else "n/a"
-        lines.append(f"{s['name']:<26}{s['documents']:>12,}{s['tokens']:>16,}{ratio:>13}")
-    print("\n".join(lines if len(lines) <= 14 else [*lines[:11], "...", *lines[-2:]]))
-    print(f"{out_dir} is complete: {meta['source']}, encoding {meta['encoding']}")
-
-
-# ---- ready-made shards -----------------------------------------------------------------------
+def print_summary(out_dir: str, meta: dict) -> None:
+    total = {key: sum(shard.get(key) or 0 for shard in meta["shards"])
+             for key in ("documents", "tokens", "bytes")}  # fmt: skip
+    ratio = f" of {total['bytes'] / total['tokens']:.3f} bytes" if total["bytes"] else ""
+    print(f"{out_dir} is complete: {len(meta['shards'])} shards, {total['documents']:,} documents, "
+          f"{total['tokens']:,} tokens{ratio}, encoding {meta['encoding']}, "
+          f"from {meta['source'] or 'an unknown source'}")  # fmt: skip
 
 
 def download(cfg: Config, meta: dict) -> None:
     """Get the ready-made validation shard and training shards 1 to cfg.pretokenized. What has arrived
     of a shard stays in a folder of its own, so that a download goes on where it broke off."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
-    meta |= {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256, "source": PRETOKENIZED}
+    meta |= GPT2 | {"source": PRETOKENIZED}
     folder = os.path.join(cfg.out_dir, ".download")
     for i in range(len(meta["shards"]), cfg.pretokenized + 1):
         name = shard_name(i)
         with reading(f"hf://datasets/{PRETOKENIZED}/{name}"):
             try:
                 path = hf_hub_download(PRETOKENIZED, name, repo_type="dataset", local_dir=folder)
+            except LocalEntryNotFoundError:  # that is, the hub cannot be reached
+                raise
             except EntryNotFoundError:
                 raise UserError(f"{PRETOKENIZED} has no {name}: lower --pretokenized") from None
         try:
             check_shard(path)
-            found = scan_shard(path, meta["vocab_size"], meta["eot"])
+            entry = {"name": name, **scan_shard(path, meta["vocab_size"], meta["eot"])}
         except UserError as e:
             shutil.rmtree(folder)
             raise UserError(f"{name} arrived damaged ({e}): run this again") from None
         with open(path, "rb") as source, whole_file(os.path.join(cfg.out_dir, name)) as f:
             shutil.copyfileobj(source, f)
         os.remove(path)
-        # bytes of text per token would need the tokenizer, which shards do not
-        meta["shards"].append({"name": name, **found, "bytes": None})
+        meta["shards"].append(entry)
         save_meta(cfg.out_dir, meta)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -686,29 +649,23 @@ def check_shard(path: str, listed: dict[str, int] | None = None) -> Shard:
     if len(header) < HEADER_INTS or header[0] != MAGIC:
         raise UserError(f"{path}: not a token shard (magic number {MAGIC} missing): {again}")
     if header[1] != VERSION:
-        raise UserError(
-            f"{path}: shard version {header[1]}, not {VERSION} (7 is Llama 3's 32-bit tokens): {again}"
-        )
-    tokens = int(header[2])
-    if tokens < 1 or size != HEADER_BYTES + 2 * tokens:
-        raise UserError(
-            f"{path}: header says {tokens:,} tokens, the file holds "
-            f"{(size - HEADER_BYTES) / 2:,.1f}: {again}"
-        )
+        what = f"shard version {header[1]}, not {VERSION} (7 is Llama 3's 32-bit tokens)"
+        raise UserError(f"{path}: {what}: {again}")
+    tokens, there = int(header[2]), (size - HEADER_BYTES) / 2
+    if tokens < 1 or tokens != there:
+        raise UserError(f"{path}: header says {tokens:,} tokens, the file holds {there:,.1f}: {again}")
     if listed is not None and listed.get(os.path.basename(path)) != tokens:
         raise UserError(f"{path}: not the shard that meta.json lists (another encoding?): {again}")
     return Shard(path, tokens)
 
 
 def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
-    """Check the shards of a folder without reading their tokens. Returns meta.json (what is true of
-    GPT-2's public shards if there is none), the sound shards of each split, and what is wrong."""
+    """Check the shards of a folder without reading their tokens. Returns meta.json (GPT-2's if there
+    is none), the sound shards of "train" and of "val", and a line for each thing that is wrong."""
     make = f"make it with: python prepare_fineweb.py --out_dir={folder}"
-    meta, listed, wrong = load_meta(folder), None, []
-    if meta:
-        listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]}
-    else:
-        meta = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256, "source": "", "complete": True}
+    meta, wrong = load_meta(folder), []
+    listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]} if meta else None
+    meta = meta or GPT2 | {"source": "", "shards": [], "complete": True}
     if not meta["complete"]:
         wrong.append(f"{folder} is not finished: run its prepare_fineweb.py line again")
     splits: dict[str, list[Shard]] = {"train": [], "val": []}
@@ -718,25 +675,23 @@ def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
             others = sorted(glob.glob(f"*{split}*.bin", root_dir=folder))
             cure = f"rename {others[0]}, shards are named *_{split}_000001.bin" if others else make
             wrong.append(f"no {split} shards in {folder}: {cure}")
+        numbers, sets = [], set()
         for name in names:
             try:
                 shards.append(check_shard(os.path.join(folder, name), listed))
+                stem, number = name[:-4].rsplit("_", 1)
+                numbers.append(int(number))
+                sets.add(stem)
             except UserError as e:
                 wrong.append(str(e))
-        if listed is not None:
-            gone = [name for name in listed if f"_{split}_" in name and name not in names]
-            wrong += [f"{folder} lacks {name}, which meta.json lists: {make}" for name in gone]
-            continue
-        numbered = [name for name in names if re.search(r"_\d+\.bin$", name)]
-        cure = "a shard's name ends in its number, e.g. _000001.bin: rename it"
-        wrong += [f"{os.path.join(folder, name)}: {cure}" for name in names if name not in numbered]
-        sets = sorted({name.rsplit("_", 1)[0] for name in numbered})
+            except ValueError:
+                wrong.append(f"{folder}/{name}: rename it, a shard's name ends in a number: _000001.bin")
+        gone = [name for name in listed or () if f"_{split}_" in name and name not in names]
+        wrong += [f"{folder} lacks {name}, which meta.json lists: {make}" for name in gone]
         if len(sets) > 1:
-            wrong.append(f"{folder} has shards of two sets, {sets[0]}_ and {sets[1]}_: move one away")
-            continue
-        numbers = sorted(int(name[:-4].rsplit("_", 1)[1]) for name in numbered)
-        for before, after in itertools.pairwise(numbers):
-            if after != before + 1:
+            wrong.append(f"{folder} has shards of two sets, {' and '.join(sorted(sets))}: move one away")
+        for before, after in itertools.pairwise(sorted(numbers)):
+            if after > before + 1 and not gone:
                 wrong.append(f"{folder} lacks {split} shard {before + 1}: {make}")
     return meta, splits, wrong
 
@@ -748,10 +703,9 @@ def open_data(data_dir: str, block_size: int) -> Data:
         raise UserError(wrong[0])
     for split, shards in splits.items():
         if window_counts(shards, block_size).sum() < 1:
-            raise UserError(
-                f"the {split} shards of {data_dir} have no window of block_size + 1 = "
-                f"{block_size + 1} tokens: lower --block_size or prepare more data"
-            )
+            need = f"window of block_size + 1 = {block_size + 1} tokens"
+            cure = "lower --block_size or prepare more data"
+            raise UserError(f"the {split} shards of {data_dir} have no {need}: {cure}")
     return Data(splits["train"], splits["val"], meta["encoding"], meta["vocab_size"], meta["source"])
 
 
@@ -784,31 +738,27 @@ def locate(counts: np.ndarray, samples: np.ndarray, data_seed: int) -> list[tupl
 def read_windows(
     shards: list[Shard], places: list[tuple[int, int]], block_size: int, n_vocab: int
 ) -> np.ndarray:
-    """Read the windows at `places`, (shard, window) pairs, and check their token ids: (n, block_size +
-    1) int64. Raises UserError naming the shard. A read at an offset is used, as a shard that shrinks
-    under a memory map would kill the process."""
+    """Read the windows at `places`, pairs of a shard's and a window's index, as (n, block_size + 1)
+    int64 tokens. Raises UserError naming a shard that cannot be read or has an id of n_vocab or more.
+    It uses pread because a shard that shrinks under a memory map kills the process."""
     batch = np.empty((len(places), block_size + 1), np.int64)
     by_shard = sorted(range(len(places)), key=lambda row: places[row])
     for s, rows in itertools.groupby(by_shard, key=lambda row: places[row][0]):
         path = shards[s].path
         try:
-            with open(path, "rb") as f:  # one shard open at a time: a batch may need thousands
+            with open(path, "rb") as f:  # one at a time: a batch may come from thousands of shards
                 for row in rows:
-                    window = places[row][1]
-                    size, offset = 2 * (block_size + 1), HEADER_BYTES + 2 * block_size * window
-                    raw = os.pread(f.fileno(), size, offset)
-                    if len(raw) < size:
+                    start = HEADER_BYTES + 2 * block_size * places[row][1]
+                    raw = os.pread(f.fileno(), 2 * (block_size + 1), start)
+                    if len(raw) < 2 * (block_size + 1):
                         raise UserError(f"{path} shrank during the run: restore it, then resume")
                     batch[row] = np.frombuffer(raw, "<u2")
-                    if (largest := batch[row].max()) >= n_vocab:
-                        raise UserError(
-                            f"{path}: token id {largest} in window {window}, but the encoding has ids "
-                            f"below {n_vocab}: prepare this shard again"
-                        )
         except OSError as e:
-            raise UserError(
-                f"{path}: cannot be read ({e.strerror}): restore it, then resume"
-            ) from None
+            cure = "restore it, then resume"
+            raise UserError(f"{path}: cannot be read ({e.strerror}): {cure}") from None
+    for row in np.flatnonzero(batch.max(axis=1) >= n_vocab):
+        path, found = shards[places[row][0]].path, f"token id {batch[row].max()}"
+        raise UserError(f"{path}: {found} is not below the encoding's {n_vocab}: prepare it again")
     return batch
 
 
@@ -825,8 +775,8 @@ def scan_shard(path: str, n_vocab: int, eot: int) -> dict:
             digest.update(data)
             ids = np.frombuffer(data, "<u2")
             if len(bad := np.flatnonzero(ids >= n_vocab)):
-                where = f"{path}: token {tokens + bad[0]:,} is id {ids[bad[0]]}"
-                raise UserError(f"{where}, the vocabulary has {n_vocab:,}: prepare it again")
+                what = f"token {tokens + bad[0]:,} is id {ids[bad[0]]}, the vocabulary has {n_vocab:,}"
+                raise UserError(f"{path}: {what}: prepare it again")
             tokens += len(ids)
             documents += int((ids == eot).sum())
     return {"tokens": tokens, "documents": documents, "sha256": digest.hexdigest()}
@@ -836,7 +786,7 @@ def verify(folder: str) -> None:
     """Re-read every shard and check it against meta.json. Prints a line for each thing that is wrong
     and then raises UserError."""
     meta, splits, wrong = find_shards(folder)
-    entries = {entry["name"]: entry for entry in meta.get("shards", [])}
+    entries = {entry["name"]: entry for entry in meta["shards"]}
     for shard in splits["val"] + splits["train"]:
         name = os.path.basename(shard.path)
         entry = entries.setdefault(name, {"name": name})
@@ -849,7 +799,7 @@ def verify(folder: str) -> None:
     if wrong:
         print("\n".join(wrong))
         raise UserError(f"{len(wrong)} things are wrong in {folder}, listed above")
-    print_table(folder, meta | {"shards": list(entries.values())})
+    print_summary(folder, meta | {"shards": list(entries.values())})
 
 
 def main() -> None:
@@ -879,14 +829,14 @@ def main() -> None:
             (download if cfg.pretokenized else prepare)(cfg, meta)
             meta["complete"] = True
             save_meta(cfg.out_dir, meta)
-            print_table(cfg.out_dir, meta)
+            print_summary(cfg.out_dir, meta)
     except ImportError as e:
         raise UserError(f"{e.name} is missing: pip install -r requirements.txt") from None
     except KeyboardInterrupt:
         raise UserError("stopped: run the same command again, it goes on from there") from None
     except OSError as e:
-        raise UserError(f"cannot use {cfg.out_dir} ({e}): make room, then run the same command again, "
-                        "or take another --out_dir") from None  # fmt: skip
+        cure = "make room, then run the same command again, or take another --out_dir"
+        raise UserError(f"cannot use {cfg.out_dir} ({e}): {cure}") from None
 
 
 if __name__ == "__main__":
