@@ -12,10 +12,9 @@ tokens. Every document is <|endoftext|> and then its ordinary encoding; document
 shards. The stream's first val_tokens tokens are the validation shard, the rest training shards.
 
 A run can be killed at any moment: the same command goes on from the last complete shard, to the same
-bytes. It counts the documents of the shards and skips as many. Parquet files and row groups are
-skipped by the row counts in their footers, which costs two small requests for each of the hub's files
-(seconds for the 15 files of sample-10BT, an hour or more for the tens of thousands of the whole of
-FineWeb) and reading one row group; jsonl is read from the start, but not parsed.
+bytes. It counts the documents begun and skips as many. In parquet files it skips row groups by the
+counts in the footer: two small requests for each of the hub's files, so seconds for the 15 of
+sample-10BT but hours for the tens of thousands of all FineWeb. jsonl is read from the start.
 """
 
 from __future__ import annotations
@@ -36,10 +35,9 @@ import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -58,7 +56,7 @@ KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "te
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
 GPT2 = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256}  # meta.json of ready-made shards
 EOT = "<|endoftext|>"
-BATCH_CHARS = 1 << 18
+BATCH_DOCUMENTS = 16  # which a worker tokenizes at a time
 # The answers of a file system that cannot lock a file or sync a folder.
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS}
 
@@ -81,7 +79,7 @@ class Config:
     verify: str = ""  # check this folder against its meta.json instead
 
 
-# ---- encodings --------------------------------------------------------------------------------
+# ---- text -> tokens ---------------------------------------------------------------------------
 
 
 def load_encoding(name: str) -> tiktoken.Encoding:
@@ -98,43 +96,38 @@ def load_encoding(name: str) -> tiktoken.Encoding:
     known = ["bytes", *tiktoken.list_encoding_names()]
     if name not in known:
         raise UserError(f"unknown encoding {name!r}: {suggest(name, known)}")
-    too_big = f"encoding {name!r} has more than 65,536 tokens, too many for uint16: use gpt2"
-    if name.startswith(("cl100k", "o200k")):  # known without a download
-        raise UserError(too_big)
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError, AssertionError) as e:  # requests' errors are OSErrors
         cure = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --encoding=bytes"
         raise UserError(f"cannot download tokenizer {name!r} ({type(e).__name__}): {cure}") from None
     if encoding.n_vocab > 65_536:
-        raise UserError(too_big)
+        raise UserError(f"encoding {name!r} has more than 65,536 tokens, too many for uint16: use gpt2")
     if EOT not in encoding.special_tokens_set:
         raise UserError(f"encoding {name!r} has no {EOT} token to begin documents with: use gpt2")
     return encoding
 
 
-# Unicode's White_Space, which \s means in tiktoken's regex and not in Python's.
-SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-LONG_SPACE = re.compile(rf"{SPACE}{{999,}}(?={SPACE}[^{SPACE[1:]})")
+# A long run of white space before a word. (\s is not the same in Python's regex and in tiktoken's.)
+LONG_SPACE = r"\p{White_Space}{999,}(?=\p{White_Space}\P{White_Space})"
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """The ordinary encoding of one text, (n,) uint16: "<|endoftext|>" in it is plain text."""
+    """Return the ordinary encoding of a text, (n,) uint16: "<|endoftext|>" in it is plain text."""
     try:
         ids = encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
         return ids.astype(np.uint16)
     except UnicodeEncodeError:  # a lone surrogate becomes U+FFFD, as encode_ordinary has it
         return encode(encoding, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    except ValueError:
+    except ValueError as e:
+        import regex
+
         # tiktoken's regex gives up on some 10^5 blanks before a word. GPT-2's pattern cuts such a
         # run before its last blank, so the text can be cut there first without any difference.
-        cuts = [0, *(m.end() for m in LONG_SPACE.finditer(text)), len(text)]
+        cuts = [0, *(m.end() for m in regex.finditer(LONG_SPACE, text)), len(text)]
         if len(cuts) == 2:
-            raise
+            raise UserError(f"cannot tokenize the document {text[:60]!r} ({e}): take it out") from None
         return np.concatenate([encode(encoding, text[a:b]) for a, b in itertools.pairwise(cuts)])
-
-
-# ---- workers ----------------------------------------------------------------------------------
 
 
 def start_worker(name: str) -> None:
@@ -152,24 +145,20 @@ def start_worker(name: str) -> None:
 
 def encode_batch(texts: list[str]) -> np.ndarray:
     """Return the tokens of these documents, (n,) uint16: each is end-of-text, then its encoding."""
-    eot = np.array([worker_encoding.eot_token], dtype=np.uint16)
     parts = []
     for text in texts:
-        try:
-            parts += eot, encode(worker_encoding, text)
-        except Exception as e:
-            where = f"the document that begins {text[:60]!r}"
-            raise UserError(f"cannot tokenize {where} ({e}): take it out") from None
-    return np.concatenate(parts)
+        parts += [worker_encoding.eot_token], encode(worker_encoding, text)
+    return np.concatenate(parts).astype(np.uint16)
 
 
 def encode_in_order(
-    pool: ProcessPoolExecutor, workers: int, batches: Iterator[list[str]]
+    pool: ProcessPoolExecutor, workers: int, texts: Iterator[str]
 ) -> Iterator[np.ndarray]:
-    """Yield the tokens of each batch of texts, in order, with a bounded number in flight."""
-    futures = (pool.submit(encode_batch, texts) for texts in batches)
+    """Yield the tokens of texts, some documents at a time and in order, few of them in flight."""
+    batches = iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), [])
+    futures = (pool.submit(encode_batch, batch) for batch in batches)
     try:
-        pending = deque(itertools.islice(futures, 2 * workers + 2))
+        pending = deque(itertools.islice(futures, 4 * workers + 4))
         while pending:
             pending.extend(itertools.islice(futures, 1))
             yield pending.popleft().result()
@@ -219,16 +208,12 @@ def find_dataset(cfg: Config, revision: str | None) -> tuple[str, list[str]]:
     import datasets
     from huggingface_hub import HfApi
 
-    datasets.disable_progress_bars()
-    name = cfg.dataset
-    with reading(f"hf://datasets/{name}"), tempfile.TemporaryDirectory() as cache:
-        commit = HfApi().dataset_info(name, revision=revision, timeout=30).sha
-        builder = datasets.load_dataset_builder(
-            name, cfg.name or None, revision=commit, cache_dir=cache
-        )
+    with reading(f"hf://datasets/{cfg.dataset}"):
+        commit = HfApi().dataset_info(cfg.dataset, revision=revision, timeout=30).sha
+        builder = datasets.load_dataset_builder(cfg.dataset, cfg.name or None, revision=commit)
     files = builder.config.data_files or {}
     if cfg.split not in files:
-        raise UserError(f"{name} has no --split={cfg.split}: {suggest(cfg.split, list(files))}")
+        raise UserError(f"{cfg.dataset} has no --split={cfg.split}: {suggest(cfg.split, list(files))}")
     return commit, list(files[cfg.split])
 
 
@@ -258,7 +243,7 @@ def reading(what: str) -> Iterator[None]:
     except (UserError, ImportError):
         raise
     except Exception as e:
-        again = "check the network, then run the same command again"
+        again = "check the name and the network, then run the same command again"
         cure = again if what.startswith("hf://") else "repair it or take it out"
         raise UserError(f"cannot read {what} ({type(e).__name__}: {reason(e)}): {cure}") from e
 
@@ -281,31 +266,29 @@ def open_input(path: str) -> Iterator[BinaryIO]:
 
 
 def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
-    """Yield the texts of all documents in these files but the first `skip`."""
-    read = {"parquet": read_parquet, "jsonl": read_jsonl, "text": read_text}
+    """Yield the texts of all documents in these files but the first `skip`. A row of parquet is one (if
+    null, an empty one), so is a line of jsonl that is not blank, and so is a whole text file."""
     for path in paths:
-        with reading(path):
-            skip = yield from read[kind_of(path)](path, column, skip)
-
-
-# Each of the three readers yields a file's documents after the first `skip`, and returns how many
-# are still to be skipped in the files that follow.
-
-
-def read_parquet(path: str, column: str, skip: int) -> Generator[str, None, int]:
-    """A row is a document, null an empty one. Row groups are skipped without reading their text."""
-    with open_input(path) as f:
-        file = open_parquet(f, path, column)
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if skip >= rows:
-                skip -= rows
-                continue
-            for batch in file.iter_batches(64, [group], [column]):  # few rows: a novel is a megabyte
-                for text in batch.column(0).to_pylist()[skip:]:
+        with reading(path), open_input(path) as f:
+            if kind_of(path) == "parquet":
+                file, groups = open_parquet(f, path, column), []
+                for group in range(file.num_row_groups):
+                    rows = file.metadata.row_group(group).num_rows
+                    if skip >= rows and not groups:
+                        skip -= rows  # without reading them
+                    else:
+                        groups.append(group)
+                batches = file.iter_batches(64, groups, [column])  # few rows: a novel is a megabyte
+                texts = (text for batch in batches for text in batch.column(0).to_pylist())
+            elif kind_of(path) == "jsonl":
+                texts = json_texts(f, path, column)
+            else:
+                texts = [f.read().decode("utf-8", "replace")]  # carriage returns stay
+            for text in texts:
+                if skip:
+                    skip -= 1
+                else:
                     yield text or ""
-                skip = max(skip - len(batch), 0)
-    return skip
 
 
 def open_parquet(f: BinaryIO, path: str, column: str):
@@ -327,52 +310,23 @@ def no_text(column: str, path: str, names: list[str], kind: str = "") -> UserErr
     return UserError(f"column {column!r} of {path} {what}: set --text_column; {suggest(column, names)}")
 
 
-def read_jsonl(path: str, column: str, skip: int) -> Generator[str, None, int]:
-    """A line that is not blank is a document, a null text an empty one. Invalid UTF-8 is replaced."""
-    with open_input(path) as f:
-        for line in io.TextIOWrapper(f, encoding="utf-8-sig", errors="replace", newline="\n"):
-            if not line.strip():
-                continue
-            if skip:
-                skip -= 1
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"a {type(row).__name__}")
-            except (ValueError, RecursionError) as e:
-                where = f"{path}: not a JSON object ({e})"
-                raise UserError(f"{where}: repair the line {line[:60]!r}") from None
-            if column not in row:
-                raise no_text(column, path, list(row))
-            text = row[column]
-            if not isinstance(text, str | None):
-                raise no_text(column, path, list(row), type(text).__name__)
-            yield text or ""
-    return skip
-
-
-def read_text(path: str, column: str, skip: int) -> Generator[str, None, int]:
-    """One file is one document, to the byte: carriage returns stay, invalid UTF-8 is replaced."""
-    if skip:
-        return skip - 1
-    with open_input(path) as f:
-        yield f.read().decode("utf-8", "replace")
-    return 0
-
-
-def make_batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Group texts into batches of about BATCH_CHARS characters."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text) + 100
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def json_texts(f: BinaryIO, path: str, column: str) -> Iterator[str | None]:
+    """Yield the text of each line of jsonl. Invalid UTF-8 is replaced, a byte-order mark left out."""
+    for line in io.TextIOWrapper(f, encoding="utf-8-sig", errors="replace", newline="\n"):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"a {type(row).__name__}")
+        except (ValueError, RecursionError) as e:
+            where = f"{path}: not a JSON object ({e})"
+            raise UserError(f"{where}: repair the line {line[:60]!r}") from None
+        if column not in row:
+            raise no_text(column, path, list(row))
+        if not isinstance(row[column], str | None):
+            raise no_text(column, path, list(row), type(row[column]).__name__)
+        yield row[column]
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -472,7 +426,7 @@ def prepare(cfg: Config, meta: dict) -> None:
     paths, estimate = find_source(cfg, meta)
     eot = encoding.eot_token  # ordinary encodings never hold this token
     meta |= {"vocab_size": encoding.n_vocab, "eot": eot}
-    lengths = np.zeros(encoding.n_vocab, dtype=np.int64)  # bytes of text in each token
+    lengths = np.zeros(encoding.n_vocab, dtype=np.uint16)  # bytes of text in each token
     for piece in encoding.token_byte_values():
         lengths[encoding.encode_single_token(piece)] = len(piece)
     save_meta(cfg.out_dir, meta)
@@ -482,18 +436,21 @@ def prepare(cfg: Config, meta: dict) -> None:
     done = sum(shard["tokens"] for shard in shards)
     begun = sum(shard["documents"] for shard in shards)
     cut = skip = shards[-1]["cut"] if shards else 0
-    limit = cfg.max_tokens or sys.maxsize
     if shards:
         print(f"going on after {shards[-1]['name']}: {done:,} tokens are done")
-    shard = np.empty(max(cfg.val_tokens, cfg.shard_tokens), dtype=np.uint16)
-    filled = documents = size = 0
+    buffer = np.empty(max(cfg.val_tokens, cfg.shard_tokens), dtype=np.uint16)
+    filled = 0
 
     def finish_shard() -> None:
-        nonlocal filled, documents, size
-        entry = save_shard(cfg.out_dir, len(shards), shard[:filled])
-        shards.append(entry | {"documents": documents, "bytes": size, "cut": cut})
+        nonlocal filled, cut
+        tokens = buffer[:filled]
+        starts = np.flatnonzero(tokens == eot)
+        cut = filled - int(starts[-1]) if len(starts) else cut + filled
+        entry = save_shard(cfg.out_dir, len(shards), tokens)
+        size = int(lengths[tokens].sum(dtype=np.int64))
+        shards.append(entry | {"documents": len(starts), "bytes": size, "cut": cut})
         save_meta(cfg.out_dir, meta)
-        filled = documents = size = 0
+        filled = 0
 
     workers = cfg.workers or cores()
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
@@ -504,23 +461,21 @@ def prepare(cfg: Config, meta: dict) -> None:
     with ProcessPoolExecutor(workers, context, start_worker, (cfg.encoding,)) as pool, bar:
         for _ in range(workers):  # they start while this process finds its place
             pool.submit(encode_batch, [""])
-        batches = make_batches(read_texts(paths, cfg.text_column, max(begun - 1, 0)))
-        for tokens in encode_in_order(pool, workers, batches):
+        texts = read_texts(paths, cfg.text_column, max(begun - 1, 0))
+        for tokens in encode_in_order(pool, workers, texts):
             tokens, skip = tokens[skip:], 0
-            while len(tokens) and done < limit:
+            if cfg.max_tokens:
+                tokens = tokens[: cfg.max_tokens - done]
+            done += len(tokens)
+            bar.update(len(tokens))
+            while len(tokens):
                 capacity = cfg.shard_tokens if shards else cfg.val_tokens
-                n = min(len(tokens), capacity - filled, limit - done)
-                piece, tokens = tokens[:n], tokens[n:]
-                shard[filled : filled + n] = piece
-                filled, done = filled + n, done + n
-                starts = np.flatnonzero(piece == eot)
-                documents += len(starts)
-                cut = n - int(starts[-1]) if len(starts) else cut + n
-                size += int(lengths[piece].sum())
-                bar.update(n)
+                piece = tokens[: capacity - filled]
+                buffer[filled : filled + len(piece)] = piece
+                filled, tokens = filled + len(piece), tokens[len(piece) :]
                 if filled == capacity:
                     finish_shard()
-            if done == limit:
+            if done == cfg.max_tokens:
                 break
         if filled:
             finish_shard()
@@ -537,11 +492,9 @@ def begin(cfg: Config) -> dict:
     free = {"out_dir", "workers", "verify"}  # they do not change the shards
     flags = {key: value for key, value in asdict(cfg).items() if key not in free}
     meta = load_meta(cfg.out_dir)
+    if meta is None and (there := shard_names(cfg.out_dir, "val") + shard_names(cfg.out_dir, "train")):
+        raise UserError(f"{cfg.out_dir} has {there[0]} but no meta.json: take another --out_dir")
     listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]} if meta else {}
-    known = {*listed, shard_name(len(listed))} if meta else set()
-    there = shard_names(cfg.out_dir, "val") + shard_names(cfg.out_dir, "train")
-    if strange := [name for name in there if name not in known]:
-        raise UserError(f"{cfg.out_dir}/{strange[0]} is not of this run: take another --out_dir")
     if not listed:  # perhaps a first try failed, and its flags are to be put right
         return {"encoding": cfg.encoding, "vocab_size": 0, "eot": 0, "source": "", "shards": [],
                 "complete": False, "flags": flags}  # fmt: skip
@@ -557,8 +510,6 @@ def begin(cfg: Config) -> dict:
             check_shard(os.path.join(cfg.out_dir, name), listed)
         except UserError as e:
             print(f"{e}: this run makes it and what follows again")
-            for later in set(list(listed)[i:]) & set(there):
-                os.remove(os.path.join(cfg.out_dir, later))
             return meta | {"shards": meta["shards"][:i], "complete": False}
     return meta
 
@@ -583,19 +534,13 @@ def download(cfg: Config, meta: dict) -> None:
     """Get the ready-made validation shard and training shards 1 to cfg.pretokenized. What has arrived
     of a shard stays in a folder of its own, so that a download goes on where it broke off."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
     meta |= GPT2 | {"source": PRETOKENIZED}
     folder = os.path.join(cfg.out_dir, ".download")
     for i in range(len(meta["shards"]), cfg.pretokenized + 1):
         name = shard_name(i)
         with reading(f"hf://datasets/{PRETOKENIZED}/{name}"):
-            try:
-                path = hf_hub_download(PRETOKENIZED, name, repo_type="dataset", local_dir=folder)
-            except LocalEntryNotFoundError:  # that is, the hub cannot be reached
-                raise
-            except EntryNotFoundError:
-                raise UserError(f"{PRETOKENIZED} has no {name}: lower --pretokenized") from None
+            path = hf_hub_download(PRETOKENIZED, name, repo_type="dataset", local_dir=folder)
         try:
             check_shard(path)
             entry = {"name": name, **scan_shard(path, meta["vocab_size"], meta["eot"])}
@@ -649,8 +594,7 @@ def check_shard(path: str, listed: dict[str, int] | None = None) -> Shard:
     if len(header) < HEADER_INTS or header[0] != MAGIC:
         raise UserError(f"{path}: not a token shard (magic number {MAGIC} missing): {again}")
     if header[1] != VERSION:
-        what = f"shard version {header[1]}, not {VERSION} (7 is Llama 3's 32-bit tokens)"
-        raise UserError(f"{path}: {what}: {again}")
+        raise UserError(f"{path}: shard version {header[1]}, not {VERSION}: {again}")
     tokens, there = int(header[2]), (size - HEADER_BYTES) / 2
     if tokens < 1 or tokens != there:
         raise UserError(f"{path}: header says {tokens:,} tokens, the file holds {there:,.1f}: {again}")
@@ -760,9 +704,6 @@ def read_windows(
         path, found = shards[places[row][0]].path, f"token id {batch[row].max()}"
         raise UserError(f"{path}: {found} is not below the encoding's {n_vocab}: prepare it again")
     return batch
-
-
-# ---- checking ---------------------------------------------------------------------------------
 
 
 def scan_shard(path: str, n_vocab: int, eot: int) -> dict:

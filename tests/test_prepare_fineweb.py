@@ -45,18 +45,14 @@ DROP_SURROGATES = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace
 # ---- helpers ----------------------------------------------------------------------------------
 
 
-def command(*flags: str, batch_chars: int | None = None) -> list[str]:
-    if batch_chars is None:
-        return [sys.executable, str(ROOT / "prepare_fineweb.py"), *flags]
-    code = f"import prepare_fineweb as p; p.BATCH_CHARS = {batch_chars}; p.run(p.main)"
-    return [sys.executable, "-c", code, *flags]
+def command(*flags: object) -> list[str]:
+    return [sys.executable, str(ROOT / "prepare_fineweb.py"), *map(str, flags)]
 
 
-def prep(*flags: object, env: dict | None = None, batch_chars: int | None = None, **kw):
+def prep(*flags: object, env: dict | None = None, **kw):
     """Run the script in a process of its own."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-    line = command(*map(str, flags), batch_chars=batch_chars)
-    return subprocess.run(line, capture_output=True, text=True, env=env, timeout=120, **kw)
+    return subprocess.run(command(*flags), capture_output=True, text=True, env=env, timeout=120, **kw)
 
 
 def fails(result: subprocess.CompletedProcess, *needles: str) -> None:
@@ -206,7 +202,7 @@ def test_nasty_documents_bytes(tmp_path, workers, shard_tokens, val_tokens):
     out = tmp_path / "out"
     works(prep(f"--input={tmp_path}/*.jsonl", "--encoding=bytes", f"--out_dir={out}",
                f"--workers={workers}", f"--shard_tokens={shard_tokens}",
-               f"--val_tokens={val_tokens}", batch_chars=300))  # fmt: skip
+               f"--val_tokens={val_tokens}"))  # fmt: skip
     assert stream(out) == bytes_stream(DROP_SURROGATES)
     counts = [s["tokens"] for s in json.loads((out / "meta.json").read_text())["shards"]]
     assert counts[0] == val_tokens
@@ -228,7 +224,7 @@ def test_nasty_documents_gpt2(tmp_path, gpt2):
     write_jsonl(tmp_path / "a.jsonl", NASTY)
     out = tmp_path / "out"
     works(prep(f"--input={tmp_path}/a.jsonl", f"--out_dir={out}", "--shard_tokens=100",
-               "--val_tokens=30", "--workers=2", batch_chars=300))  # fmt: skip
+               "--val_tokens=30", "--workers=2"))  # fmt: skip
     expected = [token for text in NASTY for token in (50256, *gpt2.encode_ordinary(text))]
     assert stream(out) == expected
     meta = json.loads((out / "meta.json").read_text())
@@ -386,6 +382,7 @@ def test_bytes_encoding_is_the_bytes_in_linear_time():
 @pytest.mark.parametrize("end", ["x", "\nx", "\u00a0é"])
 def test_long_blanks(gpt2, monkeypatch, end):
     """tiktoken itself gives up on these; the cut that helps makes no difference where it can."""
+    regex = pytest.importorskip("regex")
     huge = "a" + " " * 1_000_000 + end
     with pytest.raises(ValueError, match="stack"):
         gpt2.encode_to_numpy(huge)
@@ -397,14 +394,14 @@ def test_long_blanks(gpt2, monkeypatch, end):
     class Fails:
         def __getattr__(self, name):
             def method(text, **kwargs):
-                if prepare_fineweb.LONG_SPACE.search(text):
+                if regex.search(prepare_fineweb.LONG_SPACE, text):
                     raise ValueError("stack")
                 return getattr(gpt2, name)(text, **kwargs)
 
             return method
 
-    pattern = prepare_fineweb.LONG_SPACE.pattern.replace("{999,}", "{3,}")
-    monkeypatch.setattr(prepare_fineweb, "LONG_SPACE", re.compile(pattern))
+    pattern = prepare_fineweb.LONG_SPACE.replace("{999,}", "{3,}")
+    monkeypatch.setattr(prepare_fineweb, "LONG_SPACE", pattern)
     rng = random.Random(0)
     alphabet = " \n\t\u00a0\u3000\x1c\r" * 4 + "ab1é'.日"
     for _ in range(3000):
@@ -444,7 +441,6 @@ def test_resume_at_any_shard(tmp_path, monkeypatch, end):
         else:
             (write_parquet if end == "parquet" else write_jsonl)(tmp_path / f"{i}.{end}", part)
     flags = [f"--input={tmp_path}/*.{end}", "--encoding=bytes", "--shard_tokens=97", "--workers=1"]
-    monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", 700)
     whole = tmp_path / "whole"
     in_process(monkeypatch, *flags, f"--out_dir={whole}")
     assert stream(whole) == bytes_stream(texts)
@@ -474,7 +470,7 @@ def kill_and_resume(tmp_path: Path, kills: int, seed: int) -> None:
         write_parquet(tmp_path / f"{i}.parquet", texts[200 * i : 200 * i + 200])
     flags = [f"--input={tmp_path}/*.parquet", "--encoding=bytes", "--shard_tokens=1999",
              "--val_tokens=501", "--workers=2"]  # fmt: skip
-    works(prep(*flags, f"--out_dir={tmp_path}/whole", batch_chars=3000))
+    works(prep(*flags, f"--out_dir={tmp_path}/whole"))
     expected = files(tmp_path / "whole")
     out, rng = tmp_path / "out", random.Random(seed)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -485,7 +481,7 @@ def kill_and_resume(tmp_path: Path, kills: int, seed: int) -> None:
 
     for number in range(kills):
         target = total * number // kills
-        process = subprocess.Popen(command(*flags, f"--out_dir={out}", batch_chars=3000), env=env,
+        process = subprocess.Popen(command(*flags, f"--out_dir={out}"), env=env,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
         wait_for(lambda target=target: shards() > target, process, "no shards come")
         time.sleep(rng.random() * 0.03)
@@ -502,7 +498,7 @@ def kill_and_resume(tmp_path: Path, kills: int, seed: int) -> None:
             first = (out / "fineweb_val_000000.bin").stat().st_ino
         psutil.wait_procs(children, timeout=20)
         assert not [c for c in children if c.is_running()], "workers outlive a killed parent"
-    works(prep(*flags, f"--out_dir={out}", batch_chars=3000))
+    works(prep(*flags, f"--out_dir={out}"))
     (out / "fineweb_val_000000.bin").stat()
     assert (out / "fineweb_val_000000.bin").stat().st_ino == first  # it went on, not anew
     left = {name: data for name, data in files(out).items() if not name.endswith(".tmp")}
@@ -560,16 +556,10 @@ def test_begun_folders(tmp_path, monkeypatch):
     go()
     assert files(out) == before
 
-    # shards of unknown origin are never overwritten
+    # a folder without a meta.json is never written to
     (out / "meta.json").unlink()
-    with pytest.raises(UserError, match=r"fineweb_val_000000\.bin is not of this run"):
+    with pytest.raises(UserError, match=r"fineweb_val_000000\.bin but no meta\.json"):
         go()
-    (out / "meta.json").write_bytes(before["meta.json"])
-    (out / "fineweb_train_000999.bin").write_bytes(b"mine")
-    for _ in ("finished", "without a shard"):
-        with pytest.raises(UserError, match="000999.bin is not of this run"):
-            go()
-        truncate(out, 0)
 
 
 def test_two_runs_at_once(tmp_path, monkeypatch):
@@ -682,7 +672,6 @@ ERRORS = {
     "cut gzip": (["--input={d}/cut.jsonl.gz"], ["cut.jsonl.gz", "Truncated", "take it out"]),
     "cut zstd": (["--input={d}/cut.jsonl.zst"], ["cut.jsonl.zst", "Truncated"]),
     "typo": (["--encoding=gpt22"], ["mean gpt2?", "bytes"]),
-    "too large": (["--encoding=o200k_base", "--input={d}/good.parquet"], ["65,536"]),
     "plugin": (["--encoding=huge", "--input={d}/good.parquet"], ["65,536"]),
     "no tokenizer": (["--encoding=r50k_base", "--input={d}/good.parquet"], ["TIKTOKEN_CACHE_DIR"]),
     "no hub": ([], ["HuggingFaceFW/fineweb", "network"]),
@@ -1068,14 +1057,14 @@ def test_streaming_from_the_hub(tmp_path, hub):
     handler, env = hub(have)
     out = tmp_path / "out"
     flags = ["--encoding=bytes", "--shard_tokens=3000", f"--out_dir={out}", "--workers=1"]
-    works(prep(*flags, env=env, batch_chars=2000))
+    works(prep(*flags, env=env))
     assert stream(out) == bytes_stream(texts)
     expected = files(out)
     meta = json.loads(expected["meta.json"])
     assert meta["revision"] == SHA
     # killed in the last file
     shutil.rmtree(out)
-    process = subprocess.Popen(command(*flags, batch_chars=2000), env={**os.environ, **env,
+    process = subprocess.Popen(command(*flags), env={**os.environ, **env,
                                "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)  # fmt: skip
     shard = out / meta["shards"][len(bytes_stream(texts[:100])) // 3000 + 2]["name"]
     wait_for(shard.exists, process, "no shards come")
@@ -1083,7 +1072,7 @@ def test_streaming_from_the_hub(tmp_path, hub):
     assert process.wait() == -signal.SIGKILL
     assert not json.loads((out / "meta.json").read_text())["complete"]
     handler.log.clear()
-    works(prep(*flags, env=env, batch_chars=2000))
+    works(prep(*flags, env=env))
     assert files(out) == expected
     asked = [line for line in handler.log if "GET" in line and "000.parquet" in line]
     ranges = [re.search(r"bytes=(\d+)-(\d+)", line) for line in asked]
@@ -1141,7 +1130,7 @@ def test_pretokenized(tmp_path, hub):
     assert [s["sha256"] for s in meta["shards"]] == [
         hashlib.sha256(made[s["name"]]).hexdigest() for s in meta["shards"]
     ]
-    fails(prep("--pretokenized=5", f"--out_dir={out}", env=env), "000004.bin", "lower")
+    fails(prep("--pretokenized=5", f"--out_dir={out}", env=env), "000004.bin", "check the name")
     assert only_shards(out) == made
 
 
