@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import prepare_fineweb
 import train
 from configurator import UserError, configure, run
 from model import FFNS, GPT, GPTConfig, ffn_cost, has, make_ffn, parse_spec
@@ -287,15 +288,15 @@ def bench_data(cfg: Config, specs: list[str], device: torch.device, dtype: torch
         for name in ("val_000000", "train_000001", "train_000002"):
             tokens = generator.integers(256, size=4_000_000, dtype=np.uint16)
             header = np.zeros(256, "<i4")
-            header[:3] = train.MAGIC, train.VERSION, len(tokens)
+            header[:3] = prepare_fineweb.MAGIC, prepare_fineweb.VERSION, len(tokens)
             Path(folder, f"bytes_{name}.bin").write_bytes(header.tobytes() + tokens.tobytes())
-        data = train.open_data(folder, T)
-        counts, step = train.window_counts(data.train, T), itertools.count()
+        data = prepare_fineweb.open_data(folder, T)
+        counts, step = prepare_fineweb.window_counts(data.train, T), itertools.count()
 
         def load() -> Tensor:
             samples = np.arange(B) + B * next(step)
-            places = train.locate(counts, samples, flags.data_seed)
-            return train.read_windows(data.train, places, T, data.n_vocab)
+            places = prepare_fineweb.locate(counts, samples, flags.data_seed)
+            return torch.from_numpy(prepare_fineweb.read_windows(data.train, places, T, data.n_vocab))
 
         model = GPT(train.model_config(vars(flags), vocab_size=384)).to(device)
         calls = {"load": load, "step": make_step(model, flags, device, dtype)[0]}

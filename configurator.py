@@ -60,13 +60,19 @@ def run(main: Callable[[], object]) -> None:
         sys.exit(1)
 
 
+def print0(text: str) -> None:
+    """Print on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def suggest(name: str, valid: Collection[str]) -> str:
     """The end of an error about an unknown name: the nearest valid one, and all of them."""
     near = difflib.get_close_matches(name, valid, n=1)
     return (f"did you mean {near[0]}? " if near else "") + f"valid: {', '.join(valid)}"
 
 
-def configure(cls: type[T], argv: list[str]) -> tuple[T, set[str]]:
+def configure(cls: type[T], argv: list[str], epilog: str = "") -> tuple[T, set[str]]:
     """
     Read argv (config file paths, --key=value, --key value, --flag) into the dataclass cls.
 
@@ -76,7 +82,7 @@ def configure(cls: type[T], argv: list[str]) -> tuple[T, set[str]]:
     types = typing.get_type_hints(cls)
     values: dict[str, object] = {}
     if "--help" in argv or "-h" in argv:
-        print(usage(cls))
+        print(usage(cls, epilog))
         sys.exit(0)
     rest = list(argv)
     while rest:
@@ -165,7 +171,22 @@ def read_config_file(path: str, types: dict[str, type]) -> dict[str, object]:
     return values
 
 
-def usage(cls: type) -> str:
+def read_launcher() -> tuple[int, int, int]:
+    """(rank, number of ranks, rank on this machine), as torchrun or another launcher says by the
+    environment; (0, 1, 0) without one."""
+    if "RANK" not in os.environ:
+        return 0, 1, 0
+    try:
+        rank, world, local_rank = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if not (0 <= rank < world and os.environ["MASTER_ADDR"] and int(os.environ["MASTER_PORT"])):
+            raise ValueError(f"RANK={rank} of WORLD_SIZE={world}")
+        return rank, world, local_rank
+    except (KeyError, ValueError) as e:
+        names = "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        raise UserError(f"launcher: {reason(e)}: use torchrun, set {names}, or unset RANK") from None
+
+
+def usage(cls: type, epilog: str) -> str:
     """The --help text: the module's docstring, then each field with type, default and comment."""
     source = inspect.getsource(cls)
     lines = [inspect.getdoc(inspect.getmodule(cls)) or "", "", "flags:"]
@@ -174,4 +195,4 @@ def usage(cls: type) -> str:
         kind = typing.get_type_hints(cls)[field.name].__name__
         head = f"  --{field.name}={field.default!r} ({kind})"
         lines.append(f"{head:<44} {found[1] if found else ''}".rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, "", epilog] if epilog else lines)

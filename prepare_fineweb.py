@@ -1,8 +1,8 @@
 """
-Text -> shards of uint16 tokens, in the format of llm.c and modded-nanogpt.
+Text -> shards of uint16 tokens, in the format of llm.c and modded-nanogpt; shards -> batches.
 
     python prepare_fineweb.py                                   # FineWeb sample-10BT, streamed
-    python prepare_fineweb.py --input='texts/*.parquet'         # jsonl(.gz, .zst), txt, py
+    python prepare_fineweb.py --input='texts/*.parquet'         # or .jsonl, .txt, .py; also .gz, .zst
     python prepare_fineweb.py --pretokenized=8                  # download ready-made GPT-2 shards
     python prepare_fineweb.py --input=stdlib --encoding=bytes   # offline: Python's own sources
     python prepare_fineweb.py --verify=data/fineweb             # re-read and check everything
@@ -11,54 +11,59 @@ A shard is 256 little-endian int32 of header (20240520, 1, number of tokens, zer
 tokens. Every document is <|endoftext|> and then its ordinary encoding; documents run on across
 shards. The stream's first val_tokens tokens are the validation shard, the rest training shards.
 
-It can be killed at any moment: run the same command again and it goes on from the last complete
-shard, to the same bytes. Neither interruptions nor the number of workers change the result.
+A run can be killed at any moment: the same command goes on from the last complete shard, to the same
+bytes. It counts the documents begun and skips as many. In parquet files it skips row groups by the
+counts in the footer: two small requests for each of the hub's files, so seconds for the 15 of
+sample-10BT but hours for the tens of thousands of all FineWeb. jsonl is read from the start.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import functools
 import glob
 import hashlib
-import importlib.util
+import io
 import itertools
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
-from configurator import UserError, configure, run, suggest
+from configurator import UserError, configure, reason, run, suggest
 
 if TYPE_CHECKING:
     import tiktoken
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
-KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl",
-         ".txt": "text", ".py": "text"}  # fmt: skip
+HEADER_BYTES = 4 * HEADER_INTS
+KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".py": "text"}
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
-DOWNLOAD_ATTEMPTS, RETRY_SECONDS = 5, 1.0  # without getting any further; doubled each time
+GPT2 = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256}  # meta.json of ready-made shards
 EOT = "<|endoftext|>"
-BATCH_CHARS = 1 << 18
+BATCH_DOCUMENTS = 16  # which a worker tokenizes at a time
+# The answers of a file system that cannot lock a file or sync a folder.
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS}
 
 
 @dataclass
 class Config:
-    input: str = ""  # glob of local parquet, jsonl(.gz, .zst), txt or py files, or "stdlib"
+    input: str = ""  # glob of local parquet, jsonl, txt or py files (also .gz, .zst), or "stdlib"
     dataset: str = "HuggingFaceFW/fineweb"  # what to stream from the Hugging Face hub if no input
     name: str = "sample-10BT"  # the dataset's configuration
     split: str = "train"  # the dataset's split
@@ -74,136 +79,142 @@ class Config:
     verify: str = ""  # check this folder against its meta.json instead
 
 
-# flags not compared when a run is taken up again: they do not change shards that it tokenizes
-FREE_FLAGS = {"out_dir", "workers", "pretokenized", "verify"}
-
-
-# ---- encodings --------------------------------------------------------------------------------
+# ---- text -> tokens ---------------------------------------------------------------------------
 
 
 def load_encoding(name: str) -> tiktoken.Encoding:
-    """The tiktoken encoding `name`; "bytes" is the 256 bytes and end-of-text = 256, made in memory.
-    Raises UserError if it is unknown, cannot be had, or does not fit shards of uint16."""
+    """Return the tiktoken encoding `name`; "bytes" is the 256 bytes and end-of-text = 256, made in
+    memory. Raises UserError if it is unknown, cannot be had, or does not fit shards of uint16."""
     import tiktoken
 
     if name == "bytes":
-        # Runs of up to 64 characters: fewer regex matches than one a character, and no run so
-        # long that looking for merges in it costs. There are none: every byte is its own token.
+        # Every byte is its own token, so there are no merges to look for. The pattern takes up to 64
+        # characters: one at a time is slow, and so is looking for merges in a long run.
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks,
                                  special_tokens={EOT: 256})  # fmt: skip
-    if name not in tiktoken.list_encoding_names():
-        known = ["bytes", *tiktoken.list_encoding_names()]
+    known = ["bytes", *tiktoken.list_encoding_names()]
+    if name not in known:
         raise UserError(f"unknown encoding {name!r}: {suggest(name, known)}")
-    too_big = f"encoding {name!r} has more than 65,536 tokens, too many for uint16: use gpt2"
-    if name.startswith(("cl100k", "o200k")):  # known without a download
-        raise UserError(too_big)
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError, AssertionError) as e:  # requests' errors are OSErrors
-        raise UserError(
-            f"cannot get the tokenizer {name!r} ({type(e).__name__}): connect to the internet "
-            "once, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --encoding=bytes"
-        ) from None
+        cure = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --encoding=bytes"
+        raise UserError(f"cannot download tokenizer {name!r} ({type(e).__name__}): {cure}") from None
     if encoding.n_vocab > 65_536:
-        raise UserError(too_big)
+        raise UserError(f"encoding {name!r} has more than 65,536 tokens, too many for uint16: use gpt2")
     if EOT not in encoding.special_tokens_set:
         raise UserError(f"encoding {name!r} has no {EOT} token to begin documents with: use gpt2")
     return encoding
 
 
-# Unicode's White_Space, which is what \s means to tiktoken's regex (and not to Python's)
-SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-LONG_SPACE = re.compile(rf"{SPACE}{{999,}}(?={SPACE}[^{SPACE[1:]})")
+# A long run of white space before a word. (\s is not the same in Python's regex and in tiktoken's.)
+LONG_SPACE = r"\p{White_Space}{999,}(?=\p{White_Space}\P{White_Space})"
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """The ordinary encoding of one text, (n,) uint16: "<|endoftext|>" in it is plain text."""
+    """Return the ordinary encoding of a text, (n,) uint16: "<|endoftext|>" in it is plain text."""
     try:
         ids = encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
         return ids.astype(np.uint16)
     except UnicodeEncodeError:  # a lone surrogate becomes U+FFFD, as encode_ordinary has it
         return encode(encoding, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    except ValueError:
+    except ValueError as e:
+        import regex
+
         # tiktoken's regex gives up on some 10^5 blanks before a word. GPT-2's pattern cuts such a
         # run before its last blank, so the text can be cut there first without any difference.
-        cuts = [0, *(m.end() for m in LONG_SPACE.finditer(text)), len(text)]
+        cuts = [0, *(m.end() for m in regex.finditer(LONG_SPACE, text)), len(text)]
         if len(cuts) == 2:
-            raise
-        pieces = itertools.pairwise(cuts)
-        return np.concatenate([encode(encoding, text[a:b]) for a, b in pieces])
-
-
-# ---- workers ----------------------------------------------------------------------------------
+            raise UserError(f"cannot tokenize the document {text[:60]!r} ({e}): take it out") from None
+        return np.concatenate([encode(encoding, text[a:b]) for a, b in itertools.pairwise(cuts)])
 
 
 def start_worker(name: str) -> None:
-    """Run once in each worker process: load the encoding, and never outlive the parent."""
+    """Prepare a worker process: load the encoding, and end when the parent does, even by kill -9."""
     global worker_encoding
+
+    def exit_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     threading.Thread(target=exit_with_parent, daemon=True).start()
     worker_encoding = load_encoding(name)
 
 
-def exit_with_parent() -> None:
-    multiprocessing.parent_process().join()  # returns when the parent is gone, kill -9 included
-    os._exit(1)
-
-
 def encode_batch(texts: list[str]) -> np.ndarray:
-    """Documents -> one (n,) uint16 array: each is end-of-text, then its encoding."""
-    eot = np.array([worker_encoding.eot_token], dtype=np.uint16)
+    """Return the tokens of these documents, (n,) uint16: each is end-of-text, then its encoding."""
     parts = []
     for text in texts:
-        try:
-            parts += eot, encode(worker_encoding, text)
-        except Exception as e:
-            raise UserError(
-                f"cannot tokenize the document that begins {text[:60]!r} ({e}): take it out"
-            ) from None
-    return np.concatenate(parts)
+        parts += [worker_encoding.eot_token], encode(worker_encoding, text)
+    return np.concatenate(parts).astype(np.uint16)
 
 
 def encode_in_order(
-    pool: ProcessPoolExecutor, workers: int, batches: Iterator[tuple[dict, list[str]]]
-) -> Iterator[tuple[dict, np.ndarray]]:
-    """(position, texts) -> (position, tokens), in order, with a bounded number in flight."""
-    futures = ((position, pool.submit(encode_batch, texts)) for position, texts in batches)
+    pool: ProcessPoolExecutor, workers: int, texts: Iterator[str]
+) -> Iterator[np.ndarray]:
+    """Yield the tokens of texts, some documents at a time and in order, few of them in flight."""
+    batches = iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), [])
+    futures = (pool.submit(encode_batch, batch) for batch in batches)
     try:
-        pending = deque(itertools.islice(futures, 2 * workers + 2))
+        pending = deque(itertools.islice(futures, 4 * workers + 4))
         while pending:
             pending.extend(itertools.islice(futures, 1))
-            position, future = pending.popleft()
-            yield position, future.result()
+            yield pending.popleft().result()
     except BrokenProcessPool:
-        raise UserError(
-            "a worker process died (out of memory?): run the same command again, it goes on from "
-            "the last complete shard; fewer --workers need less memory"
-        ) from None
+        cure = "run the same command again, it goes on; fewer --workers need less memory"
+        raise UserError(f"a worker process died (out of memory?): {cure}") from None
 
 
 # ---- sources ----------------------------------------------------------------------------------
 
 
-def find_files(cfg: Config) -> tuple[str, list[str]]:
-    """The kind ("parquet", "jsonl", "text") and the sorted paths of the local input files."""
+def find_source(cfg: Config, meta: dict) -> tuple[list[str], int]:
+    """Find the input. Returns the paths of its files, here or on the hub, and about how many tokens
+    they hold (0: unknown). Notes in meta what the input is, so that no run goes on with another."""
+    if not cfg.input:
+        meta["revision"], paths = find_dataset(cfg, meta.get("revision") or cfg.revision or None)
+        meta["source"] = f"{cfg.dataset} {cfg.name} {cfg.split} at {meta['revision']}"
+        billions = re.search(r"(\d+)BT", cfg.name)  # sample-10BT holds about 10 billion tokens
+        return paths, int(billions[1]) * 10**9 if billions else 0
     if cfg.input == "stdlib":
-        return "text", stdlib_files()
-    found = glob.glob(os.path.expanduser(cfg.input), recursive=True)
-    paths = sorted(filter(os.path.isfile, found))
+        paths = stdlib_files()
+        meta["source"] = f"the standard library of Python {sys.version.split()[0]}"
+    else:
+        paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(cfg.input), recursive=True)))
+        meta["source"] = f"{cfg.input} ({len(paths)} files)"
     if not paths:
         raise UserError(f"--input={cfg.input!r} matches no file: quote the glob, check the path")
-    kinds = {}
-    for path in paths:
-        extension = next((e for e in KINDS if path.endswith(e)), None)
-        if extension is None:
-            raise UserError(f"cannot tell what {path} is: --input takes {', '.join(KINDS)}")
-        if extension == ".jsonl.zst" and not importlib.util.find_spec("zstandard"):
-            raise UserError(f"{path} needs the zstandard package: pip install zstandard")
-        kinds[KINDS[extension]] = path
+    kinds = {kind_of(path): path for path in paths}
     if len(kinds) > 1:
         raise UserError(f"--input mixes {' and '.join(kinds.values())}: take one kind at a time")
-    return kinds.popitem()[0], paths
+    for path in paths if "parquet" in kinds else ():  # not after hours, in the last file
+        with reading(path), open_input(path) as f:
+            open_parquet(f, path, cfg.text_column)
+    sizes = [os.path.getsize(path) for path in paths]
+    names_and_sizes = list(zip(map(os.path.basename, paths), sizes))
+    digest = hashlib.sha256(json.dumps(names_and_sizes).encode()).hexdigest()
+    if meta.setdefault("input_digest", digest) != digest:
+        raise UserError(f"the files of --input={cfg.input!r} are not those that {cfg.out_dir} was "
+                        "begun with: put them back, or take another --out_dir")  # fmt: skip
+    ratio = 2 if paths[0].endswith((".parquet", ".gz", ".zst")) else 1  # how far it is compressed
+    return paths, int(sum(sizes) * ratio / (1 if cfg.encoding == "bytes" else 4.5))
+
+
+def find_dataset(cfg: Config, revision: str | None) -> tuple[str, list[str]]:
+    """Return the commit that `revision` names in the hub's dataset, and the hf:// paths of its files.
+    A run of days must not see a branch move, so it goes on with the commit that it began with."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    with reading(f"hf://datasets/{cfg.dataset}"):
+        commit = HfApi().dataset_info(cfg.dataset, revision=revision, timeout=30).sha
+        builder = datasets.load_dataset_builder(cfg.dataset, cfg.name or None, revision=commit)
+    files = builder.config.data_files or {}
+    if cfg.split not in files:
+        raise UserError(f"{cfg.dataset} has no --split={cfg.split}: {suggest(cfg.split, list(files))}")
+    return commit, list(files[cfg.split])
 
 
 def stdlib_files() -> list[str]:
@@ -216,155 +227,106 @@ def stdlib_files() -> list[str]:
     return sorted(paths, key=lambda path: path.split(os.sep))
 
 
-def text_bytes(cfg: Config, kind: str, paths: list[str]) -> int:
-    """About how many bytes of text the files hold, for the time left. Checks parquet headers."""
-    if kind != "parquet":
-        return sum(os.path.getsize(p) * (3 if p.endswith((".gz", ".zst")) else 1) for p in paths)
-    from pyarrow import parquet
-
-    total = 0
-    for path in paths:
-        with reading(path):
-            meta = parquet.read_metadata(path)
-        names = meta.schema.names
-        if cfg.text_column not in names:
-            raise no_column(cfg.text_column, path, names)
-        column = names.index(cfg.text_column)
-        for group in map(meta.row_group, range(meta.num_row_groups)):
-            total += group.column(column).total_uncompressed_size
-    return total
+def kind_of(path: str) -> str:
+    """Whether a file is "parquet", "jsonl" or "text", by its name."""
+    extension = os.path.splitext(re.sub(r"\.(gz|zst)$", "", path))[1]
+    if extension not in KINDS:
+        raise UserError(f"cannot read {path}: its name must end in {', '.join(KINDS)} (or .gz, .zst)")
+    return KINDS[extension]
 
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """One line for whatever datasets, pyarrow, a decompressor, the hub or the network raise."""
+    """Turn whatever a library, the hub or the network raises into one line."""
     try:
         yield
     except (UserError, ImportError):
         raise
     except Exception as e:
-        reason = f"{type(e).__name__}: {str(e).strip()}".splitlines()[0]
-        cure = "check the input and the network, then run the same command again: it goes on"
-        raise UserError(f"cannot read {what} ({reason[:300]}): {cure}") from e
+        again = "check the name and the network, then run the same command again"
+        cure = again if what.startswith("hf://") else "repair it or take it out"
+        raise UserError(f"cannot read {what} ({type(e).__name__}: {reason(e)}): {cure}") from e
 
 
-def no_column(name: str, where: str, names: list[str]) -> UserError:
-    return UserError(f"{where} has no column {name!r}: set --text_column; {suggest(name, names)}")
+@contextlib.contextmanager
+def open_input(path: str) -> Iterator[BinaryIO]:
+    """Open a file, here or on the hub, to read its bytes; those of a .gz or .zst decompressed."""
+    if path.startswith("hf://"):
+        from huggingface_hub import HfFileSystem
+
+        f = HfFileSystem().open(path, "rb")
+    else:
+        f = open(path, "rb")  # noqa: SIM115
+    with f:
+        if path.endswith((".gz", ".zst")):
+            import pyarrow  # its streams find a file that was cut, and read all frames of a .zst
+
+            f = pyarrow.input_stream(f, compression="gzip" if path.endswith(".gz") else "zstd")
+        yield f
 
 
-def find_source(cfg: Config, meta: dict) -> tuple[str, list[str], int]:
-    """Find the input: its kind, its local files and about how many tokens it holds (0: unknown).
-    Notes in meta what it is, so that a run is never taken up again with another input."""
-    if not cfg.input:
-        if not meta.get("revision"):  # a run of days must not see a branch or tag move
-            from huggingface_hub import HfApi
-
-            with reading(f"the dataset {cfg.dataset}"):
-                info = HfApi().dataset_info(cfg.dataset, revision=cfg.revision or None, timeout=30)
-                meta["revision"] = info.sha
-        meta["source"] = f"{cfg.dataset} {cfg.name} {cfg.split} at {meta['revision']}"
-        billions = re.search(r"(\d+)BT", cfg.name)  # sample-10BT holds about 10 billion tokens
-        return "hub", [], int(billions[1]) * 10**9 if billions else 0
-    kind, paths = find_files(cfg)
-    size = text_bytes(cfg, kind, paths)
-    names_and_sizes = [(os.path.basename(p), os.path.getsize(p)) for p in paths]
-    digest = hashlib.sha256(json.dumps(names_and_sizes).encode()).hexdigest()
-    if meta.setdefault("input_digest", digest) != digest:
-        raise UserError(f"the files of --input={cfg.input!r} are not those that {cfg.out_dir} was "
-                        "begun with: put them back, or take another --out_dir")  # fmt: skip
-    python = f"the standard library of Python {sys.version.split()[0]}"
-    meta["source"] = python if cfg.input == "stdlib" else f"{cfg.input} ({len(paths)} files)"
-    return kind, paths, int(size / (1 if cfg.encoding == "bytes" else 4.5))
-
-
-def go_on(stream, meta: dict) -> dict:
-    """Move the stream to where meta's shards end, and return the position of the first document to
-    take, the last one begun: {"state": the stream's state, "documents": how many to skip from it}."""
-    import datasets
-
-    # a state spares reading all that comes before, but only its own version can tell it
-    resume = meta.get("resume", {"shards": -1})
-    state = resume["shards"] == len(meta["shards"]) and resume["position"]["state"]
-    if state and state["version"] == datasets.__version__:
-        stream.load_state_dict(state["stream"])
-        return resume["position"]
-    begun = sum(shard["documents"] for shard in meta["shards"])
-    return {"state": None, "documents": max(begun - 1, 0)}
-
-
-def open_stream(cfg: Config, kind: str, paths: list[str], revision: str | None, cache_dir: str):
-    """A streaming dataset: rows of the hub's dataset or of the files, or lines of jsonl files."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are ours to tell
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # would stall without a network
-    datasets.config.HF_DATASETS_CACHE = cache_dir  # it leaves lock files even when it streams
-    datasets.config.TORCH_AVAILABLE = False  # would import torch, for seconds and for nothing
-    load = functools.partial(datasets.load_dataset, streaming=True)
-    if kind == "hub":
-        return load(cfg.dataset, cfg.name or None, split=cfg.split, revision=revision)
-    if kind == "text":
-        return datasets.IterableDataset.from_generator(read_files, gen_kwargs={"paths": paths})
-    files = {"data_files": [glob.escape(os.path.abspath(path)) for path in paths], "split": "train"}
-    if kind == "parquet":  # few rows at a time: a novel is a megabyte
-        return load(kind, columns=[cfg.text_column], batch_size=64, **files)
-    # jsonl is read as lines and parsed here. The json builder of `datasets` guesses types (a text
-    # like a date becomes one), drops lone surrogates, wants the same keys in every file, and on an
-    # error it reads the whole file anew, whose first documents would come twice.
-    return load("text", encoding="utf-8-sig", encoding_errors="replace", **files)
-
-
-def read_files(paths: list[str]) -> Iterator[dict]:
-    """One file, one document, to the byte: carriage returns stay, invalid UTF-8 is replaced."""
+def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
+    """Yield the texts of all documents in these files but the first `skip`. A row of parquet is one (if
+    null, an empty one), so is a line of jsonl that is not blank, and so is a whole text file."""
     for path in paths:
-        with open(path, "rb") as f:
-            yield {"text": f.read().decode("utf-8", "replace")}
+        with reading(path), open_input(path) as f:
+            if kind_of(path) == "parquet":
+                file, groups = open_parquet(f, path, column), []
+                for group in range(file.num_row_groups):
+                    rows = file.metadata.row_group(group).num_rows
+                    if skip >= rows and not groups:
+                        skip -= rows  # without reading them
+                    else:
+                        groups.append(group)
+                batches = file.iter_batches(64, groups, [column])  # few rows: a novel is a megabyte
+                texts = (text for batch in batches for text in batch.column(0).to_pylist())
+            elif kind_of(path) == "jsonl":
+                texts = json_texts(f, path, column)
+            else:
+                texts = [f.read().decode("utf-8", "replace")]  # carriage returns stay
+            for text in texts:
+                if skip:
+                    skip -= 1
+                else:
+                    yield text or ""
 
 
-def read_texts(cfg: Config, kind: str, rows: Iterator[dict], where: str) -> Iterator[str]:
-    """The text of each row; a null is an empty document, and a blank line of jsonl is none."""
-    with reading(where):
-        for row in rows:
-            if kind == "jsonl":
-                if not row["text"].strip():
-                    continue
-                row = parse_line(row["text"], where)
-            if cfg.text_column not in row:
-                raise no_column(cfg.text_column, f"a row of {where}", list(row))
-            text = row[cfg.text_column]
-            if text is not None and not isinstance(text, str):
-                what = f"column {cfg.text_column!r} of {where} holds {type(text).__name__}"
-                raise UserError(f"{what}, not text: set --text_column; columns: {', '.join(row)}")
-            yield text or ""
+def open_parquet(f: BinaryIO, path: str, column: str):
+    """A pyarrow ParquetFile whose column holds text. Raises UserError if the column does not."""
+    from pyarrow import parquet, types
+
+    file = parquet.ParquetFile(f)
+    schema = file.schema_arrow
+    if column not in schema.names:
+        raise no_text(column, path, schema.names)
+    kind = schema.field(column).type
+    if str(kind.value_type if types.is_dictionary(kind) else kind) not in ("string", "large_string"):
+        raise no_text(column, path, schema.names, str(kind))
+    return file
 
 
-def parse_line(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not JSON ({e}): repair the line {line[:60]!r}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object: repair the line {line[:60]!r}")
-    return row
+def no_text(column: str, path: str, names: list[str], kind: str = "") -> UserError:
+    what = f"holds {kind}, not text" if kind else "is missing"
+    return UserError(f"column {column!r} of {path} {what}: set --text_column; {suggest(column, names)}")
 
 
-def make_batches(texts: Iterator[str], stream, position: dict) -> Iterator[tuple[dict, list[str]]]:
-    """Group the stream's texts, the first of which is at position, into batches of about BATCH_CHARS,
-    each with the position of its first text."""
-    import datasets
-
-    batch: list[str] = []
-    size = 0
-    for text in itertools.islice(texts, position["documents"], None):
-        batch.append(text)
-        size += len(text) + 100
-        if size >= BATCH_CHARS:
-            yield position, batch
-            state = {"version": datasets.__version__, "stream": stream.state_dict()}
-            position, batch, size = {"state": state, "documents": 0}, [], 0
-    if batch:
-        yield position, batch
+def json_texts(f: BinaryIO, path: str, column: str) -> Iterator[str | None]:
+    """Yield the text of each line of jsonl. Invalid UTF-8 is replaced, a byte-order mark left out."""
+    for line in io.TextIOWrapper(f, encoding="utf-8-sig", errors="replace", newline="\n"):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"a {type(row).__name__}")
+        except (ValueError, RecursionError) as e:
+            where = f"{path}: not a JSON object ({e})"
+            raise UserError(f"{where}: repair the line {line[:60]!r}") from None
+        if column not in row:
+            raise no_text(column, path, list(row))
+        if not isinstance(row[column], str | None):
+            raise no_text(column, path, list(row), type(row[column]).__name__)
+        yield row[column]
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -372,7 +334,8 @@ def make_batches(texts: Iterator[str], stream, position: dict) -> Iterator[tuple
 
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[BinaryIO]:
-    """A file to write, which has its name only when it is complete and on disk. OSError names it."""
+    """Open a file to write, which has its name only when it is complete and on disk. OSError names
+    it."""
     try:
         with open(path + ".tmp", "wb") as f:
             yield f
@@ -380,8 +343,13 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)  # the new name, too
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        except OSError as e:
+            if e.errno not in NOT_SUPPORTED:
+                raise
+        finally:
+            os.close(folder)
     except OSError as e:
         raise OSError(e.errno, e.strerror, path) from None
     finally:
@@ -389,29 +357,46 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
             os.remove(path + ".tmp")
 
 
+@contextlib.contextmanager
+def folder_lock(folder: str) -> Iterator[None]:
+    """Make the folder and hold its lock, so that two runs do not write there at once. Where the file
+    system has no locks, say so and go on without. Raises UserError if another run holds the lock."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, ".lock"), "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {folder}: wait for it") from None
+        except OSError as e:
+            if e.errno not in NOT_SUPPORTED:
+                raise
+            print(f"{folder} is on a file system without locks: let only one run write there")
+        yield
+
+
 def save_meta(out_dir: str, meta: dict) -> None:
     with whole_file(os.path.join(out_dir, "meta.json")) as f:
-        f.write((json.dumps(meta, indent=1) + "\n").encode())
+        f.write((json.dumps(meta, indent=1, sort_keys=True) + "\n").encode())
 
 
-def load_meta(out_dir: str) -> dict | None:
-    """meta.json of a folder, None if it has none. What only this program notes may be missing."""
-    path = os.path.join(out_dir, "meta.json")
+def load_meta(folder: str) -> dict | None:
+    """Return the meta.json of a folder, or None if it has none. Keys that only this program needs may
+    be missing. Raises UserError if the file cannot be read or lacks what training needs."""
+    path = os.path.join(folder, "meta.json")
     try:
         with open(path, encoding="utf-8") as f:
-            meta = json.load(f)
-        meta |= {"eot": -1, "source": "unknown", "flags": {}} | meta
-        lacks = {"encoding", "vocab_size", "complete", "shards"} - meta.keys()
-        if lacks or any({"name", "tokens"} - shard.keys() for shard in meta["shards"]):
-            raise ValueError("it lacks what every meta.json says")
-        if not isinstance(meta["flags"], dict):
-            raise ValueError(f"flags: {meta['flags']}")
+            meta = {"eot": -1, "source": "", "flags": {}} | json.load(f)
+        valid = all({"name", "tokens"} <= shard.keys() for shard in meta["shards"])
+        valid &= isinstance(meta["encoding"], str) and isinstance(meta["flags"], dict)
+        # A folder that was only begun has no vocabulary yet.
+        if not valid or (meta["complete"] and not 1 <= meta["vocab_size"] <= 2**16):
+            raise ValueError("its shards, encoding, flags or vocab_size are wrong")
         return meta
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
-        cure = f"put it right, or delete {out_dir} and start again"
-        raise UserError(f"cannot read {path} ({e}): {cure}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        cure = "delete the folder and run prepare_fineweb.py again"
+        raise UserError(f"cannot read {path} ({e!r}): {cure}") from None
 
 
 def shard_name(index: int) -> str:
@@ -419,7 +404,7 @@ def shard_name(index: int) -> str:
 
 
 def save_shard(out_dir: str, index: int, tokens: np.ndarray) -> dict:
-    """Write tokens (n,) uint16 as shard `index`; returns its name, token count and sha256."""
+    """Write tokens (n,) uint16 as shard `index`. Returns its name, token count and sha256."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     digest = hashlib.sha256()
@@ -430,129 +415,103 @@ def save_shard(out_dir: str, index: int, tokens: np.ndarray) -> dict:
     return {"name": shard_name(index), "tokens": len(tokens), "sha256": digest.hexdigest()}
 
 
-def shard_files(out_dir: str) -> list[str]:
-    found = [glob.glob(f"*_{part}_*.bin", root_dir=out_dir) for part in ("val", "train")]
-    return sorted(found[0] + found[1], key=lambda name: name.rsplit("_", 1)[1])
-
-
 # ---- the run ----------------------------------------------------------------------------------
 
 
 def prepare(cfg: Config, meta: dict) -> None:
     """Tokenize the input into cfg.out_dir, going on where an earlier run was interrupted."""
+    from tqdm import tqdm
+
     encoding = load_encoding(cfg.encoding)
-    kind, paths, estimate = find_source(cfg, meta)
-    meta |= {"vocab_size": encoding.n_vocab, "eot": encoding.eot_token}
-    eot = encoding.eot_token
-    lengths = np.zeros(encoding.n_vocab, dtype=np.int64)  # bytes of text in each token
+    paths, estimate = find_source(cfg, meta)
+    eot = encoding.eot_token  # ordinary encodings never hold this token
+    meta |= {"vocab_size": encoding.n_vocab, "eot": eot}
+    lengths = np.zeros(encoding.n_vocab, dtype=np.uint16)  # bytes of text in each token
     for piece in encoding.token_byte_values():
         lengths[encoding.encode_single_token(piece)] = len(piece)
+    save_meta(cfg.out_dir, meta)
+
+    # Go on with the last document that the shards have the beginning of, which is `cut` tokens.
     shards = meta["shards"]
     done = sum(shard["tokens"] for shard in shards)
-    limit = cfg.max_tokens or sys.maxsize
+    begun = sum(shard["documents"] for shard in shards)
+    cut = skip = shards[-1]["cut"] if shards else 0
     if shards:
         print(f"going on after {shards[-1]['name']}: {done:,} tokens are done")
+    buffer = np.empty(max(cfg.val_tokens, cfg.shard_tokens), dtype=np.uint16)
+    filled = 0
+
+    def finish_shard() -> None:
+        nonlocal filled, cut
+        tokens = buffer[:filled]
+        starts = np.flatnonzero(tokens == eot)
+        cut = filled - int(starts[-1]) if len(starts) else cut + filled
+        entry = save_shard(cfg.out_dir, len(shards), tokens)
+        size = int(lengths[tokens].sum(dtype=np.int64))
+        shards.append(entry | {"documents": len(starts), "bytes": size, "cut": cut})
+        save_meta(cfg.out_dir, meta)
+        filled = 0
 
     workers = cfg.workers or cores()
+    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
+    bar = tqdm(total=cfg.max_tokens or estimate or None, initial=done, unit="tok", unit_scale=True,
+               mininterval=interval, maxinterval=interval, dynamic_ncols=True)  # fmt: skip
     # spawn on every platform: the same everywhere, and no lock or thread is inherited by a fork
     context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, context, start_worker, (cfg.encoding,)) as pool,
-        tempfile.TemporaryDirectory() as cache_dir,
-        progress(done, cfg.max_tokens or estimate) as bar,
-    ):
-        for _ in range(workers):  # they start while this process imports datasets
+    with ProcessPoolExecutor(workers, context, start_worker, (cfg.encoding,)) as pool, bar:
+        for _ in range(workers):  # they start while this process finds its place
             pool.submit(encode_batch, [""])
-        with reading(meta["source"]):
-            stream = open_stream(cfg, kind, paths, meta.get("revision"), cache_dir)
-            position = go_on(stream, meta)
-        save_meta(cfg.out_dir, meta)
-        texts = read_texts(cfg, kind, iter(stream), meta["source"])
-        batches = make_batches(texts, stream, position)
-
-        # the first document is the last one begun: `at` of its tokens are in the shards already
-        at = shards[-1]["cut"] if shards else 0
-        shard = np.empty(max(cfg.val_tokens, cfg.shard_tokens), dtype=np.uint16)
-        filled = documents = size = 0
-
-        def finish_shard(cut: int) -> None:
-            nonlocal filled, documents, size
-            entry = save_shard(cfg.out_dir, len(shards), shard[:filled])
-            shards.append(entry | {"documents": documents, "bytes": size, "cut": cut})
-            filled = documents = size = 0
-
-        for position, tokens in encode_in_order(pool, workers, batches):
-            starts = np.flatnonzero(tokens == eot)  # ordinary encodings never hold this token
-            while at < len(tokens) and done < limit:
+        texts = read_texts(paths, cfg.text_column, max(begun - 1, 0))
+        for tokens in encode_in_order(pool, workers, texts):
+            tokens, skip = tokens[skip:], 0
+            if cfg.max_tokens:
+                tokens = tokens[: cfg.max_tokens - done]
+            done += len(tokens)
+            bar.update(len(tokens))
+            while len(tokens):
                 capacity = cfg.shard_tokens if shards else cfg.val_tokens
-                n = min(len(tokens) - at, capacity - filled, limit - done)
-                piece = tokens[at : at + n]
-                shard[filled : filled + n] = piece
-                filled, at, done = filled + n, at + n, done + n
-                documents += int((piece == eot).sum())
-                size += int(lengths[piece].sum())
-                bar.update(n)
+                piece = tokens[: capacity - filled]
+                buffer[filled : filled + len(piece)] = piece
+                filled, tokens = filled + len(piece), tokens[len(piece) :]
                 if filled == capacity:
-                    last = int(np.searchsorted(starts, at)) - 1  # the last document begun
-                    finish_shard(cut=int(at - starts[last]))
-                    first = {"documents": position["documents"] + last}
-                    meta["resume"] = {"shards": len(shards), "position": position | first}
-                    save_meta(cfg.out_dir, meta)
-            at = 0
-            if done == limit:
+                    finish_shard()
+            if done == cfg.max_tokens:
                 break
         if filled:
-            finish_shard(cut=0)
+            finish_shard()
     if len(shards) < 2:
         for name in [*(shard["name"] for shard in shards), "meta.json"]:
             os.remove(os.path.join(cfg.out_dir, name))
-        raise UserError(
-            f"the input has only {done:,} tokens and --val_tokens={cfg.val_tokens} leaves no "
-            f"training shard: set --val_tokens={max(1, done // 10)} or give more text"
-        )
-    meta.pop("resume", None)
+        cure = f"set --val_tokens={max(1, done // 10)} or give more text"
+        raise UserError(f"the input has only {done:,} tokens, all of them for validation: {cure}")
 
 
 def begin(cfg: Config) -> dict:
-    """meta.json of cfg.out_dir without shards that are missing or cut, or a new one. Raises UserError
-    for flags other than those that its shards were made with, and for shards of another run."""
-    flags = {key: value for key, value in asdict(cfg).items() if key not in FREE_FLAGS}
-    if cfg.pretokenized:
-        flags = {"pretokenized": cfg.pretokenized}
-    meta, there = load_meta(cfg.out_dir), shard_files(cfg.out_dir)
-    if meta is None and there:
-        raise UserError(f"{cfg.out_dir} has shards but no meta.json: take another --out_dir")
-    shards = meta["shards"] if meta else []
-    known = {shard["name"] for shard in shards} | {shard_name(len(shards))}
-    if strange := [name for name in there if name not in known]:
-        raise UserError(f"{cfg.out_dir}/{strange[0]} is not of this run: move it away")
-    if not shards:  # perhaps a first try failed, and its flags are to be put right
+    """Return a new meta.json, or that of cfg.out_dir without the shards from the first missing or cut
+    one on. Raises UserError for other flags than it was begun with, and for shards of another run."""
+    free = {"out_dir", "workers", "verify"}  # they do not change the shards
+    flags = {key: value for key, value in asdict(cfg).items() if key not in free}
+    meta = load_meta(cfg.out_dir)
+    if meta is None and (there := shard_names(cfg.out_dir, "val") + shard_names(cfg.out_dir, "train")):
+        raise UserError(f"{cfg.out_dir} has {there[0]} but no meta.json: take another --out_dir")
+    listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]} if meta else {}
+    if not listed:  # perhaps a first try failed, and its flags are to be put right
         return {"encoding": cfg.encoding, "vocab_size": 0, "eot": 0, "source": "", "shards": [],
                 "complete": False, "flags": flags}  # fmt: skip
-    if flags.keys() != meta["flags"].keys():
-        how = "--pretokenized" if cfg.pretokenized else "such flags"
-        raise UserError(f"{cfg.out_dir} was not begun with {how}: take another --out_dir")
+    old, meta["flags"] = meta["flags"], flags
     for key, value in flags.items():
-        old = meta["flags"][key]
-        if old != value and not (key == "pretokenized" and old < value):  # more is welcome
-            raise UserError(f"{cfg.out_dir} was begun with --{key}={old}, not --{key}={value}: "
-                            "give the same flags, or another --out_dir")  # fmt: skip
-    meta["complete"] &= meta["flags"] == flags
-    meta["flags"] = flags
-    for i, shard in enumerate(shards):
-        path = os.path.join(cfg.out_dir, shard["name"])
-        if not os.path.isfile(path) or os.path.getsize(path) != shard_bytes(shard["tokens"]):
-            print(f"{path} is missing or cut: making it and what follows again")
-            for later in shards[i:]:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(cfg.out_dir, later["name"]))
-            meta["shards"], meta["complete"] = shards[:i], False
-            break
+        if key == "pretokenized" and 0 < old.get(key, 0) < value:
+            meta["complete"] = False  # more of the ready-made shards are welcome
+        elif key not in old or old[key] != value:
+            raise UserError(f"{cfg.out_dir} was begun with --{key}={old.get(key)}, not {value}: give "
+                            "the same flags, or take another --out_dir")  # fmt: skip
+    for i, name in enumerate(listed):
+        try:
+            check_shard(os.path.join(cfg.out_dir, name), listed)
+        except UserError as e:
+            print(f"{e}: this run makes it and what follows again")
+            return meta | {"shards": meta["shards"][:i], "complete": False}
     return meta
-
-
-def shard_bytes(tokens: int) -> int:
-    return 4 * HEADER_INTS + 2 * tokens
 
 
 def cores() -> int:
@@ -562,140 +521,226 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def progress(done: int, total: int, unit: str = "tok"):
-    """A bar with tokens, tokens/s and time left; in a log file one line a minute at most."""
-    from tqdm import tqdm
-
-    interval = 0.5 if sys.stderr.isatty() else 60
-    return tqdm(total=total or None, initial=done, unit=unit, unit_scale=True,
-                mininterval=interval, maxinterval=interval, dynamic_ncols=True)  # fmt: skip
-
-
-def print_table(out_dir: str, meta: dict) -> None:
-    shards = meta["shards"]
-    total = {key: sum(s.get(key) or 0 for s in shards) for key in ("documents", "tokens", "bytes")}
-    lines = [f"{'shard':<26}{'documents':>12}{'tokens':>16}{'bytes/token':>13}"]
-    for s in [*shards, {"name": f"{len(shards)} shards", **total}]:
-        ratio = f"{s['bytes'] / s['tokens']:.3f}" if s.get("bytes") else "n/a"
-        lines.append(f"{s['name']:<26}{s['documents']:>12,}{s['tokens']:>16,}{ratio:>13}")
-    print("\n".join(lines if len(lines) <= 14 else [*lines[:11], "...", *lines[-2:]]))
-    print(f"{out_dir} is complete: {meta['source']}, encoding {meta['encoding']}")
-
-
-# ---- ready-made shards, and checking ----------------------------------------------------------
-
-
-def check_shard(path: str, vocab_size: int, eot: int) -> tuple[dict, list[str]]:
-    """Read one shard whole: its tokens, documents and sha256, and what is wrong with it."""
-    found, wrong = {"tokens": 0, "documents": 0}, []
-    try:
-        with open(path, "rb") as f:
-            head = f.read(4 * HEADER_INTS)
-            digest = hashlib.sha256(head)
-            if len(head) < 4 * HEADER_INTS:
-                return {}, ["shorter than a header"]
-            magic, version, count = (int(i) for i in np.frombuffer(head, "<i4")[:3])
-            if (magic, version) != (MAGIC, VERSION):
-                return {}, [f"not a shard: magic {magic}, version {version}"]
-            while data := f.read(1 << 22):
-                digest.update(data)
-                ids = np.frombuffer(data[: len(data) // 2 * 2], "<u2")
-                if not wrong and (ids >= vocab_size).any():  # the first one is enough
-                    at = int(np.argmax(ids >= vocab_size))
-                    where = f"token {found['tokens'] + at:,}"
-                    wrong.append(f"{where} is id {ids[at]}, vocabulary {vocab_size:,}")
-                found["tokens"] += len(ids)
-                found["documents"] += int((ids == eot).sum())
-    except OSError as e:
-        return {}, [f"cannot be read ({e.strerror})"]
-    if (size := os.path.getsize(path)) != (needed := shard_bytes(count)):
-        wrong.append(f"{size:,} bytes, but its header's {count:,} tokens need {needed:,}")
-    return found | {"sha256": digest.hexdigest()}, wrong
+def print_summary(out_dir: str, meta: dict) -> None:
+    total = {key: sum(shard.get(key) or 0 for shard in meta["shards"])
+             for key in ("documents", "tokens", "bytes")}  # fmt: skip
+    ratio = f" of {total['bytes'] / total['tokens']:.3f} bytes" if total["bytes"] else ""
+    print(f"{out_dir} is complete: {len(meta['shards'])} shards, {total['documents']:,} documents, "
+          f"{total['tokens']:,} tokens{ratio}, encoding {meta['encoding']}, "
+          f"from {meta['source'] or 'an unknown source'}")  # fmt: skip
 
 
 def download(cfg: Config, meta: dict) -> None:
-    """Get the ready-made validation shard and training shards 1 to cfg.pretokenized."""
-    from huggingface_hub import hf_hub_url
+    """Get the ready-made validation shard and training shards 1 to cfg.pretokenized. What has arrived
+    of a shard stays in a folder of its own, so that a download goes on where it broke off."""
+    from huggingface_hub import hf_hub_download
 
-    meta |= {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256, "source": PRETOKENIZED}
+    meta |= GPT2 | {"source": PRETOKENIZED}
+    folder = os.path.join(cfg.out_dir, ".download")
     for i in range(len(meta["shards"]), cfg.pretokenized + 1):
         name = shard_name(i)
-        with whole_file(os.path.join(cfg.out_dir, name)) as f:
-            fetch(hf_hub_url(PRETOKENIZED, name, repo_type="dataset"), f)
-            f.flush()
-            found, wrong = check_shard(f.name, meta["vocab_size"], meta["eot"])
-            if wrong:
-                raise UserError(f"{name} arrived damaged ({wrong[0]}): run this again")
-        # bytes of text per token would need the tokenizer, which shards do not
-        meta["shards"].append({"name": name, **found, "bytes": None})
+        with reading(f"hf://datasets/{PRETOKENIZED}/{name}"):
+            path = hf_hub_download(PRETOKENIZED, name, repo_type="dataset", local_dir=folder)
+        try:
+            check_shard(path)
+            entry = {"name": name, **scan_shard(path, meta["vocab_size"], meta["eot"])}
+        except UserError as e:
+            shutil.rmtree(folder)
+            raise UserError(f"{name} arrived damaged ({e}): run this again") from None
+        with open(path, "rb") as source, whole_file(os.path.join(cfg.out_dir, name)) as f:
+            shutil.copyfileobj(source, f)
+        os.remove(path)
+        meta["shards"].append(entry)
         save_meta(cfg.out_dir, meta)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def fetch(url: str, f: BinaryIO) -> None:
-    """Download url into f, going on where a connection broke. hf_hub_download would try for ever where
-    a server breaks off and cannot go on: any byte that comes resets its count. Here only getting
-    further than ever before does."""
-    import requests
+# ---- shards -> batches ------------------------------------------------------------------------
 
-    failures = furthest = 0
-    with progress(0, 0, "B") as bar:
-        while True:
-            headers = {"Accept-Encoding": "identity"}  # or Range would count compressed bytes
-            headers |= {"Range": f"bytes={f.tell()}-"} if f.tell() else {}
+
+class Shard(NamedTuple):
+    path: str
+    tokens: int
+
+
+class Data(NamedTuple):
+    train: list[Shard]
+    val: list[Shard]
+    encoding: str
+    n_vocab: int  # of the encoding: token ids are below it
+    source: str  # where the text comes from; empty if no meta.json says it
+
+
+def shard_names(folder: str, split: str) -> list[str]:
+    """The sorted names of a folder's shards of one split, "train" or "val"."""
+    return sorted(glob.glob(f"*_{split}_*.bin", root_dir=folder))
+
+
+def has_shards(data_dir: str) -> bool:
+    """Whether a folder can be trained on: prepare_fineweb.py has finished it, or it has training
+    shards without a meta.json."""
+    meta = load_meta(data_dir)
+    return bool(meta["complete"] if meta else shard_names(data_dir, "train"))
+
+
+def check_shard(path: str, listed: dict[str, int] | None = None) -> Shard:
+    """Check a shard's header against the file's size and, where there is a meta.json, against
+    `listed`, its token counts by name. Raises UserError naming the shard and the cure."""
+    again = "delete it and run prepare_fineweb.py again"
+    try:
+        size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_INTS)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}): {again}") from None
+    if len(header) < HEADER_INTS or header[0] != MAGIC:
+        raise UserError(f"{path}: not a token shard (magic number {MAGIC} missing): {again}")
+    if header[1] != VERSION:
+        raise UserError(f"{path}: shard version {header[1]}, not {VERSION}: {again}")
+    tokens, there = int(header[2]), (size - HEADER_BYTES) / 2
+    if tokens < 1 or tokens != there:
+        raise UserError(f"{path}: header says {tokens:,} tokens, the file holds {there:,.1f}: {again}")
+    if listed is not None and listed.get(os.path.basename(path)) != tokens:
+        raise UserError(f"{path}: not the shard that meta.json lists (another encoding?): {again}")
+    return Shard(path, tokens)
+
+
+def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
+    """Check the shards of a folder without reading their tokens. Returns meta.json (GPT-2's if there
+    is none), the sound shards of "train" and of "val", and a line for each thing that is wrong."""
+    make = f"make it with: python prepare_fineweb.py --out_dir={folder}"
+    meta, wrong = load_meta(folder), []
+    listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]} if meta else None
+    meta = meta or GPT2 | {"source": "", "shards": [], "complete": True}
+    if not meta["complete"]:
+        wrong.append(f"{folder} is not finished: run its prepare_fineweb.py line again")
+    splits: dict[str, list[Shard]] = {"train": [], "val": []}
+    for split, shards in splits.items():
+        names = shard_names(folder, split)
+        if not names:
+            others = sorted(glob.glob(f"*{split}*.bin", root_dir=folder))
+            cure = f"rename {others[0]}, shards are named *_{split}_000001.bin" if others else make
+            wrong.append(f"no {split} shards in {folder}: {cure}")
+        numbers, sets = [], set()
+        for name in names:
             try:
-                with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-                    if response.status_code in (401, 403, 404):
-                        raise UserError(f"the hub has no {url}: lower --pretokenized")
-                    response.raise_for_status()
-                    if response.status_code != 206:  # not the rest, but all of it
-                        f.seek(0)
-                        f.truncate()
-                        bar.total = int(response.headers.get("Content-Length", 0)) or None
-                    for chunk in response.iter_content(1 << 16):
-                        f.write(chunk)
-                        bar.update(f.tell() - bar.n)
-                    if f.tell() < (bar.total or 0):
-                        raise requests.ConnectionError(f"only {f.tell():,} of {bar.total:,} bytes")
-                    return
-            except requests.RequestException as e:
-                failures = 1 if f.tell() > furthest else failures + 1
-                furthest = max(furthest, f.tell())
-                if failures == DOWNLOAD_ATTEMPTS:
-                    raise UserError(f"cannot download {url} ({type(e).__name__}: {str(e)[:200]}): "
-                                    "check the network, then run this again") from None  # fmt: skip
-                time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
+                shards.append(check_shard(os.path.join(folder, name), listed))
+                stem, number = name[:-4].rsplit("_", 1)
+                numbers.append(int(number))
+                sets.add(stem)
+            except UserError as e:
+                wrong.append(str(e))
+            except ValueError:
+                wrong.append(f"{folder}/{name}: rename it, a shard's name ends in a number: _000001.bin")
+        gone = [name for name in listed or () if f"_{split}_" in name and name not in names]
+        wrong += [f"{folder} lacks {name}, which meta.json lists: {make}" for name in gone]
+        if len(sets) > 1:
+            wrong.append(f"{folder} has shards of two sets, {' and '.join(sorted(sets))}: move one away")
+        for before, after in itertools.pairwise(sorted(numbers)):
+            if after > before + 1 and not gone:
+                wrong.append(f"{folder} lacks {split} shard {before + 1}: {make}")
+    return meta, splits, wrong
+
+
+def open_data(data_dir: str, block_size: int) -> Data:
+    """Find and check the shards of a folder. Raises UserError naming the first that is wrong."""
+    meta, splits, wrong = find_shards(data_dir)
+    if wrong:
+        raise UserError(wrong[0])
+    for split, shards in splits.items():
+        if window_counts(shards, block_size).sum() < 1:
+            need = f"window of block_size + 1 = {block_size + 1} tokens"
+            cure = "lower --block_size or prepare more data"
+            raise UserError(f"the {split} shards of {data_dir} have no {need}: {cure}")
+    return Data(splits["train"], splits["val"], meta["encoding"], meta["vocab_size"], meta["source"])
+
+
+@functools.lru_cache(maxsize=32)
+def permutation(n: int, *seed: int) -> np.ndarray:
+    """A seeded permutation of range(n). RandomState's stream is frozen, unlike the newer Generator's."""
+    return np.random.RandomState(seed).permutation(n)
+
+
+def window_counts(shards: list[Shard], block_size: int) -> np.ndarray:
+    """Windows of each shard: window i is tokens [i * block_size, (i + 1) * block_size]."""
+    return np.array([(shard.tokens - 1) // block_size for shard in shards])
+
+
+def locate(counts: np.ndarray, samples: np.ndarray, data_seed: int) -> list[tuple[int, int]]:
+    """The (shard, window) of each training sample: sample g is window g mod W of epoch g // W, an
+    epoch being a permutation of the shards, then of the windows within each."""
+    found = []
+    for g in samples.tolist():
+        epoch, w = divmod(g, int(counts.sum()))
+        order = permutation(len(counts), data_seed, epoch)
+        ends = counts[order].cumsum()
+        place = int(ends.searchsorted(w, side="right"))
+        shard = int(order[place])
+        windows = permutation(int(counts[shard]), data_seed, epoch, shard)
+        found.append((shard, int(windows[w - (ends[place] - counts[shard])])))
+    return found
+
+
+def read_windows(
+    shards: list[Shard], places: list[tuple[int, int]], block_size: int, n_vocab: int
+) -> np.ndarray:
+    """Read the windows at `places`, pairs of a shard's and a window's index, as (n, block_size + 1)
+    int64 tokens. Raises UserError naming a shard that cannot be read or has an id of n_vocab or more.
+    It uses pread because a shard that shrinks under a memory map kills the process."""
+    batch = np.empty((len(places), block_size + 1), np.int64)
+    by_shard = sorted(range(len(places)), key=lambda row: places[row])
+    for s, rows in itertools.groupby(by_shard, key=lambda row: places[row][0]):
+        path = shards[s].path
+        try:
+            with open(path, "rb") as f:  # one at a time: a batch may come from thousands of shards
+                for row in rows:
+                    start = HEADER_BYTES + 2 * block_size * places[row][1]
+                    raw = os.pread(f.fileno(), 2 * (block_size + 1), start)
+                    if len(raw) < 2 * (block_size + 1):
+                        raise UserError(f"{path} shrank during the run: restore it, then resume")
+                    batch[row] = np.frombuffer(raw, "<u2")
+        except OSError as e:
+            cure = "restore it, then resume"
+            raise UserError(f"{path}: cannot be read ({e.strerror}): {cure}") from None
+    for row in np.flatnonzero(batch.max(axis=1) >= n_vocab):
+        path, found = shards[places[row][0]].path, f"token id {batch[row].max()}"
+        raise UserError(f"{path}: {found} is not below the encoding's {n_vocab}: prepare it again")
+    return batch
+
+
+def scan_shard(path: str, n_vocab: int, eot: int) -> dict:
+    """Read a shard whole and return its "tokens", "documents" (how many tokens are eot) and "sha256".
+    Raises UserError for the first token id that is not below n_vocab."""
+    tokens = documents = 0
+    with open(path, "rb") as f:
+        digest = hashlib.sha256(f.read(HEADER_BYTES))
+        while data := f.read(1 << 22):
+            digest.update(data)
+            ids = np.frombuffer(data, "<u2")
+            if len(bad := np.flatnonzero(ids >= n_vocab)):
+                what = f"token {tokens + bad[0]:,} is id {ids[bad[0]]}, the vocabulary has {n_vocab:,}"
+                raise UserError(f"{path}: {what}: prepare it again")
+            tokens += len(ids)
+            documents += int((ids == eot).sum())
+    return {"tokens": tokens, "documents": documents, "sha256": digest.hexdigest()}
 
 
 def verify(folder: str) -> None:
-    """Re-read every shard against meta.json (GPT-2 without one); UserError if any is wrong."""
-    meta, names = load_meta(folder), shard_files(folder)
-    wrong = []
-    if meta is None:
-        meta = {"vocab_size": 50257, "eot": 50256, "source": "no meta.json", "encoding": "gpt2",
-                "shards": [{"name": name} for name in names], "complete": True}  # fmt: skip
-        numbered = [name for name in names if re.search(r"_\d+\.bin$", name)]
-        cure = "a shard's name ends in its number, e.g. _000001.bin: rename it"
-        wrong += [f"{os.path.join(folder, name)}: {cure}" for name in names if name not in numbered]
-        numbers = sorted(int(name[:-4].rsplit("_", 1)[1]) for name in numbered)
-        wrong += [f"{folder}: shard {a + 1} is missing" + (f", and on to {b - 1}" if b > a + 2 else "")
-                  for a, b in itertools.pairwise([-1, *numbers]) if b > a + 1]  # fmt: skip
-    listed = [shard["name"] for shard in meta["shards"]]
-    if not listed:
-        raise UserError(f"{folder} has no shards: check the path")
-    wrong += [f"{os.path.join(folder, name)}: not in meta.json" for name in names if name not in listed]
-    for shard in meta["shards"]:
-        path = os.path.join(folder, shard["name"])
-        found, problems = check_shard(path, meta["vocab_size"], meta["eot"])
-        for key, value in found.items():
-            if shard.setdefault(key, value) != value:
-                problems.append(f"{key} {value}, but meta.json says {shard[key]}")
-        wrong += [f"{path}: {problem}" for problem in problems]
-    if not meta["complete"]:
-        wrong.append(f"{folder}: unfinished, run its command again")
+    """Re-read every shard and check it against meta.json. Prints a line for each thing that is wrong
+    and then raises UserError."""
+    meta, splits, wrong = find_shards(folder)
+    entries = {entry["name"]: entry for entry in meta["shards"]}
+    for shard in splits["val"] + splits["train"]:
+        name = os.path.basename(shard.path)
+        entry = entries.setdefault(name, {"name": name})
+        try:
+            for key, value in scan_shard(shard.path, meta["vocab_size"], meta["eot"]).items():
+                if entry.setdefault(key, value) != value:
+                    wrong.append(f"{shard.path}: {key} {value}, but meta.json says {entry[key]}")
+        except (UserError, OSError) as e:
+            wrong.append(str(e))
     if wrong:
         print("\n".join(wrong))
         raise UserError(f"{len(wrong)} things are wrong in {folder}, listed above")
-    print_table(folder, meta)
+    print_summary(folder, meta | {"shards": list(entries.values())})
 
 
 def main() -> None:
@@ -718,26 +763,21 @@ def main() -> None:
         raise UserError(f"--max_tokens={cfg.max_tokens} leaves nothing to train on after "
                         f"--val_tokens={cfg.val_tokens}: raise one or lower the other")  # fmt: skip
     try:
-        import filelock
-
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        with filelock.FileLock(os.path.join(cfg.out_dir, ".lock"), timeout=0):
+        with folder_lock(cfg.out_dir):
             meta = begin(cfg)
             if meta["complete"]:
                 return print(f"{cfg.out_dir} is finished already, nothing to do")
             (download if cfg.pretokenized else prepare)(cfg, meta)
             meta["complete"] = True
             save_meta(cfg.out_dir, meta)
-            print_table(cfg.out_dir, meta)
+            print_summary(cfg.out_dir, meta)
     except ImportError as e:
         raise UserError(f"{e.name} is missing: pip install -r requirements.txt") from None
-    except filelock.Timeout:
-        raise UserError(f"another run is writing to {cfg.out_dir}: wait for it") from None
     except KeyboardInterrupt:
         raise UserError("stopped: run the same command again, it goes on from there") from None
     except OSError as e:
-        raise UserError(f"cannot use {cfg.out_dir} ({e}): make room, then run the same command again, "
-                        "or take another --out_dir") from None  # fmt: skip
+        cure = "make room, then run the same command again, or take another --out_dir"
+        raise UserError(f"cannot use {cfg.out_dir} ({e}): {cure}") from None
 
 
 if __name__ == "__main__":
