@@ -546,7 +546,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
                     print0(f"warning: the code of {cfg.ffn} is not what it was when this run began")
                 # The old code's hash stays, so that compare.py refuses a run of two codes.
                 made_with |= {"run_id": began["run_id"], "ffn_code": began["ffn_code"]}
-        elif os.path.exists(path("log.jsonl")) or os.path.exists(path("ckpt.pt")):
+        elif os.path.exists(path("ckpt.pt")) or any(row["step"] for row in read_log(path("log.jsonl"))):
             older = ", in place of an older one" if os.path.exists(path("log.jsonl.prev")) else ""
             print0(f"note: the run that was in {cfg.out_dir} is kept there as *.prev{older}")
             for name in ("log.jsonl", "ckpt.pt", "config.json", "model.py"):
