@@ -12,13 +12,9 @@ from the same start, on any number of GPUs, resumed or not.
 
 from __future__ import annotations
 
-import ast
-import ctypes
 import functools
 import gc
 import glob
-import hashlib
-import inspect
 import json
 import math
 import os
@@ -28,10 +24,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -44,7 +38,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import UserError, configure, reason, run, suggest
-from model import GPT, GPTConfig, ffn_cost, has, is_residual, parse_spec
+from model import (
+    GPT,
+    GPTConfig,
+    compiled,
+    ffn_code,
+    ffn_cost,
+    has,
+    is_residual,
+    parse_spec,
+    set_up,
+)
 from prepare_fineweb import HEADER_INTS, MAGIC, VERSION, load_encoding, whole_file
 
 # ------------------------------------------------------------------------------------------------
@@ -431,19 +435,6 @@ def check_gradients(model: GPT, optimizers: list[torch.optim.Optimizer]) -> list
     return [name for name, p in model.named_parameters() if not p.requires_grad]
 
 
-def set_up_cpu() -> None:
-    """The same bits in every run, and no time lost in page faults. Without the first, compiled code adds
-    up the gradient of an embedding in the order in which its threads come by. And glibc maps each tensor
-    over 32 MB anew, and the kernel pages it in 4 KB at a time: a tenth or more of a step with a large
-    vocabulary (experiments/LOG.md)."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # with NaN, which takes time
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # musl has none
-        mallopt(-4, 0)  # M_MMAP_MAX: map nothing
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
-
-
 # Where fused AdamW heeds grad_scale and found_inf; on MPS it ignored both (pytorch pull request 186360).
 CLIPS_AND_SKIPS = ("cpu", "cuda")
 
@@ -747,89 +738,8 @@ def versions(device: torch.device) -> dict[str, str]:
     }
 
 
-def ffn_code(spec: str) -> str:
-    """A hash of an FFN's class, but for comments, docstrings and layout: where it differs, runs of one
-    name are not of one function. Empty where Python does not have the source."""
-    code, outside = "", ("torch", "builtins", "abc", "typing")
-    for cls in parse_spec(spec)[0].__mro__:
-        if cls.__module__.partition(".")[0] in outside:
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-        except (OSError, TypeError, SyntaxError):
-            return ""
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-        code += ast.unparse(tree)
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
-
-
 # ------------------------------------------------------------------------------------------------
 # Compiling
-
-
-@torch.library.custom_op(
-    "ffn::product", mutates_args=(), schema="(Tensor a, Tensor b, Tensor? c=None) -> Tensor"
-)
-def onednn_product(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
-    """a @ b + c, float32 on a CPU, by oneDNN. a: (m, k), b: (k, n), c: (n,) or None."""
-    if not a.numel() or not b.numel():  # which oneDNN refuses
-        return a @ b if c is None else torch.addmm(c, a, b)
-    c = None if c is None else c.contiguous()  # of c it would not look at the strides
-    # Where neither a tensor nor its transpose is contiguous, oneDNN takes a thousand times longer.
-    a, b = (x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous() for x in (a, b))
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), c, "none", [], "")
-
-
-onednn_product.register_fake(lambda a, b, c=None: a.new_empty(a.size(0), b.size(1)))
-
-
-def has_onednn(device: torch.device) -> bool:
-    """Whether compiled float32 matrix products go to oneDNN: on a CPU where MKL would get them."""
-    here = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return device.type == "cpu" and here
-
-
-def compiled(
-    f: Callable, device: torch.device, mode: str = "default", recompute: bool = False
-) -> Callable:
-    """torch.compile for one shape; `mode` is for GPUs. On a CPU float32 products go to oneDNN: MKL
-    gives CPUs other than Intel's its slow kernels, half as fast where there is AVX-512
-    (experiments/LOG.md)."""
-    from torch._functorch import config as functorch
-    from torch._inductor import config as inductor
-
-    # PyTorch traces anew at every start what has an autograd.Function (our loss) or an autocast inside,
-    # though both are in its cache's key. Allowed, a second start of 32 layers takes 5 s instead of 17.
-    functorch.autograd_cache_allow_custom_autograd_functions = True
-    functorch.ban_recompute_materialized_backward = not recompute
-    for name in ("_enter_autocast", "_exit_autocast"):
-        inductor.unsafe_marked_cacheable_functions[f"torch.amp.autocast_mode.{name}"] = "1"
-    if not has_onednn(device):
-        return torch.compile(f, mode=mode, dynamic=False)
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-
-    class ToOneDNN(CustomGraphPass):
-        def __call__(self, graph: torch.fx.Graph) -> None:
-            aten = torch.ops.aten
-            for node in graph.nodes:
-                if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
-                    continue
-                *bias, a, b = node.args
-                out = node.meta["val"]
-                fits = all(c.meta["val"].shape == out.shape[1:] for c in bias)
-                if out.dtype == torch.float32 and fits:
-                    node.target = torch.ops.ffn.product.default
-                    node.args = (a, b, *bias)
-                    # Of another layout oneDNN would make a copy, and slowly.
-                    strides = [a.meta["val"].contiguous(), *(x.meta["val"] for x in (b, *bias))]
-                    node.meta["eager_input_vals"] = (tuple(strides), {})
-
-        def uuid(self) -> bytes:
-            return get_hash_for_files((__file__,))
-
-    return torch.compile(f, dynamic=False, options={"post_grad_custom_pre_pass": ToOneDNN()})
 
 
 def compile_and_check(model: GPT, optimizers: list, cfg: Config, autocast) -> nn.Module:
@@ -929,7 +839,7 @@ def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None
     lines = [
         f"model   {n['layers']:,} parameters in the layers' matrices, {n['total']:,} in all",
         f"ffn     {cfg.ffn}, hidden {hidden}: {cost['params']:,} parameters, FLOPs/token forward "
-        f"{cost['flops']:,} executed, {cost['active_flops']:,} active (ideal)",
+        f"{cost['flops']:,} executed, {cost['ideal_flops']:,} ideal",
         f"step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x "
         f"{cfg.block_size} tokens = {per_step:,} tokens",
         f"run     {cfg.max_iters} steps x {per_step:,} = {tokens:,} tokens = {epochs:.2f} epochs of "
@@ -1039,10 +949,7 @@ def main() -> None:
         return
     cfg.out_dir, cfg.lr_decay_iters = out_dir, cfg.lr_decay_iters or cfg.max_iters
     device = pick_device(cfg, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if device.type == "cpu":
-        set_up_cpu()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for products of float32, e.g. a predictor's
+    set_up(device)
     bf16 = use_bfloat16(cfg, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
 
