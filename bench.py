@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import prepare_fineweb
 import train
 from configurator import UserError, configure, run
-from model import FFNS, GPT, GPTConfig, ffn_cost, has, make_ffn, parse_spec
+from model import FFNS, GPT, GPTConfig, compiled, ffn_cost, has, has_onednn, make_ffn, parse_spec, set_up
 
 
 @dataclass
@@ -119,7 +119,7 @@ def products(
     """The products of n tokens with each of the layer's matrices, forward and backward, by the layer's
     kernels and in the matrix's layout, and their FLOPs; of a frozen matrix the forward one alone."""
     # Where compiled products are another library's. Elsewhere it would add launches and nothing else.
-    three = maybe_compile(products_of_one, cfg, device) if train.has_onednn(device) else products_of_one
+    three = maybe_compile(products_of_one, cfg, device) if has_onednn(device) else products_of_one
     multiplied = {m.weight for m in layer.modules() if isinstance(m, nn.Linear)}
     looked_up = {m.weight for m in layer.modules() if isinstance(m, nn.Embedding)} - multiplied
     work, flops = [], 0
@@ -177,12 +177,12 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
         calls[spec]()
     times = measure(calls, cfg.rounds, device)
 
-    rows, dense = [], ffn_cost(layers["swiglu"])["active_flops"]
+    rows, dense = [], ffn_cost(layers["swiglu"])["ideal_flops"]
     for spec in specs:
         cost, seconds = ffn_cost(layers[spec]), statistics.median(times[spec]) / cfg.layers
         # A weight is one multiply and one add. A predictor's are of float32.
         wide = sum(p.numel() for p in layers[spec].parameters() if p.ndim >= 2 and p.dtype != dtype)
-        read = cost["active_flops"] // 2 * dtype.itemsize + wide * (4 - dtype.itemsize)
+        read = cost["ideal_flops"] // 2 * dtype.itemsize + wide * (4 - dtype.itemsize)
         rows.append({
             "ffn": spec,
             **cost,
@@ -192,7 +192,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
             "gb_per_s": read / seconds / 1e9,
             "speedup": ratio(times["swiglu"], times[spec]),
             "spread": spread(times["swiglu"], times[spec]),
-            "ideal": dense / cost["active_flops"],
+            "ideal": dense / cost["ideal_flops"],
         })  # fmt: skip
     return {"d": d, "h": h, "tokens": 1, "layers": cfg.layers, "rows": rows}
 
@@ -387,7 +387,7 @@ def peak_memory(call: Callable, device: torch.device) -> int:
 
 
 def maybe_compile(f: Callable, cfg: Config, device: torch.device, mode: str = "default") -> Callable:
-    return train.compiled(f, device, mode) if cfg.compile else f
+    return compiled(f, device, mode) if cfg.compile else f
 
 
 def autocast(f: Callable, device: torch.device, dtype: torch.dtype) -> Callable:
@@ -404,7 +404,7 @@ COLUMNS = {  # key of a row -> heading, format
     "path": ("path", "s"),
     "params": ("params", ",d"),
     "flops": ("FLOPs/token", ",d"),
-    "active_flops": ("active", ",d"),
+    "ideal_flops": ("active", ",d"),
     "forward_ms": ("fwd ms", ".2f"),
     "both_ms": ("fwd+bwd ms", ".2f"),
     "ms": ("ms", ".3f"),
@@ -458,7 +458,7 @@ def plot(result: dict, path: str) -> None:
     dense = ffn_cost(make_ffn("swiglu", result["d"], result["h"]))["flops"]
     fig, ax = plt.subplots(figsize=(7, 0.6 + 0.34 * len(rows)), layout="constrained")
     ax.barh([row["ffn"] for row in rows], [row["ratio"] for row in rows], color="0.75")
-    for key, marker, label in (("flops", "|", "FLOPs, forward"), ("active_flops", "x", "ideal")):
+    for key, marker, label in (("flops", "|", "FLOPs, forward"), ("ideal_flops", "x", "ideal")):
         ax.scatter([row[key] / dense for row in rows], range(len(rows)),
                    marker=marker, s=60, color="k", label=label, zorder=3)  # fmt: skip
     ax.axvline(1, color="k", lw=0.6)
@@ -516,8 +516,7 @@ def main() -> None:
     if cfg.plot and Path(cfg.plot).suffix != ".png":
         raise UserError(f"--plot={cfg.plot} must end in .png")
     device, dtype, name = pick_device(cfg)
-    if device.type == "cpu":
-        train.set_up_cpu()
+    set_up(device)
     torch._dynamo.config.recompile_limit = 64  # specs of one class share its code
     torch.manual_seed(cfg.seed)
 

@@ -1,8 +1,8 @@
 """
 A Qwen3-style decoder whose feed-forward layer (FFN) is picked by a spec string.
 
-In order: the FFNs, side by side, and the helpers they share; the lines that turn `sparseglu:k=0.5`
-into one of them and say what it costs; the decoder around them; the loss. A new idea is a class
+In order: the FFNs, side by side, and the helpers they share; what turns `sparseglu:k=0.5` into one of
+them and says what it costs; the decoder around them; last, what makes it fast. A new idea is a class
 among the FFNs and a line in `FFNS`: training, bench, comparison and the generic tests pick it up.
 
 Every FFN maps (..., d) -> (..., d) with hidden width h. Linear layers are bias-free unless noted,
@@ -11,13 +11,22 @@ GELU is the exact one (erf). Papers are the five by "Aardvark" (2025) where no o
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import copy
+import ctypes
 import functools
 import hashlib
+import importlib.util
 import inspect
 import math
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
+from types import ModuleType
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -25,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configurator import UserError, parse_value, suggest
+from configurator import UserError, parse_value, reason, suggest
 
 # ------------------------------------------------------------------------------------------------
 # Dense FFNs
@@ -196,9 +205,9 @@ class ASG(nn.Module):
     def mask(self, z: Tensor) -> Tensor:
         """z: (..., h) -> (..., h), 1 where |z| is over the threshold."""
         with torch.autocast(z.device.type, enabled=False):
-            over = widen(z).abs() - (self.tau if self.t is None else torch.sigmoid(self.t))
+            over = upcast(z).abs() - (self.tau if self.t is None else torch.sigmoid(self.t))
             mask = above_zero(over.detach())
-            return mask if self.grad == "hard" else pass_gradient(mask, torch.sigmoid(over / 0.1))
+            return mask if self.grad == "hard" else straight_through(mask, torch.sigmoid(over / 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
@@ -252,7 +261,7 @@ class SparseGated(nn.Module):
         key = F.gelu(self.key_proj(x))
         kept = key * top_k_mask(key, self.k)
         if self.grad == "ste":
-            kept = pass_gradient(kept.detach(), key)
+            kept = straight_through(kept.detach(), key)
         return self.mix(x, self.down_proj(kept * self.value_proj(x) if self.split else kept))
 
     def decode(self, x: Tensor) -> Tensor:
@@ -269,7 +278,7 @@ class SparseGated(nn.Module):
     def active(self, x: Tensor) -> Tensor:
         return top_k_mask(self.key_proj(x), self.k).float().mean()
 
-    def active_flops(self) -> int:
+    def ideal_flops(self) -> int:
         d, h = self.key_proj.in_features, self.key_proj.out_features
         return 2 * (d * h + (1 + self.split) * d * self.k + self.gate * d * d)
 
@@ -330,14 +339,14 @@ class SparseGLU(nn.Module):
 
     def score(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return self.predictor(widen(x[..., : self.r]))
+            return self.predictor(upcast(x[..., : self.r]))
 
     def mask(self, score: Tensor) -> Tensor:
         hard = top_k_mask(score, self.k) if self.z is None else over_mean_mask(score, self.z)
         if self.grad == "hard":
             return hard
         p = torch.sigmoid(score)
-        return hard * p if self.grad == "gate" else pass_gradient(hard, p)
+        return hard * p if self.grad == "gate" else straight_through(hard, p)
 
     def forward(self, x: Tensor) -> Tensor:
         mask = self.mask(self.score(x))
@@ -349,7 +358,7 @@ class SparseGLU(nn.Module):
     def decode_one(self, x: Tensor) -> Tensor:
         first, _, second = self.predictor  # by matvec: 0.1 ms of a compiled layer's 1.5, not 0.3
         with torch.autocast(x.device.type, enabled=False):
-            inner = F.relu(matvec(first.weight, widen(x[: self.r])) + first.bias)
+            inner = F.relu(matvec(first.weight, upcast(x[: self.r])) + first.bias)
             score = matvec(second.weight, inner) + second.bias
         if self.z is None:
             units, one = score.topk(self.k, sorted=False).indices, 1
@@ -363,7 +372,7 @@ class SparseGLU(nn.Module):
     def active(self, x: Tensor) -> Tensor:
         return (self.mask(self.score(x)) > 0).float().mean()
 
-    def active_flops(self) -> int:
+    def ideal_flops(self) -> int:
         predictor = sum(p.numel() for p in self.predictor.parameters() if p.ndim == 2)
         return 2 * (predictor + 3 * self.gate_proj.in_features * self.k)
 
@@ -388,8 +397,8 @@ class Spark(nn.Module):
 
     def threshold(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            std, mean = torch.std_mean(widen(z), dim=-1, keepdim=True)
-            return F.relu(widen(z) - (mean + std * self.z))
+            std, mean = torch.std_mean(upcast(z), dim=-1, keepdim=True)
+            return F.relu(upcast(z) - (mean + std * self.z))
 
     def forward(self, x: Tensor) -> Tensor:
         gate = F.gelu(self.threshold(self.gate_proj(x[..., : self.r])))
@@ -406,7 +415,7 @@ class Spark(nn.Module):
     def active(self, x: Tensor) -> Tensor:
         return (self.threshold(self.gate_proj(x[..., : self.r])) > 0).float().mean()
 
-    def active_flops(self) -> int:
+    def ideal_flops(self) -> int:
         d, h = self.down_proj.out_features, self.down_proj.in_features
         return 2 * (self.r * h + (d - self.r) * self.k + d * self.k)
 
@@ -416,144 +425,118 @@ class Spark(nn.Module):
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
-    """A bias-free Linear."""
+    """Return a bias-free Linear."""
     return nn.Linear(fan_in, fan_out, bias=False)
 
 
 class ColumnLinear(nn.Linear):
-    """A bias-free Linear whose weight is laid out so that a column is contiguous in memory: decode
-    gathers columns of `down`. Shape, name and values are those of any other Linear."""
+    """A bias-free Linear whose weight has contiguous columns in memory, because decode gathers columns
+    of down_proj. Shape, name and values are those of any other Linear."""
 
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__(fan_in, fan_out, bias=False)
         self.weight = nn.Parameter(self.weight.detach().t().contiguous().t())
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.t()  # and so the gradient has the weight's layout
+        return x @ self.weight.t()  # unlike F.linear this gives the gradient the weight's layout
 
 
-def widen(x: Tensor) -> Tensor:
-    """At least float32: for norms, thresholds and predictors."""
+def upcast(x: Tensor) -> Tensor:
+    """Return x in at least float32, as norms, thresholds and predictors need it."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def norm_gate(x: Tensor, norm: nn.Module, s: Tensor, b: Tensor) -> Tensor:
-    """sigmoid(s * ||norm(x)||_2 + b): (..., d) -> (..., 1). Dynamic GEGLU's alpha, DSG's m."""
+    """Return sigmoid(s * ||norm(x)||_2 + b), Dynamic GEGLU's alpha and DSG's m: (..., d) -> (..., 1)."""
     with torch.autocast(x.device.type, enabled=False):
-        return torch.sigmoid(s * norm(widen(x)).norm(dim=-1, keepdim=True) + b)
+        return torch.sigmoid(s * norm(upcast(x)).norm(dim=-1, keepdim=True) + b)
 
 
-def pass_gradient(value: Tensor, to: Tensor) -> Tensor:
-    """Straight-through: the forward value of `value`, bit for bit, and the gradient of both."""
+def straight_through(value: Tensor, to: Tensor) -> Tensor:
+    """Return `value`, bit for bit, whose gradient also flows into `to` as if that had been added."""
     return value + (to - to.detach())
 
 
-def mask_dtype(x: Tensor) -> torch.dtype:
-    """Of a mask over x, which the backward pass reads again: bool, a quarter of the bytes. On a CPU x's
-    own: compiled code there takes longer to write a bool than for all else between two products."""
-    return x.dtype if x.device.type == "cpu" else torch.bool
+def on_cpu(x: Tensor) -> bool:
+    """Whether x is on a CPU, where the fast way to mask and to gather is another than on a GPU."""
+    return x.device.type == "cpu"
 
 
 def above_zero(x: Tensor) -> Tensor:
-    """1 where x > 0, else 0."""
-    return x > 0 if mask_dtype(x) == torch.bool else F.relu(x).sign()
+    """Return a mask that is 1 where x > 0, else 0. The backward pass keeps it, so it is bool, a quarter
+    of the bytes; on a CPU it has x's type, because compiled code there is slow at writing bools."""
+    return F.relu(x).sign() if on_cpu(x) else x > 0
 
 
 def top_k_mask(score: Tensor, k: int) -> Tensor:
-    """1 on exactly k of the largest along the last dim (by index: a tie never adds one), else 0."""
+    """Return a mask that is 1 on k of the largest scores along the last dimension, else 0. The units are
+    taken by index, so that a tie never adds one."""
     score = score.detach()
-    if torch.compiler.is_compiling() and score.device.type == "cpu" and score.dtype == torch.float32:
+    if torch.compiler.is_compiling() and on_cpu(score) and score.dtype == torch.float32:
         return top_k_by_counting(score, k)
-    mask = torch.zeros_like(score, dtype=mask_dtype(score))
+    mask = torch.zeros_like(score, dtype=score.dtype if on_cpu(score) else torch.bool)
     return mask.scatter(-1, score.topk(k, sorted=False).indices, 1)
 
 
-@torch.library.custom_op("ffn::top_k", mutates_args=(), schema="(Tensor score, int k) -> Tensor")
-def top_k_by_counting(score: Tensor, k: int) -> Tensor:
-    """top_k_mask for float32 on a CPU, in a quarter of the time. As an operator it is compiled once for
-    a shape, not once for each layer."""
-    mask, found = compiled_count()(score, torch.tensor(k))  # for an int it would compile anew
-    others = found != k  # ties with the k-th largest
-    mask[others] = top_k_mask(score[others], k)
-    return mask
-
-
-top_k_by_counting.register_fake(lambda score, k: torch.empty_like(score))
-
-
-@functools.cache
-def compiled_count() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return torch.compile(at_least_kth, dynamic=False)  # not above: importing it takes seconds
-
-
-def at_least_kth(score: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """1 where a score reaches the k-th largest, and how many do."""
-
-    def as_float(order: Tensor) -> Tensor:  # whole numbers in the order of the floats of their bits
-        bits = order.int()
-        return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
-
-    # Bit by bit: the largest number that at least k scores reach.
-    order = torch.full_like(score[..., :1], -(2**31), dtype=torch.int64)
-    for bit in range(31, -1, -1):
-        reached = (score >= as_float(order + 2**bit)).float().sum(-1, keepdim=True)
-        order = order + 2**bit * (reached >= k)
-    mask = (score >= as_float(order)).float()
-    return mask, mask.sum(-1)
-
-
 def over_mean_mask(score: Tensor, z: float) -> Tensor:
-    """1 where score > mean + z * std along the last dim, else 0."""
+    """Return a mask that is 1 where score > mean + z * std along the last dimension, else 0."""
     std, mean = torch.std_mean(score.detach(), dim=-1, keepdim=True)
     return above_zero(score.detach() - (mean + z * std))
 
 
 def kept_units(name: str, k: float, h: int) -> int:
+    """Return round(k*h), how many of h units are kept. Raises UserError where that is impossible."""
     if not 0 < k <= 1 or round(k * h) < 1:
         raise UserError(f"{name} keeps round(k*h) of {h} units: k={k} is not in (0, 1] or too small")
     return round(k * h)
 
 
 def normal_quantile(name: str, k: float) -> float:
+    """Return the number that a share k of a standard normal distribution exceeds."""
     if not 0 < k < 1:
         raise UserError(f"{name} puts its threshold at a normal quantile: 0 < k < 1, not k={k}")
     return NormalDist().inv_cdf(1 - k)
 
 
 def per_token(decode_one: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """decode_one: (d,) -> (d,), applied to each token of x (..., d)."""
+    """Apply decode_one, (d,) -> (d,), to each token of x (..., d)."""
     return torch.stack([decode_one(token) for token in x.reshape(-1, x.size(-1))]).view(x.shape)
 
 
 def matvec(weight: Tensor, x: Tensor) -> Tensor:
-    """weight @ x for one token. Compiled, the sum becomes a loop that reads gathered rows in place
-    and, on a CPU, a dense matrix faster than BLAS does; eager, it would write a copy of either."""
+    """Return weight @ x for one token x (fan_in,). Compiled, the sum becomes a loop that reads gathered
+    rows in place and, on a CPU, a dense matrix faster than BLAS does; eager, it would copy either."""
     return (weight * x).sum(-1) if torch.compiler.is_compiling() else F.linear(x, weight)
 
 
 def selected(value: Tensor) -> tuple[Tensor, Tensor]:
-    """The units whose value is not 0, and their values: (h,) -> (n,), (n,). On a GPU n is h, so that nothing
-    waits to learn a size: a unit whose value is 0 stands as unit 0 with that 0, and unit 0's weights,
-    read again and again, come from the cache."""
-    if value.device.type == "cpu":
+    """
+    Return the units whose value is not 0, and their values: (h,) -> (n,), (n,).
+
+    On a GPU n is h, so that nothing waits to learn a size: a unit of value 0 is replaced by unit 0 with
+    value 0, whose weights are read again and again and so come from the cache.
+    """
+    if on_cpu(value):
         units = value.nonzero().squeeze(-1)
         return units, value[units]
     return torch.where(value != 0, torch.arange(value.size(0), device=value.device), 0), value
 
 
 def rows(layer: nn.Linear, units: Tensor, x: Tensor) -> Tensor:
-    """layer(x)[units], reading those rows only. x: (fan_in,), units: (n,) -> (n,)"""
+    """Return layer(x)[units], reading those rows only. x: (fan_in,), units: (n,) -> (n,)"""
     return matvec(layer.weight[units], x)
 
 
 def down_rows(ffn: nn.Module, units: Tensor, hidden: Tensor) -> Tensor:
-    """sum_i hidden_i * (column units_i of down_proj), reading those only. (n,), (n,) -> (d,)"""
+    """Return the sum over i of hidden_i times column units_i of down_proj, reading those columns only.
+    units: (n,), hidden: (n,) -> (d,)"""
     weight = ffn.down_proj.weight.t()  # (h, d), contiguous: see ColumnLinear
-    scale = hidden.to(weight.dtype)
-    if units.device.type != "cpu":
-        return (weight[units] * scale[:, None]).sum(0)
-    starts = torch.arange(0, units.size(0), 64, device=units.device)  # a bag is one thread's work
-    return F.embedding_bag(units, weight, starts, mode="sum", per_sample_weights=scale).sum(0)
+    hidden = hidden.to(weight.dtype)
+    if not on_cpu(weight):
+        return (weight[units] * hidden[:, None]).sum(0)
+    starts = torch.arange(0, units.size(0), 64, device=units.device)  # each bag is one thread's work
+    return F.embedding_bag(units, weight, starts, mode="sum", per_sample_weights=hidden).sum(0)
+
 
 
 # ------------------------------------------------------------------------------------------------
@@ -629,19 +612,88 @@ def sketch(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def ffn_cost(ffn: nn.Module) -> dict[str, int]:
-    """Parameters, and FLOPs per token of the forward pass's matrix products: `flops` as executed,
-    `active_flops` as an ideal implementation would need that skips what is zero. A matrix that is used
-    under two names is two products; a class whose products are others says so in `flops`."""
+    """
+    Return the number of parameters (`params`) and the FLOPs per token of the forward pass's matrix
+    products: `flops` as executed, `ideal_flops` as an ideal implementation would execute that skips what
+    is zero. A matrix that is used under two names is two products; a class whose products are others
+    says so in a method flops().
+    """
     params = sum(p.numel() for p in ffn.parameters())
     uses = ffn.named_parameters(remove_duplicate=False)
     flops = ffn.flops() if has(ffn, "flops") else sum(2 * p.numel() for _, p in uses if p.ndim >= 2)
-    active = ffn.active_flops() if has(ffn, "active_flops") else flops
-    return {"params": params, "flops": int(flops), "active_flops": int(active)}
+    ideal = ffn.ideal_flops() if has(ffn, "ideal_flops") else flops
+    return {"params": params, "flops": int(flops), "ideal_flops": int(ideal)}
 
 
 def has(ffn: nn.Module, method: str) -> bool:
     """Whether its class has the method; an attribute or a submodule of that name is something else."""
     return hasattr(type(ffn), method)
+
+
+def ffn_code(spec: str) -> str:
+    """
+    Return a hash of the code behind an FFN: its class, and the classes, functions and constants that
+    this refers to, directly or not, in modules that are no library's. Docstrings, comments and layout
+    do not count. Where it differs, two runs of one spec are not of one function. It is empty where
+    Python does not have the source.
+    """
+    read, code = functools.cache(statements), set()
+
+    def visit(module: str, name: str) -> None:
+        """Add the statements that bind a name, any name if it is "*", and what these refer to."""
+        for bound, statement in read(module):
+            if name not in (bound, "*") or (text := f"{module}: {ast.unparse(statement)}") in code:
+                continue
+            code.add(text)
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Name):
+                    visit(module, node.id)
+                elif isinstance(node, ast.Import):
+                    for alias in node.names:
+                        visit(alias.name, "*")
+                elif isinstance(node, ast.ImportFrom):
+                    here = sys.modules[module].__package__
+                    source = importlib.util.resolve_name("." * node.level + (node.module or ""), here)
+                    for alias in node.names:
+                        visit(source, alias.name)
+                        visit(f"{source}.{alias.name}", "*")
+
+    cls = parse_spec(spec)[0]
+    root = cls.__qualname__.partition(".")[0]
+    if "<locals>" not in cls.__qualname__ and root in dict(read(cls.__module__)):
+        visit(cls.__module__, root)
+    else:  # A function made the class, of what it was given here or there.
+        visit(cls.__module__, "*")
+        visit(__name__, "*")
+    return hashlib.sha256("\n".join(sorted(code)).encode()).hexdigest()[:16] if code else ""
+
+
+def statements(module: str) -> list[tuple[str, ast.stmt]]:
+    """Return the top-level statements of a module without docstrings, once for each name that they bind
+    or change; none for a module of a library or without a file."""
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    standard = module.partition(".")[0] in sys.stdlib_module_names
+    if standard or not file.endswith(".py") or re.search("(site|dist)-packages", file):
+        return []
+    found = []
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    imports = (ast.Import, ast.ImportFrom)
+    tree = ast.parse(Path(file).read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, definitions) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    for statement in tree.body:
+        for node in [statement] if isinstance(statement, definitions) else ast.walk(statement):
+            if isinstance(node, definitions):
+                found.append((node.name, statement))
+            elif isinstance(node, imports):
+                for alias in node.names:
+                    one = copy.copy(node)
+                    one.names = [alias]
+                    found.append(((alias.asname or alias.name).partition(".")[0], one))
+            elif isinstance(getattr(node, "ctx", None), ast.Store):  # x = ..., x[0] = ..., x.y = ...
+                found += [(n.id, statement) for n in ast.walk(node) if isinstance(n, ast.Name)]
+    return found
 
 
 @functools.cache
@@ -689,7 +741,7 @@ class GPTConfig:
     ffn_match: str = "hidden"  # or params: as wide as makes it as big as SwiGLU at ffn_hidden
     tie_embeddings: bool = True
     seed: int = 0
-    residual: str = "float32"  # or bfloat16: the residual stream under autocast to bfloat16
+    residual: str = "float32"  # or bfloat16: type of the residual stream under autocast to bfloat16
 
     @property
     def hidden(self) -> int:
@@ -714,8 +766,19 @@ class GPTConfig:
         sketch(lambda: make_ffn(self.ffn, self.n_embd, self.hidden))
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm with eps 1e-6, computed in at least float32: (..., d) -> (..., d)."""
+
+    def __init__(self, d: int):
+        super().__init__(d, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(upcast(x), self.normalized_shape, upcast(self.weight), self.eps)
+        return y.to(torch.promote_types(x.dtype, self.weight.dtype))
+
+
 class Attention(nn.Module):
-    """Causal grouped-query attention, RMSNorm on q and k per head, rotary positions."""
+    """Causal grouped-query attention with RMSNorm on q and k per head and rotary positions."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -725,16 +788,16 @@ class Attention(nn.Module):
         self.k_proj = linear(d, config.n_kv_head * self.head_dim)
         self.v_proj = linear(d, config.n_kv_head * self.head_dim)
         self.o_proj = linear(d, d)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.q_norm = RMSNorm(self.head_dim)
+        self.k_norm = RMSNorm(self.head_dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None) -> Tensor:
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q = rotate(self.q_norm(widen(q)), cos, sin).to(v.dtype).transpose(1, 2)  # (B, heads, T, hd)
-        k = rotate(self.k_norm(widen(k)), cos, sin).to(v.dtype).transpose(1, 2)
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype).transpose(1, 2)  # (B, heads, T, hd)
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype).transpose(1, 2)
         if cache is not None:  # [k, v] of the tokens so far; empty before the first
             if cache:
                 k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
@@ -753,15 +816,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.input_layernorm = RMSNorm(config.n_embd)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.post_attention_layernorm = RMSNorm(config.n_embd)
         self.mlp = make_ffn(config.ffn, config.n_embd, config.hidden)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache).to(x.dtype)
         one_token = cache is not None and x.size(1) == 1 and has(self.mlp, "decode")
-        return x + (self.mlp.decode if one_token else self.mlp)(self.post_attention_layernorm(x))
+        mlp = self.mlp.decode if one_token else self.mlp
+        return x + mlp(self.post_attention_layernorm(x)).to(x.dtype)
 
 
 class Decoder(nn.Module):
@@ -770,7 +834,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.residual = getattr(torch, config.residual)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.norm = RMSNorm(config.n_embd)
         head_dim = config.n_embd // config.n_head
         frequency = 1e6 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         angle = torch.arange(config.block_size)[:, None, None] * frequency  # (T, 1, head_dim/2)
@@ -782,7 +846,7 @@ class Decoder(nn.Module):
         cos, sin = (table[start : start + idx.size(1)] for table in (self.cos, self.sin))
         x = self.embed_tokens(idx)  # (B, T, d)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.residual)  # every layer adds to it in this type
+            x = x.to(self.residual)  # each layer adds to x in x's type
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
             x = layer(x, cos, sin, cache)
         return self.norm(x)
@@ -898,21 +962,180 @@ class GPT(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# The loss, without ever holding the logits of all tokens
+# What makes it fast. Skip this section on a first reading: without it the model computes the same.
 
 
-# Of float32 logits. Each chunk reads all of the weight and adds to all of its gradient: fewer are
-# faster, and at these sizes the whole step is within a few percent of one chunk's.
+def set_up(device: torch.device) -> None:
+    """Prepare this process for training on a device."""
+    if device.type == "cuda":
+        # What is float32 on purpose, such as SparseGLU's predictor, multiplies in TF32.
+        torch.set_float32_matmul_precision("high")
+    if device.type != "cpu":
+        return
+    # Otherwise compiled code adds up an embedding's gradient in the order in which its threads arrive.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would take time
+    if sys.platform == "linux":
+        # glibc maps each tensor over 32 MB anew, and the kernel then pages it in 4 KB at a time: a tenth
+        # or more of a step with a large vocabulary (experiments/LOG.md). So let it keep freed memory.
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # musl has none
+        mallopt(-4, 0)  # M_MMAP_MAX: map nothing
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def compiled(
+    f: Callable, device: torch.device, mode: str = "default", recompute: bool = False
+) -> Callable:
+    """
+    Return torch.compile(f) for inputs of one shape. `mode` is for GPUs. With `recompute` the backward
+    pass computes elementwise results again instead of keeping them. The private settings used here only
+    save time or memory: a PyTorch that lacks one of them compiles to the same numbers without it.
+    """
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    # PyTorch traces anew at each start what has an autograd.Function (our loss) or an autocast inside,
+    # though both are in its cache's key. Allowed, a second start of 32 layers takes 5 s instead of 17.
+    set_private(functorch, "autograd_cache_allow_custom_autograd_functions", True)
+    cacheable = dict(getattr(inductor, "unsafe_marked_cacheable_functions", {}))
+    cacheable |= {f"torch.amp.autocast_mode.{name}_autocast": "1" for name in ("_enter", "_exit")}
+    set_private(inductor, "unsafe_marked_cacheable_functions", cacheable)
+    known = set_private(functorch, "ban_recompute_materialized_backward", not recompute)
+    if recompute and not known:
+        raise UserError(f"torch {torch.__version__} cannot recompute: --recompute=False")
+    options = {"post_grad_custom_pre_pass": onednn_pass()} if has_onednn(device) else None
+    return torch.compile(f, mode=None if options else mode, dynamic=False, options=options)
+
+
+def set_private(config: ModuleType, name: str, value: object) -> bool:
+    """Set one of PyTorch's private settings and return True; where it has none of this name, False."""
+    known = hasattr(config, name)
+    if known:
+        setattr(config, name, value)
+    return known
+
+
+@contextlib.contextmanager
+def compile_errors() -> Iterator[None]:
+    """Turn what torch.compile raises, as a rule at the first call, into a UserError with the cure."""
+    try:
+        yield
+    except Exception as e:
+        dynamo = sys.modules.get("torch._dynamo.exc")  # absent where nothing was compiled
+        cause = getattr(e, "inner_exception", e)
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None
+        if not dynamo or not isinstance(e, dynamo.TorchDynamoException):
+            raise
+        raise UserError(f"torch.compile does not work here ({reason(cause)}): --compile=False") from e
+
+
+def has_onednn(device: torch.device) -> bool:
+    """Whether `compiled` gives float32 products to oneDNN: on a CPU where they would be MKL's, which
+    runs CPUs other than Intel's at half their speed where there is AVX-512 (experiments/LOG.md)."""
+    here = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and here and onednn_pass() is not None
+
+
+@torch.library.custom_op(
+    "ffn::product", mutates_args=(), schema="(Tensor a, Tensor b, Tensor? c=None) -> Tensor"
+)
+def onednn_product(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+    """Return a @ b + c, float32 on a CPU, by oneDNN. a: (m, k), b: (k, n), c: (n,) or None."""
+    if not a.numel() or not b.numel():  # oneDNN refuses these
+        return a @ b if c is None else torch.addmm(c, a, b)
+    c = None if c is None else c.contiguous()  # oneDNN ignores the strides of c
+    # Where neither a tensor nor its transpose is contiguous, oneDNN takes a thousand times longer.
+    a, b = (x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous() for x in (a, b))
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), c, "none", [], "")
+
+
+onednn_product.register_fake(lambda a, b, c=None: a.new_empty(a.size(0), b.size(1)))
+
+
+@functools.cache
+def onednn_pass():
+    """The pass over a compiled graph that puts onednn_product in place of float32 products; None where
+    this PyTorch lacks one of the private names that it needs."""
+    try:
+        from torch._inductor import config
+        from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+        _ = config.post_grad_custom_pre_pass, torch.ops.mkldnn._linear_pointwise
+    except (ImportError, AttributeError):
+        return None
+
+    class ToOneDNN(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            aten = torch.ops.aten
+            for node in graph.nodes:
+                if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+                    continue
+                *bias, a, b = node.args
+                out = node.meta["val"]
+                fits = all(c.meta["val"].shape == out.shape[1:] for c in bias)
+                if out.dtype == torch.float32 and fits:
+                    node.target = torch.ops.ffn.product.default
+                    node.args = (a, b, *bias)
+                    # The compiler must write `a` contiguous: oneDNN would copy it, and slowly.
+                    strides = [a.meta["val"].contiguous(), *(x.meta["val"] for x in (b, *bias))]
+                    node.meta["eager_input_vals"] = (tuple(strides), {})
+
+        def uuid(self) -> bytes:
+            return get_hash_for_files((__file__,))
+
+    return ToOneDNN()
+
+
+@torch.library.custom_op("ffn::top_k", mutates_args=(), schema="(Tensor score, int k) -> Tensor")
+def top_k_by_counting(score: Tensor, k: int) -> Tensor:
+    """Return top_k_mask(score, k) for float32 on a CPU, in a quarter of the time. It is an operator, so
+    that it is compiled once for a shape and not once for each layer."""
+    mask, found = compiled_count()(score, torch.tensor(k))  # for an int it would compile anew
+    others = found != k  # where other scores equal the k-th largest
+    mask[others] = top_k_mask(score[others], k)
+    return mask
+
+
+top_k_by_counting.register_fake(lambda score, k: torch.empty_like(score))
+
+
+@functools.cache
+def compiled_count() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return at_least_kth compiled. It is not compiled at import, which would take seconds."""
+    return torch.compile(at_least_kth, dynamic=False)
+
+
+def at_least_kth(score: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a mask (..., h), 1 where a score (..., h) reaches the k-th largest, and its sums (...)."""
+
+    def as_float(order: Tensor) -> Tensor:
+        """Map whole numbers to floats so that both have the same order, by the bits of the float."""
+        bits = order.int()
+        return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
+
+    # Find, bit by bit, the largest number that at least k scores reach.
+    order = torch.full_like(score[..., :1], -(2**31), dtype=torch.int64)
+    for bit in range(31, -1, -1):
+        reached = (score >= as_float(order + 2**bit)).float().sum(-1, keepdim=True)
+        order = order + 2**bit * (reached >= k)
+    mask = (score >= as_float(order)).float()
+    return mask, mask.sum(-1)
+
+
+# Bytes of one chunk's float32 logits. Each chunk reads all of the weight and adds to all of its
+# gradient, so fewer chunks are faster; at these sizes the step is within a few percent of one chunk's.
 LOSS_CHUNK_BYTES = {"cpu": 2**27, "gpu": 2**30}
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
-    Mean of F.cross_entropy(x @ weight.T, targets, ignore_index=-100); 0 where all are ignored.
+    Return the mean of F.cross_entropy(x @ weight.T, targets, ignore_index=-100), 0 if all are ignored.
 
     x: (N, d), weight: (V, d), targets: (N,). The logits of 16k tokens and a vocabulary of 50k take
-    3.3 GB, their gradient as much again. This makes both a chunk at a time, and the gradients of x
-    and weight in the forward pass while the chunk is there (the trick of Liger and of Cut CE).
+    3.3 GB, and their gradient as much. This function makes both a chunk of tokens at a time, and
+    computes the gradients of x and weight in the forward pass while the chunk is there, as Liger and Cut
+    Cross-Entropy do.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -923,20 +1146,22 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def n_targets(targets: Tensor) -> Tensor:
+    """Return how many targets count, at least 1."""
     return (targets != -100).sum().clamp(min=1)
 
 
-def loss_chunks(x: Tensor, weight: Tensor, targets: Tensor):
-    """Yield (slice of tokens, their summed loss, log-probabilities (n, V), float32 or wider) in turn."""
-    limit = LOSS_CHUNK_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
+def loss_chunks(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each chunk of n tokens yield its slice, its summed loss and its log-probabilities (n, V), which
+    are in at least float32."""
+    limit = LOSS_CHUNK_BYTES["cpu" if on_cpu(x) else "gpu"]
     at_least = math.ceil(4 * x.size(0) * weight.size(0) / limit)
-    # A power of two, so that the usual numbers of tokens split into chunks of one size: they then
-    # share their compiled kernels, and a GPU's matrix products get sizes that fill its tiles.
+    # With a power of two the usual numbers of tokens split into chunks of one size: these share
+    # their compiled kernels, and a GPU's matrix products get sizes that fill its tiles.
     chunks = 2 ** (at_least - 1).bit_length()
     chunk = math.ceil(x.size(0) / chunks)
     for i in range(0, x.size(0), chunk):
         part = slice(i, i + chunk)
-        log_p = F.log_softmax(widen(x[part] @ weight.t()), dim=-1)
+        log_p = F.log_softmax(upcast(x[part] @ weight.t()), dim=-1)
         yield part, F.nll_loss(log_p, targets[part], reduction="sum"), log_p
 
 
@@ -947,13 +1172,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         total, grad_x, grad_w = 0, [], 0
         for part, loss, log_p in loss_chunks(x, weight, targets):
             total = total + loss
-            valid = (targets[part] != -100)[:, None].to(log_p.dtype)
-            # d loss / d logits = softmax - onehot, 0 for an ignored token
-            hot = torch.arange(weight.size(0), device=x.device) == targets[part][:, None]
-            grad = ((log_p.exp() - hot.to(log_p.dtype)) * (valid / n)).to(x.dtype)
+            # The gradient of the logits is softmax - onehot, and 0 for an ignored token.
+            counted = (targets[part] != -100)[:, None].to(log_p.dtype)
+            onehot = torch.arange(weight.size(0), device=x.device) == targets[part][:, None]
+            grad = ((log_p.exp() - onehot.to(log_p.dtype)) * (counted / n)).to(x.dtype)
             grad_x.append(grad @ weight)
-            # (d, V) and not (V, d): to transpose x is cheap. A sum of chunks in bfloat16 would drift.
-            grad_w = grad_w + widen(x[part].t() @ grad)
+            # As (d, V) and not (V, d), since transposing x is cheap. A sum in bfloat16 would drift.
+            grad_w = grad_w + upcast(x[part].t() @ grad)
         ctx.save_for_backward(torch.cat(grad_x), grad_w.t().to(weight.dtype).contiguous())
         return total / n
 

@@ -496,7 +496,7 @@ def summarize(runs: list[Run], detect: float) -> tuple[list[dict], list[list[Run
             "ffn_params": ffn["params"],
             "total_params": model.param_counts()["total"],
             "ffn_flops_per_token": ffn["flops"],
-            "ffn_active_flops_per_token": ffn["active_flops"],
+            "ffn_active_flops_per_token": ffn["ideal_flops"],
             "train_flops_per_token": model.flops_per_token(),
             "active": mean(active) if active else None,
             "tok_per_s": middle([r.speed for r in group]),

@@ -129,8 +129,7 @@ def peer_step(
 
 def our_step(cfg: Config, device: torch.device, dtype: torch.dtype):
     """Our model, its step by train.py's own functions, and the step's matrix products alone."""
-    if device.type == "cpu":
-        train.set_up_cpu()
+    train.set_up(device)
     shape = {k: getattr(cfg, k) for k in bench.SHAPE if hasattr(cfg, k)}
     own = ("block_size", "micro_batch_size", "compile")
     flags = train.Config(**{k: getattr(cfg, k) for k in own})

@@ -51,11 +51,11 @@ def test_ffn_table(tmp_path):
     assert len(by_name) == len(result["rows"]) == 13
     swiglu, dsg, sparse = by_name["swiglu"], by_name["dsg"], by_name["sparseglu"]
     assert swiglu["params"] == 3 * d * h
-    assert swiglu["flops"] == swiglu["active_flops"] == 6 * d * h
+    assert swiglu["flops"] == swiglu["ideal_flops"] == 6 * d * h
     assert dsg["flops"] == 8 * d * h
     predictor = 32 * 64 + 64 * h
     assert sparse["flops"] == 6 * d * h + 2 * predictor
-    assert sparse["active_flops"] == 6 * d * h // 4 + 2 * predictor
+    assert sparse["ideal_flops"] == 6 * d * h // 4 + 2 * predictor
     assert swiglu["ratio"] == 1
     assert swiglu["spread"] == 0
     for row in by_name.values():
@@ -98,7 +98,7 @@ def test_decode_table(tmp_path):
     assert by_name["spark"]["path"] == "decode"
     assert math.isclose(by_name["gelu"]["ideal"], 1.5)
     active = 2 * (32 * 64 + 64 * 256 + 3 * 64 * 64)
-    assert by_name["sparseglu"]["active_flops"] == active
+    assert by_name["sparseglu"]["ideal_flops"] == active
     assert math.isclose(by_name["sparseglu"]["read_mib"], active / 2 * 4 / 2**20)
     for row in by_name.values():
         assert finite(row)
@@ -115,7 +115,7 @@ def test_decode_in_bfloat16(tmp_path):
     assert len(by_name) == 13
     for name, row in by_name.items():
         predictor = 32 * 64 + 64 * 256 if name == "sparseglu" else 0
-        assert row["read_mib"] == (row["active_flops"] + 2 * predictor) / 2**20, name
+        assert row["read_mib"] == (row["ideal_flops"] + 2 * predictor) / 2**20, name
 
 
 def test_step_table_and_profile(tmp_path):
@@ -162,7 +162,7 @@ def test_the_seed_is_that_of_the_inputs(monkeypatch, tmp_path):
     import bench
 
     drawn, draw = [], torch.randint
-    monkeypatch.setattr(bench.train, "set_up_cpu", lambda: None)  # it is for the whole process
+    monkeypatch.setattr(bench.train, "set_up", lambda device: None)  # it is for the whole process
     monkeypatch.setattr(torch, "randint", lambda *a: drawn.append(draw(*a)) or drawn[-1])
     for seed in (5, 5, 6):
         monkeypatch.setattr(sys, "argv", ["bench.py", "--mode=step", *TINY, *STEP, f"--seed={seed}"])

@@ -33,6 +33,11 @@ from model import FFNS, GPT, GPTConfig, ffn_cost, make_ffn, match_hidden
 torch.set_num_threads(1)  # everything here is small, and pytest has a worker per core
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = list(ref.DEFAULTS)
+CPU = torch.device("cpu")
+HAS_MKL = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler"
+)
 D, H = 40, 48  # no special relation between them; d >= 32 for sparseglu's default r
 
 
@@ -726,7 +731,7 @@ def test_every_ffn_traces_to_one_graph():
     assert_compiled_is_eager(cases, backend="aot_eager")
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+@needs_compiler
 @pytest.mark.timeout(900)
 def test_compiled_is_eager():
     """The same with generated code, for those that are more than a chain of dense layers. On a CPU
@@ -734,7 +739,7 @@ def test_compiled_is_eager():
     assert_compiled_is_eager([("dsg", {}), ("spark", {}), ("sparseglu", {"grad": "ste"})])
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+@needs_compiler
 @pytest.mark.timeout(900)
 def test_compiled_selection_is_exact():
     """Compiled for a CPU, top-k counts instead of sorting. It must keep k units, none of which is less
@@ -774,13 +779,255 @@ def test_masks_of_a_gpu_give_the_same(case, monkeypatch):
         y = ffn(x)
         return [active, y, *torch.autograd.grad(y, leaves, inputs(2, 7, D, seed=2))]
 
-    made: list[torch.dtype] = []
+    asked: list[torch.dtype] = []
     ffn, _ = build(*case)
     here = results(ffn)
-    monkeypatch.setattr(model_module, "mask_dtype", lambda x: made.append(x.dtype) or torch.bool)
+    monkeypatch.setattr(model_module, "on_cpu", lambda x: bool(asked.append(x.dtype)))
     for there, want in zip(results(ffn), here, strict=True):
         assert torch.equal(there.double(), want)
-    assert bool(made) == (case[0] in ("asg", "sparsegated", "sparseglu") and case[1].get("sparse", True))
+    assert bool(asked) == (case[0] in ("asg", "sparsegated", "sparseglu") and case[1].get("sparse", True))
+
+
+def test_masks_of_a_gpu_are_bool(monkeypatch):
+    """A quarter of the bytes that the backward pass keeps."""
+    monkeypatch.setattr(model_module, "on_cpu", lambda x: False)
+    score = inputs(3, 20)
+    for mask in (model_module.top_k_mask(score, 5), model_module.over_mean_mask(score, 0.3)):
+        assert mask.dtype == torch.bool
+
+
+@pytest.mark.parametrize("case", DECODES, ids=case_ids)
+def test_decode_of_a_gpu_is_forward(case, monkeypatch):
+    """There a threshold's units have a fixed number, so that nothing waits to learn it: the same values,
+    and no operator whose output's size depends on data."""
+    monkeypatch.setattr(model_module, "on_cpu", lambda x: False)
+    ffn, _ = build(*case)
+    assert_decodes(ffn, D, 1e-12, torch.float64)
+    assert_decodes(ffn.float(), D, 3e-6, torch.float32)
+    with torch.profiler.profile() as profile, torch.no_grad():
+        ffn.decode(inputs(1, 1, D, dtype=torch.float32))
+    called = {event.key for event in profile.key_averages()}
+    assert not called & {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select"}
+
+
+@pytest.mark.parametrize("grad", ["hard", "gate"])
+def test_decode_of_a_gpu_when_a_threshold_selects_none_or_all(grad, monkeypatch):
+    """Unit 0 stands for those that are not selected: it must not count where it is not selected itself,
+    and count once where it is."""
+    monkeypatch.setattr(model_module, "on_cpu", lambda x: False)
+    ffn, _ = build("sparseglu", {"select": "stat", "grad": grad, "k": 0.3})
+    for chosen in ([], [0], [5], [0, 5], list(range(20))):
+        scores = torch.zeros(H)
+        scores[chosen] = 50.0
+        set_scores(ffn, scores)
+        assert_decodes(ffn, D, 1e-12, torch.float64)
+        with torch.no_grad():
+            assert round(ffn.active(inputs(3, D)).item() * H) == len(chosen)
+
+
+PRODUCTS = {  # of a (6, 40), b (40, 24), c (24,)
+    "plain": lambda a, b, c: a @ b,
+    "with a bias": lambda a, b, c: torch.addmm(c, a, b),
+    "with one number as bias": lambda a, b, c: torch.addmm(c[:1], a, b),
+    "with a matrix as bias": lambda a, b, c: torch.addmm(c.repeat(6, 1), a, b),
+    "with a column as bias": lambda a, b, c: torch.addmm(b[:24, 3], a, b),
+    "with one number repeated as bias": lambda a, b, c: torch.addmm(c[3:4].expand(24), a, b),
+    "scaled": lambda a, b, c: torch.addmm(c, a, b, alpha=2, beta=0.5),
+    "a linear layer of three dimensions": lambda a, b, c: F.linear(a.view(2, 3, 40), b.t(), c),
+    "transposed": lambda a, b, c: b.t() @ a.t(),
+    "a slice": lambda a, b, c: a[:, 3:33] @ b[3:33],
+    "every other column": lambda a, b, c: a[:, ::2] @ b[::2],
+    "one row, repeated": lambda a, b, c: a[:1].expand(6, 40) @ b,
+    "one row": lambda a, b, c: a[:1] @ b,
+    "one column": lambda a, b, c: a @ b[:, :1],
+    "an outer product": lambda a, b, c: a[:, :1] @ b[:1],
+    "no rows": lambda a, b, c: torch.addmm(c, a[:0], b),
+    "nothing to sum": lambda a, b, c: a[:, :0] @ b[:0],
+}
+
+
+@needs_compiler
+@pytest.mark.timeout(900)
+def test_compiled_products_are_right():
+    """On a CPU compiled matrix products go to another library than PyTorch would take, which refuses or
+    mistakes some shapes: forward and backward against float64, and that it happens."""
+    rng = np.random.default_rng(0)
+    leaves = [rng.standard_normal(shape) for shape in ((6, 40), (40, 24), (24,))]
+    ones = [torch.tensor(x, dtype=torch.float32, requires_grad=True) for x in leaves]
+    wide = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in leaves]
+
+    def products(a, b, c):
+        return [f(a, b, c) for f in PRODUCTS.values()]
+
+    with torch.profiler.profile() as profile:
+        got = model_module.compiled(products, CPU)(*ones)
+    called = {event.key for event in profile.key_averages()}
+    assert ("mkldnn::_linear_pointwise" in called) == HAS_MKL
+    for name, y, z in zip(PRODUCTS, got, products(*wide), strict=True):
+        assert y.shape == z.shape
+        assert torch.allclose(y.double(), z, rtol=1e-5, atol=1e-5), name
+    sum(y.square().sum() for y in got).backward()
+    sum(z.square().sum() for z in products(*wide)).backward()
+    for p, q in zip(ones, wide):
+        assert torch.allclose(p.grad.double(), q.grad, rtol=1e-5, atol=1e-3)
+
+
+@needs_compiler
+@pytest.mark.timeout(900)
+def test_a_compiled_step_copies_no_operand():
+    """oneDNN wants its first operand contiguous and copies what is not, on one core: the compiler must
+    have written it so. Nor is the gradient of lm_head copied into another layout."""
+    if not model_module.has_onednn(CPU):
+        pytest.skip("products go to another library here")
+    ready = model_module.compiled(GPT(GPTConfig(16, 128, 1, 2, 2, 32, ffn_hidden=64)), CPU)
+    idx, targets = torch.randint(128, (2, 2, 16))
+    ready(idx, targets)[1].backward()  # compiles
+    with torch.profiler.profile(record_shapes=True) as profile:
+        ready(idx, targets)[1].backward()
+    calls = {event.name for event in profile.events()}
+    copied = [event.input_shapes for event in profile.events() if event.name == "aten::copy_"]
+    assert "mkldnn::_linear_pointwise" in calls
+    assert [shapes for shapes in copied if len(shapes[0]) == 2] == []
+
+
+@needs_compiler
+@pytest.mark.timeout(900)
+def test_the_same_model_is_compiled_once(monkeypatch, tmp_path):
+    """Another run takes the traced model from PyTorch's cache, autograd.Function and inner autocast or
+    not, to the same bits; a class of the same name that computes something else never does."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    idx = torch.arange(32).view(2, 16)
+
+    class Changed(FFNS["dynamicgeglu"]):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def loss_and_gradients(compile: bool) -> tuple[list[torch.Tensor], dict]:
+        torch._dynamo.reset()
+        counters.clear()
+        gpt = GPT(GPTConfig(16, 128, 1, 2, 2, 32, "dynamicgeglu", 64))
+        loss = (model_module.compiled(gpt, CPU) if compile else gpt)(idx, idx.clone())[1]
+        loss.backward()
+        found = {name: n for name, n in counters["aot_autograd"].items() if "autograd_cache" in name}
+        return [loss.detach(), *(p.grad for p in gpt.parameters())], found
+
+    cold, missed = loss_and_gradients(compile=True)
+    warm, hit = loss_and_gradients(compile=True)
+    assert missed == {"autograd_cache_miss": 1, "autograd_cache_saved": 1}
+    assert hit == {"autograd_cache_hit": 1}
+    assert all(map(torch.equal, cold, warm))
+    monkeypatch.setitem(FFNS, "dynamicgeglu", Changed)
+    other, missed = loss_and_gradients(compile=True)
+    assert missed == {"autograd_cache_miss": 1, "autograd_cache_saved": 1}
+    assert all(map(torch.allclose, other, loss_and_gradients(compile=False)[0]))
+    assert not torch.allclose(other[0], cold[0])
+
+
+@needs_compiler
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("lacks", ["pass", "operator", "settings"])
+def test_compiling_without_private_names(monkeypatch, lacks):
+    """A PyTorch that has moved one of the private names that `compiled` uses gives the same numbers by
+    its own products; recompute, which needs one, is refused."""
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+
+    class Lacks:
+        """A module of settings without any of these names."""
+
+    torch.compiler.reset()
+    model_module.onednn_pass.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            if lacks == "pass":
+                patch.setitem(sys.modules, "torch._inductor.custom_graph_pass", None)
+            if lacks == "operator":
+                patch.setattr(torch.ops, "mkldnn", Lacks())
+            if lacks == "settings":
+                set_private = model_module.set_private
+                patch.setattr(model_module, "set_private", lambda _, *a: set_private(Lacks(), *a))
+            assert model_module.has_onednn(CPU) == (lacks == "settings" and HAS_MKL)
+            leaves = [torch.randn(6, 40), torch.randn(40, 24), torch.randn(24)]
+            with torch.profiler.profile() as profile:
+                got = model_module.compiled(torch.addmm, CPU)(leaves[2], *leaves[:2])
+            torch.testing.assert_close(got, torch.addmm(leaves[2], *leaves[:2]))
+            called = "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
+            assert called == (lacks == "settings" and HAS_MKL)
+            if lacks == "settings":
+                with pytest.raises(UserError, match="--recompute=False"):
+                    model_module.compiled(torch.addmm, CPU, recompute=True)
+    finally:
+        model_module.onednn_pass.cache_clear()
+    assert functorch.ban_recompute_materialized_backward
+    assert inductor.unsafe_marked_cacheable_functions
+
+
+@needs_compiler
+@pytest.mark.timeout(900)
+def test_recomputing_changes_no_gradient_and_keeps_less():
+    """Bytes kept for the backward pass of two layers, counted; equal losses and gradients."""
+    import torch._functorch.config as functorch
+
+    kept, grads = {}, {}
+    before = functorch.ban_recompute_materialized_backward
+    try:
+        for recompute in (False, True):
+            torch.compiler.reset()
+            gpt = stir(GPT(small(ffn="dynamicgeglu")))
+            ready = model_module.compiled(gpt, CPU, recompute=recompute)
+            seen: dict[int, int] = {}
+
+            def pack(t, seen=seen):
+                seen[t.data_ptr()] = t.nbytes
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                loss = ready(tokens(4, 48), tokens(4, 48, seed=1))[1]
+            loss.backward()
+            kept[recompute] = sum(seen.values())
+            grads[recompute] = {"loss": loss.detach(), **{n: p.grad for n, p in gpt.named_parameters()}}
+    finally:
+        functorch.ban_recompute_materialized_backward = before
+    assert kept[True] < 0.9 * kept[False]
+    for n, g in grads[False].items():
+        assert error(grads[True][n], g) < 1e-5, n
+
+
+def test_what_compiling_raises_becomes_one_line(monkeypatch):
+    """The real thing: a broken backend, no C++ compiler; and what must pass through as it is."""
+
+    def broken(graph, inputs):
+        raise RuntimeError("not here\nand not there")
+
+    torch.compiler.reset()
+    with pytest.raises(UserError) as e, model_module.compile_errors():
+        torch.compile(torch.sin, backend=broken)(torch.ones(3))
+    assert str(e.value) == "torch.compile does not work here (not here): --compile=False"
+
+    import torch._inductor.config as inductor
+
+    torch.compiler.reset()
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    with pytest.raises(UserError) as e, model_module.compile_errors():
+        model_module.compiled(lambda x: x.sin().cos(), CPU)(torch.ones(3))
+    assert "C++ compiler" in str(e.value)
+    assert "--compile=False" in str(e.value)
+    assert "\n" not in str(e.value)
+
+    class Backend:
+        def __call__(self, graph, inputs):
+            raise torch.OutOfMemoryError("full")
+
+    torch.compiler.reset()
+    with pytest.raises(torch.OutOfMemoryError), model_module.compile_errors():
+        torch.compile(torch.sin, backend=Backend())(torch.ones(3))
+    for other in (torch.OutOfMemoryError("full"), UserError("x"), RuntimeError("y")):
+        with pytest.raises(type(other)) as e, model_module.compile_errors():
+            raise other
+        assert e.value is other
 
 
 # -- specs ---------------------------------------------------------------------------------------
@@ -855,7 +1102,7 @@ def test_a_new_idea_is_a_class_and_a_line(monkeypatch):
     monkeypatch.setitem(FFNS, "mine", Mine)
     ffn = make_ffn("mine:power=3:flat=True", 16, 32)
     assert (ffn.power, ffn.flat) == (3, True)
-    cost = {"params": 2 * 16 * 32 + 32, "flops": 4 * 16 * 32, "active_flops": 4 * 16 * 32}
+    cost = {"params": 2 * 16 * 32 + 32, "flops": 4 * 16 * 32, "ideal_flops": 4 * 16 * 32}
     assert ffn_cost(ffn) == cost
     assert match_hidden("mine", 64, 128) == 192
     with pytest.raises(UserError, match="did you mean mine"):
@@ -880,7 +1127,7 @@ class Odd(nn.Module):
         self.down_proj = nn.Linear(h, d, bias=False)
         self.order = nn.Parameter(torch.randperm(h), requires_grad=False)
         self.decode = nn.Linear(d, d)
-        self.active = self.active_flops = self.flops = 3
+        self.active = self.ideal_flops = self.flops = 3
         self.options = (n, rate, size)
         torch.ones(3).sum().item()  # which the meta device cannot
         torch.rand(n)
@@ -966,15 +1213,15 @@ def test_costs_of_what_is_used_twice_or_in_part(monkeypatch):
         def flops(self):
             return 2.0 * self.gate_proj.in_features * 3
 
-        def active_flops(self):
+        def ideal_flops(self):
             return 2.5 * 4
 
     monkeypatch.setitem(FFNS, "tied", Mine)
     monkeypatch.setitem(FFNS, "part", Part)
-    want = {"params": 2 * 16 * 32, "flops": 6 * 16 * 32, "active_flops": 6 * 16 * 32}
+    want = {"params": 2 * 16 * 32, "flops": 6 * 16 * 32, "ideal_flops": 6 * 16 * 32}
     assert ffn_cost(make_ffn("tied", 16, 32)) == want
     cost = ffn_cost(make_ffn("part", 16, 32))
-    assert (cost["flops"], cost["active_flops"]) == (96, 10)
+    assert (cost["flops"], cost["ideal_flops"]) == (96, 10)
     assert all(type(value) is int for value in cost.values())
 
 
@@ -1032,7 +1279,7 @@ def test_costs_by_hand(case):
         cost = ffn_cost(make_ffn(spec_of(name, options), d, h))
         params = sum(math.prod(s) for s in ref.shapes(name, d, h, **options).values())
         flops, active = cost_by_hand(name, d, h, **options)
-        assert cost == {"params": params, "flops": flops, "active_flops": active}
+        assert cost == {"params": params, "flops": flops, "ideal_flops": active}
         assert all(type(v) is int for v in cost.values())
 
 
@@ -1051,7 +1298,7 @@ def test_costs_by_hand(case):
 def test_ideal_cost_relative_to_swiglu(spec, d, h, ratio):
     with torch.device("meta"):
         cost, base = ffn_cost(make_ffn(spec, d, h)), ffn_cost(make_ffn("swiglu", d, h))
-    assert cost["active_flops"] / base["active_flops"] == pytest.approx(ratio, rel=0.01)
+    assert cost["ideal_flops"] / base["ideal_flops"] == pytest.approx(ratio, rel=0.01)
 
 
 MATCHES = [*NAMES, "dsg:g=token", "asg:sparse=False", "sparsegated:split=False:k=0.5"]
