@@ -42,10 +42,31 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import model as model_file
 from configurator import UserError, configure, print0, read_launcher, reason, run, suggest
-from model import FFNS, GPT, GPTConfig, check_ffns, compile_errors, compiled, ffn_code, ffn_cost
-from model import has, is_matrix, is_residual, parse_spec, set_up
-from prepare_fineweb import Data, has_shards, load_encoding, locate, open_data, read_windows
-from prepare_fineweb import whole_file, window_counts
+from model import (
+    FFNS,
+    GPT,
+    GPTConfig,
+    check_ffns,
+    compile_errors,
+    compiled,
+    ffn_code,
+    ffn_cost,
+    has,
+    is_matrix,
+    is_residual,
+    parse_spec,
+    set_up,
+)
+from prepare_fineweb import (
+    Data,
+    has_shards,
+    load_encoding,
+    locate,
+    open_data,
+    read_windows,
+    whole_file,
+    window_counts,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Flags
@@ -310,8 +331,8 @@ def train_step(
 
 # Dense bfloat16 TFLOP/s by the vendors' data sheets; what is not here prints n/a, not an A100's. The
 # first name that fits counts, and $ keeps out a laptop's card of the same name.
-PEAK_TFLOPS = {"B200": 2250, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989}
-PEAK_TFLOPS |= {"A100": 312, "L40S": 362, "L4": 121, "RTX 4090$": 165, "RTX 3090$": 71}
+PEAK_TFLOPS = {"B200": 2250, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835}
+PEAK_TFLOPS |= {"H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090$": 165, "RTX 3090$": 71}
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -502,10 +523,13 @@ def read_log(path: str) -> list[dict]:
 
 def about(cfg: Config, data: Data, config: GPTConfig, device: torch.device, world: int) -> dict:
     """What config.json says besides the flags: versions, the FFN's code, the data."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
-    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    here, command = os.path.dirname(os.path.abspath(__file__)), ["git", "describe", "--always", "--dirty"]
+    git = ""
+    if shutil.which("git"):
+        git = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    tokens = {f"{split}_tokens": sum(s.tokens for s in getattr(data, split)) for split in ("train", "val")}
+    train_tokens, val_tokens = (sum(shard.tokens for shard in s) for s in (data.train, data.val))
+    tokens = {"train_tokens": train_tokens, "val_tokens": val_tokens}
     return {
         "run_id": uuid.uuid4().hex[:8],
         "ffn_code": ffn_code(cfg.ffn),
@@ -561,15 +585,14 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
 
 def start_wandb(cfg: Config, run_id: str):
     """A Weights & Biases run named after out_dir; a resumed run goes on with its own."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb_project needs: pip install wandb") from None
     name = {"name": os.path.basename(os.path.normpath(cfg.out_dir)), "id": run_id, "resume": "allow"}
     try:
+        import wandb
+
         return wandb.init(project=cfg.wandb_project, config=asdict(cfg), dir=cfg.out_dir, **name)
-    except Exception as e:  # no login, no network, no such project
-        raise UserError(f"--wandb_project={cfg.wandb_project}: {reason(e)}") from None
+    except Exception as e:  # not installed, no login, no network, no such project
+        cure = "pip install wandb and wandb login, or leave it out"
+        raise UserError(f"--wandb_project={cfg.wandb_project}: {reason(e)}: {cure}") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -603,36 +626,38 @@ def resolve_flags(argv: list[str], world: int) -> tuple[Config, dict | None]:
 def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None) -> str:
     """The derived arithmetic of the run, and what a reader should know of its FFN."""
     n, ffn, flops = model.param_counts(), model.model.layers[0].mlp, model.flops_per_token()
-    cost, per_step = ffn_cost(ffn), cfg.batch_size * cfg.block_size
+    cost, hidden, per_step = ffn_cost(ffn), model.config.hidden, cfg.batch_size * cfg.block_size
     passes, tokens = cfg.batch_size // (world * cfg.micro_batch_size), cfg.max_iters * per_step
     epochs = cfg.max_iters * cfg.batch_size / window_counts(data.train, cfg.block_size).sum()
     train_tokens, val_tokens = (sum(shard.tokens for shard in s) for s in (data.train, data.val))
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     stacked = [name for name, p in model.model.layers.named_parameters() if p.ndim > 2 and is_matrix(p)]
-    scaled = has(ffn, "init_weights") or any(map(is_residual, dict(ffn.named_parameters())))
-    matched = {"params": 3, "flops": 6}.get(cfg.ffn_match, 0) * cfg.n_embd * cfg.ffn_hidden
-    lines = [
-        (True, f"data    {cfg.data_dir}: {data.source or 'source unknown'}, encoding {data.encoding}, "
-         f"{train_tokens:,} training and {val_tokens:,} validation tokens"),
-        (True, f"model   {n['layers']:,} parameters in the layers' matrices, {n['total']:,} in all"),
-        (True, f"ffn     {cfg.ffn}, hidden {model.config.hidden}: {cost['params']:,} parameters, "
-         f"FLOPs/token forward {cost['flops']:,} executed, {cost['ideal_flops']:,} ideal"),
-        (matched, f"match   {cost.get(cfg.ffn_match, 0) - matched:+,} {cfg.ffn_match} to SwiGLU's {matched:,}"),
-        (not scaled, "init    no matrix of the FFN is named down_proj: none is scaled for the depth"),
-        (model.overwritten, f"init    {', '.join(model.overwritten[:1])} was set by its class and is drawn "
-         "anew, as all matrices are: an init_weights method of the class would keep it"),
-        (frozen, f"frozen  {len(frozen)} parameters get no gradient by design, e.g. {', '.join(frozen[:1])}"),
-        (stacked and cfg.optimizer == "muon", f"muon    AdamW takes stacked matrices: {', '.join(stacked[:1])}"),
-        (True, f"step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x "
-         f"{cfg.block_size} tokens = {per_step:,} tokens"),
-        (True, f"run     {cfg.max_iters} steps x {per_step:,} = {tokens:,} tokens = {epochs:.2f} epochs, "
-         f"{tokens / n['layers']:.2f} per parameter in the layers' matrices"),
-        (True, f"flops   {flops:,} per token, {flops * tokens:.3g} in all, peak "
-         + (f"{peak / 1e12:.0f} TFLOP/s per device" if peak else "n/a")),
-        (cfg.max_iters > cfg.lr_decay_iters, f"warning: the schedule ends at step {cfg.lr_decay_iters}, "
-         "later steps use min_lr: for a longer schedule start a new run with --lr_decay_iters"),
-    ]  # fmt: skip
-    return "\n".join(line for applies, line in lines if applies)
+    text = f"""\
+data    {cfg.data_dir}: {data.source or "source unknown"}, encoding {data.encoding}
+data    {train_tokens:,} training tokens ({epochs:.2f} epochs in this run), {val_tokens:,} for validation
+model   {n["layers"]:,} parameters in the layers' matrices, {n["total"]:,} in all
+ffn     {cfg.ffn}, hidden {hidden}: {cost["params"]:,} parameters a layer
+flops   {cost["flops"]:,} a token in an FFN, forward, as executed; {cost["ideal_flops"]:,} ideal
+flops   {flops:,} a token to train, {flops * tokens:.3g} in all
+step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cfg.block_size} tokens
+run     {cfg.max_iters} steps x {per_step:,} = {tokens:,} tokens, {tokens / n["layers"]:.2f} a parameter
+peak    {f"{peak / 1e12:.0f} TFLOP/s a device" if peak else "n/a"}"""
+    if cfg.ffn_match != "hidden":
+        target = {"params": 3, "flops": 6}[cfg.ffn_match] * cfg.n_embd * cfg.ffn_hidden
+        text += f"\nmatch   {cost[cfg.ffn_match] - target:+,} {cfg.ffn_match} to SwiGLU's {target:,}"
+    if frozen:
+        text += f"\nfrozen  {len(frozen)} parameters get no gradient by design, e.g. {frozen[0]}"
+    if stacked and cfg.optimizer == "muon":
+        text += f"\nmuon    AdamW takes what is stacked, e.g. {stacked[0]}"
+    if not (has(ffn, "init_weights") or any(map(is_residual, dict(ffn.named_parameters())))):
+        text += "\ninit    no matrix of the FFN is named down_proj: none is scaled for the depth"
+    if model.overwritten:
+        text += f"\ninit    {model.overwritten[0]} was set by its class and is drawn anew as all "
+        text += "matrices are: an init_weights method of the class would keep it"
+    if cfg.max_iters > cfg.lr_decay_iters:
+        text += f"\nwarning: the schedule ends at step {cfg.lr_decay_iters}, later steps use min_lr: "
+        text += "for a longer schedule start a new run with --lr_decay_iters"
+    return text
 
 
 def connect(device: torch.device, step: int, shards: dict) -> None:
@@ -641,10 +666,11 @@ def connect(device: torch.device, step: int, shards: dict) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # torchrun's store outlives the ranks, and ranks that it starts again must not read the dead
     # ones' addresses (pytorch issue 135712). Several nodes may count the restarts differently.
-    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+    wait = timedelta(minutes=10)
+    store, rank, world = next(dist.rendezvous("env://", timeout=wait))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=10))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     found = [(step, shards)] * world
     dist.all_gather_object(found, (step, shards))
     if any(other != found[0] for other in found):
@@ -654,13 +680,13 @@ def connect(device: torch.device, step: int, shards: dict) -> None:
         )
 
 
-def progress(row: dict, cfg: Config, seconds: float) -> str:
-    """The line that is printed of a training row; `seconds` is what the first step took."""
+def progress(row: dict, cfg: Config) -> str:
+    """The line that is printed of a training row."""
     aux = f" | aux {row['aux_loss']:.4f}" if "aux_loss" in row else ""
     text = f"step {row['step']:>6}/{cfg.max_iters} | loss {row['train_loss']:.4f}{aux}"
     text += f" | lr {row['lr']:.2e} | norm {row['grad_norm']:6.2f}"
     if row["step_ms"] is None:
-        return f"{text} | {seconds:.1f} s{' with compiling' if cfg.compile else ''}, not counted"
+        return text
     mfu = f"{row['mfu']:.1%}" if row["mfu"] else "n/a"
     eta = timedelta(seconds=round((cfg.max_iters - row["step"]) * row["step_ms"] / 1000))
     return f"{text} | {row['step_ms']:8.1f} ms | {row['tok_per_s']:>9,.0f} tok/s | mfu {mfu} | eta {eta}"
@@ -834,8 +860,10 @@ def main() -> None:
                 clock = {"step_ms": 1000 * per_step / speed, "tok_per_s": speed, "mfu": mfu}
                 row |= dict.fromkeys(clock) if first else clock
                 log(row)
-                print0(progress(row, cfg, window_time))
-                if first:  # Python's collector can take half a second: from now on at evaluations
+                print0(progress(row, cfg))
+                if first:
+                    print0(f"first   {window_time:.1f} s{' with compiling' * cfg.compile}, not counted")
+                    # Python's garbage collector can take half a second: from now on at evaluations.
                     gc.collect()
                     gc.freeze()
                     gc.disable()

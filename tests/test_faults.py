@@ -22,6 +22,7 @@ import pytest
 import torch
 from trainer import (
     BLOCK,
+    ROOT,
     SIZES,
     TINY,
     TORCHRUN,

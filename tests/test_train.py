@@ -47,8 +47,6 @@ from trainer import (
 
 sys.path.insert(0, str(ROOT))
 
-import model as model_py
-import prepare_fineweb
 import train as train_py
 from model import FFNS, GPT, GPTConfig
 
@@ -345,8 +343,8 @@ MAY_CHANGE = set(
     "temperature top_k".split()
 )
 OTHER = {
-    "ffn": "geglu", "ffn_match": "params", "residual": "bfloat16", "schedule": "wsd", "optimizer": "muon",
-    "tie_embeddings": False, "beta1": 0.5, "beta2": 0.5, "batch_size": 8, "block_size": 16,
+    "ffn": "geglu", "ffn_match": "params", "schedule": "wsd", "optimizer": "muon",
+    "residual": "bfloat16", "tie_embeddings": False, "beta1": 0.5, "beta2": 0.5, "batch_size": 8, "block_size": 16,
 }  # fmt: skip
 
 
