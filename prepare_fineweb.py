@@ -38,8 +38,7 @@ import sysconfig
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -108,10 +107,6 @@ def load_encoding(name: str) -> tiktoken.Encoding:
     return encoding
 
 
-# A long run of white space before a word. (\s is not the same in Python's regex and in tiktoken's.)
-LONG_SPACE = r"\p{White_Space}{999,}(?=\p{White_Space}\P{White_Space})"
-
-
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     """Return the ordinary encoding of a text, (n,) uint16: "<|endoftext|>" in it is plain text."""
     try:
@@ -119,15 +114,8 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
         return ids.astype(np.uint16)
     except UnicodeEncodeError:  # a lone surrogate becomes U+FFFD, as encode_ordinary has it
         return encode(encoding, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    except ValueError as e:
-        import regex
-
-        # tiktoken's regex gives up on some 10^5 blanks before a word. GPT-2's pattern cuts such a
-        # run before its last blank, so the text can be cut there first without any difference.
-        cuts = [0, *(m.end() for m in regex.finditer(LONG_SPACE, text)), len(text)]
-        if len(cuts) == 2:
-            raise UserError(f"cannot tokenize the document {text[:60]!r} ({e}): take it out") from None
-        return np.concatenate([encode(encoding, text[a:b]) for a, b in itertools.pairwise(cuts)])
+    except ValueError as e:  # tiktoken's regex gives up on some 10^5 blanks before a word
+        raise UserError(f"cannot tokenize the document {text[:60]!r} ({e}): take it out") from None
 
 
 def start_worker(name: str) -> None:
@@ -151,9 +139,7 @@ def encode_batch(texts: list[str]) -> np.ndarray:
     return np.concatenate(parts).astype(np.uint16)
 
 
-def encode_in_order(
-    pool: ProcessPoolExecutor, workers: int, texts: Iterator[str]
-) -> Iterator[np.ndarray]:
+def encode_in_order(pool, workers: int, texts: Iterator[str]) -> Iterator[np.ndarray]:
     """Yield the tokens of texts, some documents at a time and in order, few of them in flight."""
     batches = iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), [])
     futures = (pool.submit(encode_batch, batch) for batch in batches)
@@ -170,14 +156,13 @@ def encode_in_order(
 # ---- sources ----------------------------------------------------------------------------------
 
 
-def find_source(cfg: Config, meta: dict) -> tuple[list[str], int]:
-    """Find the input. Returns the paths of its files, here or on the hub, and about how many tokens
-    they hold (0: unknown). Notes in meta what the input is, so that no run goes on with another."""
+def find_source(cfg: Config, meta: dict) -> list[str]:
+    """Return the paths of the input's files, here or on the hub. Notes in meta what the input is, so
+    that an interrupted run does not go on with another one; raises UserError if it would."""
     if not cfg.input:
         meta["revision"], paths = find_dataset(cfg, meta.get("revision") or cfg.revision or None)
         meta["source"] = f"{cfg.dataset} {cfg.name} {cfg.split} at {meta['revision']}"
-        billions = re.search(r"(\d+)BT", cfg.name)  # sample-10BT holds about 10 billion tokens
-        return paths, int(billions[1]) * 10**9 if billions else 0
+        return paths
     if cfg.input == "stdlib":
         paths = stdlib_files()
         meta["source"] = f"the standard library of Python {sys.version.split()[0]}"
@@ -186,20 +171,16 @@ def find_source(cfg: Config, meta: dict) -> tuple[list[str], int]:
         meta["source"] = f"{cfg.input} ({len(paths)} files)"
     if not paths:
         raise UserError(f"--input={cfg.input!r} matches no file: quote the glob, check the path")
-    kinds = {kind_of(path): path for path in paths}
-    if len(kinds) > 1:
-        raise UserError(f"--input mixes {' and '.join(kinds.values())}: take one kind at a time")
-    for path in paths if "parquet" in kinds else ():  # not after hours, in the last file
-        with reading(path), open_input(path) as f:
-            open_parquet(f, path, cfg.text_column)
-    sizes = [os.path.getsize(path) for path in paths]
-    names_and_sizes = list(zip(map(os.path.basename, paths), sizes))
+    for path in paths:  # all at once, and not after hours in the last file
+        if kind_of(path) == "parquet":
+            with open_input(path) as f:
+                open_parquet(f, path, cfg.text_column)
+    names_and_sizes = [(os.path.basename(path), os.path.getsize(path)) for path in paths]
     digest = hashlib.sha256(json.dumps(names_and_sizes).encode()).hexdigest()
     if meta.setdefault("input_digest", digest) != digest:
         raise UserError(f"the files of --input={cfg.input!r} are not those that {cfg.out_dir} was "
                         "begun with: put them back, or take another --out_dir")  # fmt: skip
-    ratio = 2 if paths[0].endswith((".parquet", ".gz", ".zst")) else 1  # how far it is compressed
-    return paths, int(sum(sizes) * ratio / (1 if cfg.encoding == "bytes" else 4.5))
+    return paths
 
 
 def find_dataset(cfg: Config, revision: str | None) -> tuple[str, list[str]]:
@@ -251,13 +232,13 @@ def reading(what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def open_input(path: str) -> Iterator[BinaryIO]:
     """Open a file, here or on the hub, to read its bytes; those of a .gz or .zst decompressed."""
-    if path.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
+    with reading(path), contextlib.ExitStack() as stack:
+        if path.startswith("hf://"):
+            from huggingface_hub import HfFileSystem
 
-        f = HfFileSystem().open(path, "rb")
-    else:
-        f = open(path, "rb")  # noqa: SIM115
-    with f:
+            f = stack.enter_context(HfFileSystem().open(path, "rb"))
+        else:
+            f = stack.enter_context(open(path, "rb"))
         if path.endswith((".gz", ".zst")):
             import pyarrow  # its streams find a file that was cut, and read all frames of a .zst
 
@@ -269,7 +250,7 @@ def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
     """Yield the texts of all documents in these files but the first `skip`. A row of parquet is one (if
     null, an empty one), so is a line of jsonl that is not blank, and so is a whole text file."""
     for path in paths:
-        with reading(path), open_input(path) as f:
+        with open_input(path) as f:
             if kind_of(path) == "parquet":
                 file, groups = open_parquet(f, path, column), []
                 for group in range(file.num_row_groups):
@@ -292,20 +273,18 @@ def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
 
 
 def open_parquet(f: BinaryIO, path: str, column: str):
-    """A pyarrow ParquetFile whose column holds text. Raises UserError if the column does not."""
-    from pyarrow import parquet, types
+    """Return a pyarrow ParquetFile. Raises UserError if its column does not hold text."""
+    from pyarrow import parquet
 
     file = parquet.ParquetFile(f)
     schema = file.schema_arrow
-    if column not in schema.names:
-        raise no_text(column, path, schema.names)
-    kind = schema.field(column).type
-    if str(kind.value_type if types.is_dictionary(kind) else kind) not in ("string", "large_string"):
-        raise no_text(column, path, schema.names, str(kind))
+    kind = str(schema.field(column).type) if column in schema.names else ""
+    if not re.fullmatch("(large_)?string|dictionary<values=(large_)?string,.*", kind):
+        raise no_text(column, path, schema.names, kind)
     return file
 
 
-def no_text(column: str, path: str, names: list[str], kind: str = "") -> UserError:
+def no_text(column: str, path: str, names: list[str], kind: str) -> UserError:
     what = f"holds {kind}, not text" if kind else "is missing"
     return UserError(f"column {column!r} of {path} {what}: set --text_column; {suggest(column, names)}")
 
@@ -320,12 +299,10 @@ def json_texts(f: BinaryIO, path: str, column: str) -> Iterator[str | None]:
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__}")
         except (ValueError, RecursionError) as e:
-            where = f"{path}: not a JSON object ({e})"
-            raise UserError(f"{where}: repair the line {line[:60]!r}") from None
-        if column not in row:
-            raise no_text(column, path, list(row))
-        if not isinstance(row[column], str | None):
-            raise no_text(column, path, list(row), type(row[column]).__name__)
+            raise UserError(f"{path}: not a JSON object ({e}): repair {line[:60]!r}") from None
+        kind = type(row[column]).__name__ if column in row else ""
+        if kind not in ("str", "NoneType"):
+            raise no_text(column, path, list(row), kind)
         yield row[column]
 
 
@@ -334,8 +311,7 @@ def json_texts(f: BinaryIO, path: str, column: str) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[BinaryIO]:
-    """Open a file to write, which has its name only when it is complete and on disk. OSError names
-    it."""
+    """Open a file to write, which has its name only when it is complete and on disk."""
     try:
         with open(path + ".tmp", "wb") as f:
             yield f
@@ -422,13 +398,8 @@ def prepare(cfg: Config, meta: dict) -> None:
     """Tokenize the input into cfg.out_dir, going on where an earlier run was interrupted."""
     from tqdm import tqdm
 
-    encoding = load_encoding(cfg.encoding)
-    paths, estimate = find_source(cfg, meta)
-    eot = encoding.eot_token  # ordinary encodings never hold this token
-    meta |= {"vocab_size": encoding.n_vocab, "eot": eot}
-    lengths = np.zeros(encoding.n_vocab, dtype=np.uint16)  # bytes of text in each token
-    for piece in encoding.token_byte_values():
-        lengths[encoding.encode_single_token(piece)] = len(piece)
+    encoding, paths = load_encoding(cfg.encoding), find_source(cfg, meta)
+    meta |= {"vocab_size": encoding.n_vocab, "eot": encoding.eot_token}
     save_meta(cfg.out_dir, meta)
 
     # Go on with the last document that the shards have the beginning of, which is `cut` tokens.
@@ -436,6 +407,7 @@ def prepare(cfg: Config, meta: dict) -> None:
     done = sum(shard["tokens"] for shard in shards)
     begun = sum(shard["documents"] for shard in shards)
     cut = skip = shards[-1]["cut"] if shards else 0
+    limit = cfg.max_tokens or sys.maxsize
     if shards:
         print(f"going on after {shards[-1]['name']}: {done:,} tokens are done")
     buffer = np.empty(max(cfg.val_tokens, cfg.shard_tokens), dtype=np.uint16)
@@ -444,28 +416,25 @@ def prepare(cfg: Config, meta: dict) -> None:
     def finish_shard() -> None:
         nonlocal filled, cut
         tokens = buffer[:filled]
-        starts = np.flatnonzero(tokens == eot)
+        starts = np.flatnonzero(tokens == encoding.eot_token)  # a text never holds this token
         cut = filled - int(starts[-1]) if len(starts) else cut + filled
         entry = save_shard(cfg.out_dir, len(shards), tokens)
-        size = int(lengths[tokens].sum(dtype=np.int64))
-        shards.append(entry | {"documents": len(starts), "bytes": size, "cut": cut})
+        shards.append(entry | {"documents": len(starts), "cut": cut})
         save_meta(cfg.out_dir, meta)
         filled = 0
 
     workers = cfg.workers or cores()
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
-    bar = tqdm(total=cfg.max_tokens or estimate or None, initial=done, unit="tok", unit_scale=True,
-               mininterval=interval, maxinterval=interval, dynamic_ncols=True)  # fmt: skip
+    billions = None if cfg.input else re.search(r"(\d+)BT", cfg.name)  # of tokens in sample-10BT
+    total = cfg.max_tokens or (int(billions[1]) * 10**9 if billions else None)
+    bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, mininterval=interval,
+               maxinterval=interval, dynamic_ncols=True)  # fmt: skip
     # spawn on every platform: the same everywhere, and no lock or thread is inherited by a fork
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, start_worker, (cfg.encoding,)) as pool, bar:
-        for _ in range(workers):  # they start while this process finds its place
-            pool.submit(encode_batch, [""])
         texts = read_texts(paths, cfg.text_column, max(begun - 1, 0))
         for tokens in encode_in_order(pool, workers, texts):
-            tokens, skip = tokens[skip:], 0
-            if cfg.max_tokens:
-                tokens = tokens[: cfg.max_tokens - done]
+            tokens, skip = tokens[skip : skip + limit - done], 0
             done += len(tokens)
             bar.update(len(tokens))
             while len(tokens):
@@ -475,7 +444,7 @@ def prepare(cfg: Config, meta: dict) -> None:
                 filled, tokens = filled + len(piece), tokens[len(piece) :]
                 if filled == capacity:
                     finish_shard()
-            if done == cfg.max_tokens:
+            if done == limit:
                 break
         if filled:
             finish_shard()
@@ -516,18 +485,13 @@ def begin(cfg: Config) -> dict:
 
 def cores() -> int:
     """The cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def print_summary(out_dir: str, meta: dict) -> None:
-    total = {key: sum(shard.get(key) or 0 for shard in meta["shards"])
-             for key in ("documents", "tokens", "bytes")}  # fmt: skip
-    ratio = f" of {total['bytes'] / total['tokens']:.3f} bytes" if total["bytes"] else ""
-    print(f"{out_dir} is complete: {len(meta['shards'])} shards, {total['documents']:,} documents, "
-          f"{total['tokens']:,} tokens{ratio}, encoding {meta['encoding']}, "
-          f"from {meta['source'] or 'an unknown source'}")  # fmt: skip
+    documents, tokens = (sum(shard[key] for shard in meta["shards"]) for key in ("documents", "tokens"))
+    print(f"{out_dir} is complete: {len(meta['shards'])} shards, {documents:,} documents, {tokens:,} "
+          f"tokens, encoding {meta['encoding']}, from {meta['source'] or 'elsewhere'}")  # fmt: skip
 
 
 def download(cfg: Config, meta: dict) -> None:
@@ -573,7 +537,8 @@ class Data(NamedTuple):
 
 def shard_names(folder: str, split: str) -> list[str]:
     """The sorted names of a folder's shards of one split, "train" or "val"."""
-    return sorted(glob.glob(f"*_{split}_*.bin", root_dir=folder))
+    names = glob.glob(f"*_{split}_*.bin", root_dir=folder)
+    return sorted(name for name in names if re.search(r"_\d+\.bin$", name))
 
 
 def has_shards(data_dir: str) -> bool:
@@ -615,26 +580,22 @@ def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
     splits: dict[str, list[Shard]] = {"train": [], "val": []}
     for split, shards in splits.items():
         names = shard_names(folder, split)
-        if not names:
-            others = sorted(glob.glob(f"*{split}*.bin", root_dir=folder))
-            cure = f"rename {others[0]}, shards are named *_{split}_000001.bin" if others else make
-            wrong.append(f"no {split} shards in {folder}: {cure}")
-        numbers, sets = [], set()
         for name in names:
             try:
                 shards.append(check_shard(os.path.join(folder, name), listed))
-                stem, number = name[:-4].rsplit("_", 1)
-                numbers.append(int(number))
-                sets.add(stem)
             except UserError as e:
                 wrong.append(str(e))
-            except ValueError:
-                wrong.append(f"{folder}/{name}: rename it, a shard's name ends in a number: _000001.bin")
+        others = sorted({*glob.glob(f"*_{split}[._]*bin", root_dir=folder)} - {*names})
+        wrong += [f"{folder}/{name} is not named *_{split}_000001.bin: rename it" for name in others]
+        if not names and not others:
+            wrong.append(f"no {split} shards in {folder}: {make}")
         gone = [name for name in listed or () if f"_{split}_" in name and name not in names]
         wrong += [f"{folder} lacks {name}, which meta.json lists: {make}" for name in gone]
+        sets = sorted({name.rsplit("_", 1)[0] for name in names})
         if len(sets) > 1:
-            wrong.append(f"{folder} has shards of two sets, {' and '.join(sorted(sets))}: move one away")
-        for before, after in itertools.pairwise(sorted(numbers)):
+            wrong.append(f"{folder} has shards of two sets, {' and '.join(sets)}: move one away")
+        numbers = sorted(int(re.findall(r"\d+", name)[-1]) for name in names)
+        for before, after in itertools.pairwise(numbers):
             if after > before + 1 and not gone:
                 wrong.append(f"{folder} lacks {split} shard {before + 1}: {make}")
     return meta, splits, wrong
@@ -679,9 +640,7 @@ def locate(counts: np.ndarray, samples: np.ndarray, data_seed: int) -> list[tupl
     return found
 
 
-def read_windows(
-    shards: list[Shard], places: list[tuple[int, int]], block_size: int, n_vocab: int
-) -> np.ndarray:
+def read_windows(shards: list[Shard], places: list, block_size: int, n_vocab: int) -> np.ndarray:
     """Read the windows at `places`, pairs of a shard's and a window's index, as (n, block_size + 1)
     int64 tokens. Raises UserError naming a shard that cannot be read or has an id of n_vocab or more.
     It uses pread because a shard that shrinks under a memory map kills the process."""
@@ -746,22 +705,22 @@ def verify(folder: str) -> None:
 def main() -> None:
     cfg, given = configure(Config, sys.argv[1:])
     hub_only = {"dataset", "name", "split", "revision"}
-    others = {mode: given - {mode, "out_dir"} for mode in ("verify", "pretokenized")}
-    for mode, clash in {**others, "input": given & hub_only}.items():
+    clashes = {mode: given - {mode, "out_dir"} for mode in ("verify", "pretokenized")}
+    clashes["input"] = given & hub_only
+    for mode, clash in clashes.items():
         if getattr(cfg, mode) and clash:
             raise UserError(f"--{mode} does not go with --{min(clash)}: leave one of them out")
     if cfg.verify:
         return verify(cfg.verify)
     cfg.val_tokens = cfg.val_tokens or cfg.shard_tokens
-    for name in ("shard_tokens", "val_tokens"):
-        if not 1 <= getattr(cfg, name) < 2**31:
-            raise UserError(f"--{name} must be from 1 to 2,147,483,647, the header's limit")
-    for name in ("max_tokens", "workers", "pretokenized"):
-        if getattr(cfg, name) < 0:
-            raise UserError(f"--{name} must not be negative")
+    least = {"shard_tokens": 1, "val_tokens": 1, "max_tokens": 0, "workers": 0, "pretokenized": 0}
+    for name, value in least.items():
+        if getattr(cfg, name) < value:
+            raise UserError(f"--{name} must be at least {value}")
+    if max(cfg.shard_tokens, cfg.val_tokens) >= 2**31:
+        raise UserError("--shard_tokens and --val_tokens must be below 2**31, the header's limit")
     if 0 < cfg.max_tokens <= cfg.val_tokens:
-        raise UserError(f"--max_tokens={cfg.max_tokens} leaves nothing to train on after "
-                        f"--val_tokens={cfg.val_tokens}: raise one or lower the other")  # fmt: skip
+        raise UserError("--max_tokens leaves nothing to train on after --val_tokens: raise it")
     try:
         with folder_lock(cfg.out_dir):
             meta = begin(cfg)
