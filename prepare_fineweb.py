@@ -12,9 +12,9 @@ tokens. Every document is <|endoftext|> and then its ordinary encoding; document
 shards. The stream's first val_tokens tokens are the validation shard, the rest training shards.
 
 A run can be killed at any moment: the same command goes on from the last complete shard, to the same
-bytes. It counts the documents begun and skips as many. In parquet files it skips row groups by the
-counts in the footer: two small requests for each of the hub's files, so seconds for the 15 of
-sample-10BT but hours for the tens of thousands of all FineWeb. jsonl is read from the start.
+bytes. It counts the documents begun and skips as many. In parquet files it skips whole row groups by
+the footer, two small requests for each of the hub's files: seconds for the 15 of sample-10BT, but
+hours for the tens of thousands of all FineWeb. jsonl is read from the start.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ HEADER_BYTES = 4 * HEADER_INTS
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".py": "text"}
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
 GPT2 = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256}  # meta.json of ready-made shards
-EOT = "<|endoftext|>"
 BATCH_DOCUMENTS = 16  # which a worker tokenizes at a time
-# The answers of a file system that cannot lock a file or sync a folder.
+# The errors of a file system that cannot lock a file or write a folder to disk.
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS}
 
 
@@ -91,7 +90,7 @@ def load_encoding(name: str) -> tiktoken.Encoding:
         # characters: one at a time is slow, and so is looking for merges in a long run.
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks,
-                                 special_tokens={EOT: 256})  # fmt: skip
+                                 special_tokens={"<|endoftext|>": 256})  # fmt: skip
     known = ["bytes", *tiktoken.list_encoding_names()]
     if name not in known:
         raise UserError(f"unknown encoding {name!r}: {suggest(name, known)}")
@@ -102,16 +101,13 @@ def load_encoding(name: str) -> tiktoken.Encoding:
         raise UserError(f"cannot download tokenizer {name!r} ({type(e).__name__}): {cure}") from None
     if encoding.n_vocab > 65_536:
         raise UserError(f"encoding {name!r} has more than 65,536 tokens, too many for uint16: use gpt2")
-    if EOT not in encoding.special_tokens_set:
-        raise UserError(f"encoding {name!r} has no {EOT} token to begin documents with: use gpt2")
     return encoding
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Return the ordinary encoding of a text, (n,) uint16: "<|endoftext|>" in it is plain text."""
+    """Return the ordinary encoding of a text, (n,) uint32: "<|endoftext|>" in it is plain text."""
     try:
-        ids = encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-        return ids.astype(np.uint16)
+        return encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
     except UnicodeEncodeError:  # a lone surrogate becomes U+FFFD, as encode_ordinary has it
         return encode(encoding, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     except ValueError as e:  # tiktoken's regex gives up on some 10^5 blanks before a word
@@ -149,8 +145,7 @@ def encode_in_order(pool, workers: int, texts: Iterator[str]) -> Iterator[np.nda
             pending.extend(itertools.islice(futures, 1))
             yield pending.popleft().result()
     except BrokenProcessPool:
-        cure = "run the same command again, it goes on; fewer --workers need less memory"
-        raise UserError(f"a worker process died (out of memory?): {cure}") from None
+        raise UserError("a worker process died: run this again with fewer --workers") from None
 
 
 # ---- sources ----------------------------------------------------------------------------------
@@ -232,13 +227,9 @@ def reading(what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def open_input(path: str) -> Iterator[BinaryIO]:
     """Open a file, here or on the hub, to read its bytes; those of a .gz or .zst decompressed."""
-    with reading(path), contextlib.ExitStack() as stack:
-        if path.startswith("hf://"):
-            from huggingface_hub import HfFileSystem
+    import fsspec
 
-            f = stack.enter_context(HfFileSystem().open(path, "rb"))
-        else:
-            f = stack.enter_context(open(path, "rb"))
+    with reading(path), fsspec.open(path, "rb") as f:
         if path.endswith((".gz", ".zst")):
             import pyarrow  # its streams find a file that was cut, and read all frames of a .zst
 
@@ -371,8 +362,8 @@ def load_meta(folder: str) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        cure = "delete the folder and run prepare_fineweb.py again"
-        raise UserError(f"cannot read {path} ({e!r}): {cure}") from None
+        again = "delete the folder and run prepare_fineweb.py again"
+        raise UserError(f"cannot read {path} ({e!r}): {again}") from None
 
 
 def shard_name(index: int) -> str:
@@ -401,7 +392,6 @@ def prepare(cfg: Config, meta: dict) -> None:
     encoding, paths = load_encoding(cfg.encoding), find_source(cfg, meta)
     meta |= {"vocab_size": encoding.n_vocab, "eot": encoding.eot_token}
     save_meta(cfg.out_dir, meta)
-
     # Go on with the last document that the shards have the beginning of, which is `cut` tokens.
     shards = meta["shards"]
     done = sum(shard["tokens"] for shard in shards)
@@ -425,8 +415,7 @@ def prepare(cfg: Config, meta: dict) -> None:
 
     workers = cfg.workers or cores()
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
-    billions = None if cfg.input else re.search(r"(\d+)BT", cfg.name)  # of tokens in sample-10BT
-    total = cfg.max_tokens or (int(billions[1]) * 10**9 if billions else None)
+    total = cfg.max_tokens or (None if cfg.input or cfg.name != "sample-10BT" else 10**10)
     bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, mininterval=interval,
                maxinterval=interval, dynamic_ncols=True)  # fmt: skip
     # spawn on every platform: the same everywhere, and no lock or thread is inherited by a fork
@@ -461,12 +450,11 @@ def begin(cfg: Config) -> dict:
     free = {"out_dir", "workers", "verify"}  # they do not change the shards
     flags = {key: value for key, value in asdict(cfg).items() if key not in free}
     meta = load_meta(cfg.out_dir)
-    if meta is None and (there := shard_names(cfg.out_dir, "val") + shard_names(cfg.out_dir, "train")):
-        raise UserError(f"{cfg.out_dir} has {there[0]} but no meta.json: take another --out_dir")
+    if meta is None and glob.glob("*.bin", root_dir=cfg.out_dir):
+        raise UserError(f"{cfg.out_dir} has shards but no meta.json: take another --out_dir")
     listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]} if meta else {}
     if not listed:  # perhaps a first try failed, and its flags are to be put right
-        return {"encoding": cfg.encoding, "vocab_size": 0, "eot": 0, "source": "", "shards": [],
-                "complete": False, "flags": flags}  # fmt: skip
+        return {"encoding": cfg.encoding, "shards": [], "complete": False, "flags": flags}
     old, meta["flags"] = meta["flags"], flags
     for key, value in flags.items():
         if key == "pretokenized" and 0 < old.get(key, 0) < value:
@@ -505,16 +493,11 @@ def download(cfg: Config, meta: dict) -> None:
         name = shard_name(i)
         with reading(f"hf://datasets/{PRETOKENIZED}/{name}"):
             path = hf_hub_download(PRETOKENIZED, name, repo_type="dataset", local_dir=folder)
-        try:
-            check_shard(path)
-            entry = {"name": name, **scan_shard(path, meta["vocab_size"], meta["eot"])}
-        except UserError as e:
-            shutil.rmtree(folder)
-            raise UserError(f"{name} arrived damaged ({e}): run this again") from None
+        check_shard(path)
+        meta["shards"].append({"name": name, **scan_shard(path, meta["vocab_size"], meta["eot"])})
         with open(path, "rb") as source, whole_file(os.path.join(cfg.out_dir, name)) as f:
             shutil.copyfileobj(source, f)
         os.remove(path)
-        meta["shards"].append(entry)
         save_meta(cfg.out_dir, meta)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -542,8 +525,7 @@ def shard_names(folder: str, split: str) -> list[str]:
 
 
 def has_shards(data_dir: str) -> bool:
-    """Whether a folder can be trained on: prepare_fineweb.py has finished it, or it has training
-    shards without a meta.json."""
+    """Whether a folder has training shards, and prepare_fineweb.py is not still making them."""
     meta = load_meta(data_dir)
     return bool(meta["complete"] if meta else shard_names(data_dir, "train"))
 
@@ -591,8 +573,7 @@ def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
             wrong.append(f"no {split} shards in {folder}: {make}")
         gone = [name for name in listed or () if f"_{split}_" in name and name not in names]
         wrong += [f"{folder} lacks {name}, which meta.json lists: {make}" for name in gone]
-        sets = sorted({name.rsplit("_", 1)[0] for name in names})
-        if len(sets) > 1:
+        if len(sets := sorted({name.rsplit("_", 1)[0] for name in names})) > 1:
             wrong.append(f"{folder} has shards of two sets, {' and '.join(sets)}: move one away")
         numbers = sorted(int(re.findall(r"\d+", name)[-1]) for name in names)
         for before, after in itertools.pairwise(numbers):
@@ -608,9 +589,8 @@ def open_data(data_dir: str, block_size: int) -> Data:
         raise UserError(wrong[0])
     for split, shards in splits.items():
         if window_counts(shards, block_size).sum() < 1:
-            need = f"window of block_size + 1 = {block_size + 1} tokens"
-            cure = "lower --block_size or prepare more data"
-            raise UserError(f"the {split} shards of {data_dir} have no {need}: {cure}")
+            raise UserError(f"no {split} shard of {data_dir} has block_size + 1 = {block_size + 1} "
+                            "tokens: lower --block_size or prepare more data")  # fmt: skip
     return Data(splits["train"], splits["val"], meta["encoding"], meta["vocab_size"], meta["source"])
 
 
@@ -657,8 +637,7 @@ def read_windows(shards: list[Shard], places: list, block_size: int, n_vocab: in
                         raise UserError(f"{path} shrank during the run: restore it, then resume")
                     batch[row] = np.frombuffer(raw, "<u2")
         except OSError as e:
-            cure = "restore it, then resume"
-            raise UserError(f"{path}: cannot be read ({e.strerror}): {cure}") from None
+            raise UserError(f"{path}: cannot be read ({e.strerror}): restore it, then resume") from None
     for row in np.flatnonzero(batch.max(axis=1) >= n_vocab):
         path, found = shards[places[row][0]].path, f"token id {batch[row].max()}"
         raise UserError(f"{path}: {found} is not below the encoding's {n_vocab}: prepare it again")
@@ -676,7 +655,7 @@ def scan_shard(path: str, n_vocab: int, eot: int) -> dict:
             ids = np.frombuffer(data, "<u2")
             if len(bad := np.flatnonzero(ids >= n_vocab)):
                 what = f"token {tokens + bad[0]:,} is id {ids[bad[0]]}, the vocabulary has {n_vocab:,}"
-                raise UserError(f"{path}: {what}: prepare it again")
+                raise UserError(f"{path}: {what}: delete it and run prepare_fineweb.py again")
             tokens += len(ids)
             documents += int((ids == eot).sum())
     return {"tokens": tokens, "documents": documents, "sha256": digest.hexdigest()}
@@ -704,9 +683,8 @@ def verify(folder: str) -> None:
 
 def main() -> None:
     cfg, given = configure(Config, sys.argv[1:])
-    hub_only = {"dataset", "name", "split", "revision"}
     clashes = {mode: given - {mode, "out_dir"} for mode in ("verify", "pretokenized")}
-    clashes["input"] = given & hub_only
+    clashes["input"] = given & {"dataset", "name", "split", "revision"}
     for mode, clash in clashes.items():
         if getattr(cfg, mode) and clash:
             raise UserError(f"--{mode} does not go with --{min(clash)}: leave one of them out")
@@ -735,8 +713,7 @@ def main() -> None:
     except KeyboardInterrupt:
         raise UserError("stopped: run the same command again, it goes on from there") from None
     except OSError as e:
-        cure = "make room, then run the same command again, or take another --out_dir"
-        raise UserError(f"cannot use {cfg.out_dir} ({e}): {cure}") from None
+        raise UserError(f"cannot use {cfg.out_dir} ({e}): make room or take another --out_dir") from None
 
 
 if __name__ == "__main__":
