@@ -12,9 +12,9 @@ tokens. Every document is <|endoftext|> and then its ordinary encoding; document
 shards. The stream's first val_tokens tokens are the validation shard, the rest training shards.
 
 A run can be killed at any moment: the same command goes on from the last complete shard, to the same
-bytes. It counts the documents begun and skips as many. In parquet files it skips row groups by the
-counts in the footer: two small requests for each of the hub's files, so seconds for the 15 of
-sample-10BT but hours for the tens of thousands of all FineWeb. jsonl is read from the start.
+bytes. It counts the documents begun and skips as many. In parquet files it skips whole row groups by
+the footer, two small requests for each of the hub's files: seconds for the 15 of sample-10BT, but
+hours for the tens of thousands of all FineWeb. jsonl is read from the start.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ import sysconfig
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -55,9 +54,8 @@ HEADER_BYTES = 4 * HEADER_INTS
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".py": "text"}
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
 GPT2 = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256}  # meta.json of ready-made shards
-EOT = "<|endoftext|>"
 BATCH_DOCUMENTS = 16  # which a worker tokenizes at a time
-# The answers of a file system that cannot lock a file or sync a folder.
+# The errors of a file system that cannot lock a file or write a folder to disk.
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS}
 
 
@@ -92,7 +90,7 @@ def load_encoding(name: str) -> tiktoken.Encoding:
         # characters: one at a time is slow, and so is looking for merges in a long run.
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks,
-                                 special_tokens={EOT: 256})  # fmt: skip
+                                 special_tokens={"<|endoftext|>": 256})  # fmt: skip
     known = ["bytes", *tiktoken.list_encoding_names()]
     if name not in known:
         raise UserError(f"unknown encoding {name!r}: {suggest(name, known)}")
@@ -103,31 +101,17 @@ def load_encoding(name: str) -> tiktoken.Encoding:
         raise UserError(f"cannot download tokenizer {name!r} ({type(e).__name__}): {cure}") from None
     if encoding.n_vocab > 65_536:
         raise UserError(f"encoding {name!r} has more than 65,536 tokens, too many for uint16: use gpt2")
-    if EOT not in encoding.special_tokens_set:
-        raise UserError(f"encoding {name!r} has no {EOT} token to begin documents with: use gpt2")
     return encoding
 
 
-# A long run of white space before a word. (\s is not the same in Python's regex and in tiktoken's.)
-LONG_SPACE = r"\p{White_Space}{999,}(?=\p{White_Space}\P{White_Space})"
-
-
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Return the ordinary encoding of a text, (n,) uint16: "<|endoftext|>" in it is plain text."""
+    """Return the ordinary encoding of a text, (n,) uint32: "<|endoftext|>" in it is plain text."""
     try:
-        ids = encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-        return ids.astype(np.uint16)
+        return encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
     except UnicodeEncodeError:  # a lone surrogate becomes U+FFFD, as encode_ordinary has it
         return encode(encoding, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    except ValueError as e:
-        import regex
-
-        # tiktoken's regex gives up on some 10^5 blanks before a word. GPT-2's pattern cuts such a
-        # run before its last blank, so the text can be cut there first without any difference.
-        cuts = [0, *(m.end() for m in regex.finditer(LONG_SPACE, text)), len(text)]
-        if len(cuts) == 2:
-            raise UserError(f"cannot tokenize the document {text[:60]!r} ({e}): take it out") from None
-        return np.concatenate([encode(encoding, text[a:b]) for a, b in itertools.pairwise(cuts)])
+    except ValueError as e:  # tiktoken's regex gives up on some 10^5 blanks before a word
+        raise UserError(f"cannot tokenize the document {text[:60]!r} ({e}): take it out") from None
 
 
 def start_worker(name: str) -> None:
@@ -151,9 +135,7 @@ def encode_batch(texts: list[str]) -> np.ndarray:
     return np.concatenate(parts).astype(np.uint16)
 
 
-def encode_in_order(
-    pool: ProcessPoolExecutor, workers: int, texts: Iterator[str]
-) -> Iterator[np.ndarray]:
+def encode_in_order(pool, workers: int, texts: Iterator[str]) -> Iterator[np.ndarray]:
     """Yield the tokens of texts, some documents at a time and in order, few of them in flight."""
     batches = iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), [])
     futures = (pool.submit(encode_batch, batch) for batch in batches)
@@ -163,21 +145,19 @@ def encode_in_order(
             pending.extend(itertools.islice(futures, 1))
             yield pending.popleft().result()
     except BrokenProcessPool:
-        cure = "run the same command again, it goes on; fewer --workers need less memory"
-        raise UserError(f"a worker process died (out of memory?): {cure}") from None
+        raise UserError("a worker process died: run this again with fewer --workers") from None
 
 
 # ---- sources ----------------------------------------------------------------------------------
 
 
-def find_source(cfg: Config, meta: dict) -> tuple[list[str], int]:
-    """Find the input. Returns the paths of its files, here or on the hub, and about how many tokens
-    they hold (0: unknown). Notes in meta what the input is, so that no run goes on with another."""
+def find_source(cfg: Config, meta: dict) -> list[str]:
+    """Return the paths of the input's files, here or on the hub. Notes in meta what the input is, so
+    that an interrupted run does not go on with another one; raises UserError if it would."""
     if not cfg.input:
         meta["revision"], paths = find_dataset(cfg, meta.get("revision") or cfg.revision or None)
         meta["source"] = f"{cfg.dataset} {cfg.name} {cfg.split} at {meta['revision']}"
-        billions = re.search(r"(\d+)BT", cfg.name)  # sample-10BT holds about 10 billion tokens
-        return paths, int(billions[1]) * 10**9 if billions else 0
+        return paths
     if cfg.input == "stdlib":
         paths = stdlib_files()
         meta["source"] = f"the standard library of Python {sys.version.split()[0]}"
@@ -186,20 +166,16 @@ def find_source(cfg: Config, meta: dict) -> tuple[list[str], int]:
         meta["source"] = f"{cfg.input} ({len(paths)} files)"
     if not paths:
         raise UserError(f"--input={cfg.input!r} matches no file: quote the glob, check the path")
-    kinds = {kind_of(path): path for path in paths}
-    if len(kinds) > 1:
-        raise UserError(f"--input mixes {' and '.join(kinds.values())}: take one kind at a time")
-    for path in paths if "parquet" in kinds else ():  # not after hours, in the last file
-        with reading(path), open_input(path) as f:
-            open_parquet(f, path, cfg.text_column)
-    sizes = [os.path.getsize(path) for path in paths]
-    names_and_sizes = list(zip(map(os.path.basename, paths), sizes))
+    for path in paths:  # all at once, and not after hours in the last file
+        if kind_of(path) == "parquet":
+            with open_input(path) as f:
+                open_parquet(f, path, cfg.text_column)
+    names_and_sizes = [(os.path.basename(path), os.path.getsize(path)) for path in paths]
     digest = hashlib.sha256(json.dumps(names_and_sizes).encode()).hexdigest()
     if meta.setdefault("input_digest", digest) != digest:
         raise UserError(f"the files of --input={cfg.input!r} are not those that {cfg.out_dir} was "
                         "begun with: put them back, or take another --out_dir")  # fmt: skip
-    ratio = 2 if paths[0].endswith((".parquet", ".gz", ".zst")) else 1  # how far it is compressed
-    return paths, int(sum(sizes) * ratio / (1 if cfg.encoding == "bytes" else 4.5))
+    return paths
 
 
 def find_dataset(cfg: Config, revision: str | None) -> tuple[str, list[str]]:
@@ -251,13 +227,9 @@ def reading(what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def open_input(path: str) -> Iterator[BinaryIO]:
     """Open a file, here or on the hub, to read its bytes; those of a .gz or .zst decompressed."""
-    if path.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
+    import fsspec
 
-        f = HfFileSystem().open(path, "rb")
-    else:
-        f = open(path, "rb")  # noqa: SIM115
-    with f:
+    with reading(path), fsspec.open(path, "rb") as f:
         if path.endswith((".gz", ".zst")):
             import pyarrow  # its streams find a file that was cut, and read all frames of a .zst
 
@@ -269,7 +241,7 @@ def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
     """Yield the texts of all documents in these files but the first `skip`. A row of parquet is one (if
     null, an empty one), so is a line of jsonl that is not blank, and so is a whole text file."""
     for path in paths:
-        with reading(path), open_input(path) as f:
+        with open_input(path) as f:
             if kind_of(path) == "parquet":
                 file, groups = open_parquet(f, path, column), []
                 for group in range(file.num_row_groups):
@@ -292,20 +264,18 @@ def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
 
 
 def open_parquet(f: BinaryIO, path: str, column: str):
-    """A pyarrow ParquetFile whose column holds text. Raises UserError if the column does not."""
-    from pyarrow import parquet, types
+    """Return a pyarrow ParquetFile. Raises UserError if its column does not hold text."""
+    from pyarrow import parquet
 
     file = parquet.ParquetFile(f)
     schema = file.schema_arrow
-    if column not in schema.names:
-        raise no_text(column, path, schema.names)
-    kind = schema.field(column).type
-    if str(kind.value_type if types.is_dictionary(kind) else kind) not in ("string", "large_string"):
-        raise no_text(column, path, schema.names, str(kind))
+    kind = str(schema.field(column).type) if column in schema.names else ""
+    if not re.fullmatch("(large_)?string|dictionary<values=(large_)?string,.*", kind):
+        raise no_text(column, path, schema.names, kind)
     return file
 
 
-def no_text(column: str, path: str, names: list[str], kind: str = "") -> UserError:
+def no_text(column: str, path: str, names: list[str], kind: str) -> UserError:
     what = f"holds {kind}, not text" if kind else "is missing"
     return UserError(f"column {column!r} of {path} {what}: set --text_column; {suggest(column, names)}")
 
@@ -320,12 +290,10 @@ def json_texts(f: BinaryIO, path: str, column: str) -> Iterator[str | None]:
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__}")
         except (ValueError, RecursionError) as e:
-            where = f"{path}: not a JSON object ({e})"
-            raise UserError(f"{where}: repair the line {line[:60]!r}") from None
-        if column not in row:
-            raise no_text(column, path, list(row))
-        if not isinstance(row[column], str | None):
-            raise no_text(column, path, list(row), type(row[column]).__name__)
+            raise UserError(f"{path}: not a JSON object ({e}): repair {line[:60]!r}") from None
+        kind = type(row[column]).__name__ if column in row else ""
+        if kind not in ("str", "NoneType"):
+            raise no_text(column, path, list(row), kind)
         yield row[column]
 
 
@@ -334,8 +302,7 @@ def json_texts(f: BinaryIO, path: str, column: str) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[BinaryIO]:
-    """Open a file to write, which has its name only when it is complete and on disk. OSError names
-    it."""
+    """Open a file to write, which has its name only when it is complete and on disk."""
     try:
         with open(path + ".tmp", "wb") as f:
             yield f
@@ -395,8 +362,8 @@ def load_meta(folder: str) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        cure = "delete the folder and run prepare_fineweb.py again"
-        raise UserError(f"cannot read {path} ({e!r}): {cure}") from None
+        again = "delete the folder and run prepare_fineweb.py again"
+        raise UserError(f"cannot read {path} ({e!r}): {again}") from None
 
 
 def shard_name(index: int) -> str:
@@ -422,20 +389,15 @@ def prepare(cfg: Config, meta: dict) -> None:
     """Tokenize the input into cfg.out_dir, going on where an earlier run was interrupted."""
     from tqdm import tqdm
 
-    encoding = load_encoding(cfg.encoding)
-    paths, estimate = find_source(cfg, meta)
-    eot = encoding.eot_token  # ordinary encodings never hold this token
-    meta |= {"vocab_size": encoding.n_vocab, "eot": eot}
-    lengths = np.zeros(encoding.n_vocab, dtype=np.uint16)  # bytes of text in each token
-    for piece in encoding.token_byte_values():
-        lengths[encoding.encode_single_token(piece)] = len(piece)
+    encoding, paths = load_encoding(cfg.encoding), find_source(cfg, meta)
+    meta |= {"vocab_size": encoding.n_vocab, "eot": encoding.eot_token}
     save_meta(cfg.out_dir, meta)
-
     # Go on with the last document that the shards have the beginning of, which is `cut` tokens.
     shards = meta["shards"]
     done = sum(shard["tokens"] for shard in shards)
     begun = sum(shard["documents"] for shard in shards)
     cut = skip = shards[-1]["cut"] if shards else 0
+    limit = cfg.max_tokens or sys.maxsize
     if shards:
         print(f"going on after {shards[-1]['name']}: {done:,} tokens are done")
     buffer = np.empty(max(cfg.val_tokens, cfg.shard_tokens), dtype=np.uint16)
@@ -444,28 +406,24 @@ def prepare(cfg: Config, meta: dict) -> None:
     def finish_shard() -> None:
         nonlocal filled, cut
         tokens = buffer[:filled]
-        starts = np.flatnonzero(tokens == eot)
+        starts = np.flatnonzero(tokens == encoding.eot_token)  # a text never holds this token
         cut = filled - int(starts[-1]) if len(starts) else cut + filled
         entry = save_shard(cfg.out_dir, len(shards), tokens)
-        size = int(lengths[tokens].sum(dtype=np.int64))
-        shards.append(entry | {"documents": len(starts), "bytes": size, "cut": cut})
+        shards.append(entry | {"documents": len(starts), "cut": cut})
         save_meta(cfg.out_dir, meta)
         filled = 0
 
     workers = cfg.workers or cores()
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
-    bar = tqdm(total=cfg.max_tokens or estimate or None, initial=done, unit="tok", unit_scale=True,
-               mininterval=interval, maxinterval=interval, dynamic_ncols=True)  # fmt: skip
+    total = cfg.max_tokens or (None if cfg.input or cfg.name != "sample-10BT" else 10**10)
+    bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, mininterval=interval,
+               maxinterval=interval, dynamic_ncols=True)  # fmt: skip
     # spawn on every platform: the same everywhere, and no lock or thread is inherited by a fork
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, start_worker, (cfg.encoding,)) as pool, bar:
-        for _ in range(workers):  # they start while this process finds its place
-            pool.submit(encode_batch, [""])
         texts = read_texts(paths, cfg.text_column, max(begun - 1, 0))
         for tokens in encode_in_order(pool, workers, texts):
-            tokens, skip = tokens[skip:], 0
-            if cfg.max_tokens:
-                tokens = tokens[: cfg.max_tokens - done]
+            tokens, skip = tokens[skip : skip + limit - done], 0
             done += len(tokens)
             bar.update(len(tokens))
             while len(tokens):
@@ -475,7 +433,7 @@ def prepare(cfg: Config, meta: dict) -> None:
                 filled, tokens = filled + len(piece), tokens[len(piece) :]
                 if filled == capacity:
                     finish_shard()
-            if done == cfg.max_tokens:
+            if done == limit:
                 break
         if filled:
             finish_shard()
@@ -492,12 +450,11 @@ def begin(cfg: Config) -> dict:
     free = {"out_dir", "workers", "verify"}  # they do not change the shards
     flags = {key: value for key, value in asdict(cfg).items() if key not in free}
     meta = load_meta(cfg.out_dir)
-    if meta is None and (there := shard_names(cfg.out_dir, "val") + shard_names(cfg.out_dir, "train")):
-        raise UserError(f"{cfg.out_dir} has {there[0]} but no meta.json: take another --out_dir")
+    if meta is None and glob.glob("*.bin", root_dir=cfg.out_dir):
+        raise UserError(f"{cfg.out_dir} has shards but no meta.json: take another --out_dir")
     listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]} if meta else {}
     if not listed:  # perhaps a first try failed, and its flags are to be put right
-        return {"encoding": cfg.encoding, "vocab_size": 0, "eot": 0, "source": "", "shards": [],
-                "complete": False, "flags": flags}  # fmt: skip
+        return {"encoding": cfg.encoding, "shards": [], "complete": False, "flags": flags}
     old, meta["flags"] = meta["flags"], flags
     for key, value in flags.items():
         if key == "pretokenized" and 0 < old.get(key, 0) < value:
@@ -516,18 +473,13 @@ def begin(cfg: Config) -> dict:
 
 def cores() -> int:
     """The cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def print_summary(out_dir: str, meta: dict) -> None:
-    total = {key: sum(shard.get(key) or 0 for shard in meta["shards"])
-             for key in ("documents", "tokens", "bytes")}  # fmt: skip
-    ratio = f" of {total['bytes'] / total['tokens']:.3f} bytes" if total["bytes"] else ""
-    print(f"{out_dir} is complete: {len(meta['shards'])} shards, {total['documents']:,} documents, "
-          f"{total['tokens']:,} tokens{ratio}, encoding {meta['encoding']}, "
-          f"from {meta['source'] or 'an unknown source'}")  # fmt: skip
+    documents, tokens = (sum(shard[key] for shard in meta["shards"]) for key in ("documents", "tokens"))
+    print(f"{out_dir} is complete: {len(meta['shards'])} shards, {documents:,} documents, {tokens:,} "
+          f"tokens, encoding {meta['encoding']}, from {meta['source'] or 'elsewhere'}")  # fmt: skip
 
 
 def download(cfg: Config, meta: dict) -> None:
@@ -541,16 +493,11 @@ def download(cfg: Config, meta: dict) -> None:
         name = shard_name(i)
         with reading(f"hf://datasets/{PRETOKENIZED}/{name}"):
             path = hf_hub_download(PRETOKENIZED, name, repo_type="dataset", local_dir=folder)
-        try:
-            check_shard(path)
-            entry = {"name": name, **scan_shard(path, meta["vocab_size"], meta["eot"])}
-        except UserError as e:
-            shutil.rmtree(folder)
-            raise UserError(f"{name} arrived damaged ({e}): run this again") from None
+        check_shard(path)
+        meta["shards"].append({"name": name, **scan_shard(path, meta["vocab_size"], meta["eot"])})
         with open(path, "rb") as source, whole_file(os.path.join(cfg.out_dir, name)) as f:
             shutil.copyfileobj(source, f)
         os.remove(path)
-        meta["shards"].append(entry)
         save_meta(cfg.out_dir, meta)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -573,12 +520,12 @@ class Data(NamedTuple):
 
 def shard_names(folder: str, split: str) -> list[str]:
     """The sorted names of a folder's shards of one split, "train" or "val"."""
-    return sorted(glob.glob(f"*_{split}_*.bin", root_dir=folder))
+    names = glob.glob(f"*_{split}_*.bin", root_dir=folder)
+    return sorted(name for name in names if re.search(r"_\d+\.bin$", name))
 
 
 def has_shards(data_dir: str) -> bool:
-    """Whether a folder can be trained on: prepare_fineweb.py has finished it, or it has training
-    shards without a meta.json."""
+    """Whether a folder has training shards, and prepare_fineweb.py is not still making them."""
     meta = load_meta(data_dir)
     return bool(meta["complete"] if meta else shard_names(data_dir, "train"))
 
@@ -615,26 +562,21 @@ def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
     splits: dict[str, list[Shard]] = {"train": [], "val": []}
     for split, shards in splits.items():
         names = shard_names(folder, split)
-        if not names:
-            others = sorted(glob.glob(f"*{split}*.bin", root_dir=folder))
-            cure = f"rename {others[0]}, shards are named *_{split}_000001.bin" if others else make
-            wrong.append(f"no {split} shards in {folder}: {cure}")
-        numbers, sets = [], set()
         for name in names:
             try:
                 shards.append(check_shard(os.path.join(folder, name), listed))
-                stem, number = name[:-4].rsplit("_", 1)
-                numbers.append(int(number))
-                sets.add(stem)
             except UserError as e:
                 wrong.append(str(e))
-            except ValueError:
-                wrong.append(f"{folder}/{name}: rename it, a shard's name ends in a number: _000001.bin")
+        others = sorted({*glob.glob(f"*_{split}[._]*bin", root_dir=folder)} - {*names})
+        wrong += [f"{folder}/{name} is not named *_{split}_000001.bin: rename it" for name in others]
+        if not names and not others:
+            wrong.append(f"no {split} shards in {folder}: {make}")
         gone = [name for name in listed or () if f"_{split}_" in name and name not in names]
         wrong += [f"{folder} lacks {name}, which meta.json lists: {make}" for name in gone]
-        if len(sets) > 1:
-            wrong.append(f"{folder} has shards of two sets, {' and '.join(sorted(sets))}: move one away")
-        for before, after in itertools.pairwise(sorted(numbers)):
+        if len(sets := sorted({name.rsplit("_", 1)[0] for name in names})) > 1:
+            wrong.append(f"{folder} has shards of two sets, {' and '.join(sets)}: move one away")
+        numbers = sorted(int(re.findall(r"\d+", name)[-1]) for name in names)
+        for before, after in itertools.pairwise(numbers):
             if after > before + 1 and not gone:
                 wrong.append(f"{folder} lacks {split} shard {before + 1}: {make}")
     return meta, splits, wrong
@@ -647,9 +589,8 @@ def open_data(data_dir: str, block_size: int) -> Data:
         raise UserError(wrong[0])
     for split, shards in splits.items():
         if window_counts(shards, block_size).sum() < 1:
-            need = f"window of block_size + 1 = {block_size + 1} tokens"
-            cure = "lower --block_size or prepare more data"
-            raise UserError(f"the {split} shards of {data_dir} have no {need}: {cure}")
+            raise UserError(f"no {split} shard of {data_dir} has block_size + 1 = {block_size + 1} "
+                            "tokens: lower --block_size or prepare more data")  # fmt: skip
     return Data(splits["train"], splits["val"], meta["encoding"], meta["vocab_size"], meta["source"])
 
 
@@ -679,9 +620,7 @@ def locate(counts: np.ndarray, samples: np.ndarray, data_seed: int) -> list[tupl
     return found
 
 
-def read_windows(
-    shards: list[Shard], places: list[tuple[int, int]], block_size: int, n_vocab: int
-) -> np.ndarray:
+def read_windows(shards: list[Shard], places: list, block_size: int, n_vocab: int) -> np.ndarray:
     """Read the windows at `places`, pairs of a shard's and a window's index, as (n, block_size + 1)
     int64 tokens. Raises UserError naming a shard that cannot be read or has an id of n_vocab or more.
     It uses pread because a shard that shrinks under a memory map kills the process."""
@@ -698,8 +637,7 @@ def read_windows(
                         raise UserError(f"{path} shrank during the run: restore it, then resume")
                     batch[row] = np.frombuffer(raw, "<u2")
         except OSError as e:
-            cure = "restore it, then resume"
-            raise UserError(f"{path}: cannot be read ({e.strerror}): {cure}") from None
+            raise UserError(f"{path}: cannot be read ({e.strerror}): restore it, then resume") from None
     for row in np.flatnonzero(batch.max(axis=1) >= n_vocab):
         path, found = shards[places[row][0]].path, f"token id {batch[row].max()}"
         raise UserError(f"{path}: {found} is not below the encoding's {n_vocab}: prepare it again")
@@ -717,7 +655,7 @@ def scan_shard(path: str, n_vocab: int, eot: int) -> dict:
             ids = np.frombuffer(data, "<u2")
             if len(bad := np.flatnonzero(ids >= n_vocab)):
                 what = f"token {tokens + bad[0]:,} is id {ids[bad[0]]}, the vocabulary has {n_vocab:,}"
-                raise UserError(f"{path}: {what}: prepare it again")
+                raise UserError(f"{path}: {what}: delete it and run prepare_fineweb.py again")
             tokens += len(ids)
             documents += int((ids == eot).sum())
     return {"tokens": tokens, "documents": documents, "sha256": digest.hexdigest()}
@@ -745,23 +683,22 @@ def verify(folder: str) -> None:
 
 def main() -> None:
     cfg, given = configure(Config, sys.argv[1:])
-    hub_only = {"dataset", "name", "split", "revision"}
-    others = {mode: given - {mode, "out_dir"} for mode in ("verify", "pretokenized")}
-    for mode, clash in {**others, "input": given & hub_only}.items():
+    clashes = {mode: given - {mode, "out_dir"} for mode in ("verify", "pretokenized")}
+    clashes["input"] = given & {"dataset", "name", "split", "revision"}
+    for mode, clash in clashes.items():
         if getattr(cfg, mode) and clash:
             raise UserError(f"--{mode} does not go with --{min(clash)}: leave one of them out")
     if cfg.verify:
         return verify(cfg.verify)
     cfg.val_tokens = cfg.val_tokens or cfg.shard_tokens
-    for name in ("shard_tokens", "val_tokens"):
-        if not 1 <= getattr(cfg, name) < 2**31:
-            raise UserError(f"--{name} must be from 1 to 2,147,483,647, the header's limit")
-    for name in ("max_tokens", "workers", "pretokenized"):
-        if getattr(cfg, name) < 0:
-            raise UserError(f"--{name} must not be negative")
+    least = {"shard_tokens": 1, "val_tokens": 1, "max_tokens": 0, "workers": 0, "pretokenized": 0}
+    for name, value in least.items():
+        if getattr(cfg, name) < value:
+            raise UserError(f"--{name} must be at least {value}")
+    if max(cfg.shard_tokens, cfg.val_tokens) >= 2**31:
+        raise UserError("--shard_tokens and --val_tokens must be below 2**31, the header's limit")
     if 0 < cfg.max_tokens <= cfg.val_tokens:
-        raise UserError(f"--max_tokens={cfg.max_tokens} leaves nothing to train on after "
-                        f"--val_tokens={cfg.val_tokens}: raise one or lower the other")  # fmt: skip
+        raise UserError("--max_tokens leaves nothing to train on after --val_tokens: raise it")
     try:
         with folder_lock(cfg.out_dir):
             meta = begin(cfg)
@@ -776,8 +713,7 @@ def main() -> None:
     except KeyboardInterrupt:
         raise UserError("stopped: run the same command again, it goes on from there") from None
     except OSError as e:
-        cure = "make room, then run the same command again, or take another --out_dir"
-        raise UserError(f"cannot use {cfg.out_dir} ({e}): {cure}") from None
+        raise UserError(f"cannot use {cfg.out_dir} ({e}): make room or take another --out_dir") from None
 
 
 if __name__ == "__main__":

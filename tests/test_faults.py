@@ -208,7 +208,7 @@ BAD_DATA = {
     "missing middle shard, no meta.json": (missing_middle_without_meta, ["train shard 3", CURE]),
     "missing last shard": (missing_last, ["x_train_000004.bin", CURE]),
     "shard of another encoding": (other_encoding, [SHARD, CURE]),
-    "two sets in one folder": (two_sets_without_meta, ["x_train_", "y_train_"]),
+    "two sets in one folder": (two_sets_without_meta, ["x_train", "y_train", "move"]),
     "name without a number": (no_number, ["x_train_three.bin", "rename"]),
     "no validation shard": (no_val, ["val", "data", CURE]),
     "too few tokens for validation": (short_val, ["val", "33", "--block_size"]),
