@@ -300,15 +300,15 @@ def train_step(
     gradient's norm before clipping, as scalars on the device. `failed`, a scalar there too, remembers
     the first step whose loss or norm was not finite (0: none). Nothing here waits for the device.
     """
-    total = torch.zeros(2, device=failed.device)  # the loss, and the loss with the auxiliary one
+    total = torch.zeros(2, device=failed.device)  # the loss and the auxiliary loss
     for i, batch in enumerate(batches):
         if isinstance(model, DDP):
             model.require_backward_grad_sync = i == len(batches) - 1
         with autocast():
             aux, loss = model(*inputs_and_targets(batch), with_aux=True)
-        whole = (loss if aux is None else loss + aux) / len(batches)
-        whole.backward()
-        total += torch.stack((loss.detach() / len(batches), whole.detach()))
+        both = torch.stack((loss, torch.zeros_like(loss) if aux is None else aux)) / len(batches)
+        both.sum().backward()
+        total += both.detach()
     params = [p for group in all_groups(optimizers) for p in group["params"]]
     if any(p.grad is None for p in params):
         name = next(n for n, p in model.named_parameters() if p.requires_grad and p.grad is None)
@@ -319,14 +319,14 @@ def train_step(
         dist.all_reduce(total)
         total /= dist.get_world_size()
     norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
-    finite = torch.isfinite(total[1] + norm)
+    finite = torch.isfinite(total.sum() + norm)
     failed.copy_(torch.where((failed == 0) & ~finite, step + 1, failed))
     for group in all_groups(optimizers):
         group["lr"] = group["initial_lr"] * schedule(step, cfg)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total[0], None if aux is None else total[1] - total[0], norm
+    return total[0], None if aux is None else total[1], norm
 
 
 # Dense bfloat16 TFLOP/s by the vendors' data sheets; what is not here prints n/a, not an A100's. The
