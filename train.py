@@ -523,8 +523,8 @@ def read_log(path: str) -> list[dict]:
 
 def about(cfg: Config, data: Data, config: GPTConfig, device: torch.device, world: int) -> dict:
     """What config.json says besides the flags: versions, the FFN's code, the data."""
-    here, command = os.path.dirname(os.path.abspath(__file__)), ["git", "describe", "--always", "--dirty"]
-    git = ""
+    command, git = ["git", "describe", "--always", "--dirty"], ""
+    here = os.path.dirname(os.path.abspath(__file__))
     if shutil.which("git"):
         git = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
@@ -564,7 +564,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
             rows = [row for row in read_log(path("log.jsonl")) if row["step"] <= resumed_step]
             with whole_file(path("log.jsonl")) as f:
                 f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-            with suppress(OSError, ValueError), open(path("config.json"), encoding="utf-8") as f:
+            with suppress(OSError, ValueError, KeyError), open(path("config.json"), encoding="utf-8") as f:
                 began = json.load(f)
                 if began["ffn_code"] != made_with["ffn_code"]:
                     print0(f"warning: the code of {cfg.ffn} is not what it was when this run began")
@@ -578,7 +578,8 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
                     os.replace(path(name), path(name + ".prev"))
         with whole_file(path("config.json")) as f:
             f.write(json.dumps({"flags": asdict(cfg), **made_with}, indent=2).encode())
-        shutil.copyfile(model_file.__file__, path("model.py"))  # so that another can repeat the run
+        if resumed_step is None:
+            shutil.copyfile(model_file.__file__, path("model.py"))  # so that another can repeat the run
     except OSError as e:
         raise UserError(f"cannot write to --out_dir={cfg.out_dir} ({reason(e)}): name another") from None
 

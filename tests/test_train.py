@@ -343,8 +343,8 @@ MAY_CHANGE = set(
     "temperature top_k".split()
 )
 OTHER = {
-    "ffn": "geglu", "ffn_match": "params", "schedule": "wsd", "optimizer": "muon",
-    "residual": "bfloat16", "tie_embeddings": False, "beta1": 0.5, "beta2": 0.5, "batch_size": 8, "block_size": 16,
+    "ffn": "geglu", "ffn_match": "params", "schedule": "wsd", "optimizer": "muon", "beta1": 0.5,
+    "beta2": 0.5, "batch_size": 8, "block_size": 16, "residual": "bfloat16", "tie_embeddings": False,
 }  # fmt: skip
 
 
