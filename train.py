@@ -564,8 +564,9 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
             rows = [row for row in read_log(path("log.jsonl")) if row["step"] <= resumed_step]
             with whole_file(path("log.jsonl")) as f:
                 f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-            with suppress(OSError, ValueError, KeyError), open(path("config.json"), encoding="utf-8") as f:
-                began = json.load(f)
+            with suppress(OSError, ValueError, KeyError):
+                with open(path("config.json"), encoding="utf-8") as f:
+                    began = json.load(f)
                 if began["ffn_code"] != made_with["ffn_code"]:
                     print0(f"warning: the code of {cfg.ffn} is not what it was when this run began")
                 # The old code's hash stays, so that compare.py refuses a run of two codes.
