@@ -34,6 +34,7 @@ from trainer import (
     load,
     losses,
     make_data,
+    one_line,
     rows,
     same_bits,
     shell,
@@ -584,6 +585,73 @@ def test_one_signal_saves_and_stops(here: Path, number: int):
     train(here, init_from="resume", **{**long, "max_iters": step + 9})
     train(here, **{**long, "out_dir": "straight", "max_iters": step + 9})
     assert_same_run(here / "o", here / "straight")
+
+
+def test_a_signal_during_validation_saves_and_stops(here: Path):
+    """A validation of minutes is not waited for: what was trained is saved first, and the resumed run
+    evaluates where it was stopped, at the end of the run too."""
+    values = {"out_dir": "o", "max_iters": 3, "n_layer": 8, "micro_batch_size": 1, "batch_size": 4}
+    make_data(here / "long", {"x_train_000001.bin": 3000, "x_val_000000.bin": 400_000})
+    run = start(here, data_dir="long", eval_interval=1000, init_from="auto", **values)
+    run.wait_for("device")
+    run.kill(signal.SIGTERM)
+    assert "stopped at step 0" in run.works().out
+    run = start(here, data_dir="long", eval_interval=1000, init_from="auto", val_tokens=64, **values)
+    run.wait().works()
+    train(here, **{**values, "data_dir": "long", "out_dir": "p", "max_iters": 2, "val_tokens": 64})
+    run = start(here, data_dir="long", init_from="auto", **{**values, "out_dir": "p", "max_iters": 3,
+                "lr_decay_iters": 2, "val_tokens": 400_000})  # fmt: skip
+    run.wait_for("step      3/3 | loss")
+    run.kill(signal.SIGTERM)
+    assert "stopped at step 3" in run.works().out
+    assert intact(here / "p")["step"] == 3
+    assert 3 not in losses(here / "p", "val_loss")
+    train(here, data_dir="long", init_from="auto", **{**values, "out_dir": "p", "val_tokens": 64,
+          "lr_decay_iters": 2})  # fmt: skip
+    assert 3 in losses(here / "p", "val_loss")
+
+
+def test_checkpoints_that_could_not_be_loaded_are_refused_at_the_start(here: Path):
+    """State that weights_only would refuse, in a class of the reader's: before the first step."""
+    script = here / "mine.py"
+    script.write_text(f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np
+import model
+
+class Mine(model.SwiGLU):
+    def get_extra_state(self):
+        return np.zeros(3)
+    def set_extra_state(self, state):
+        pass
+
+model.FFNS["mine"] = Mine
+runpy.run_path({TRAIN!r}, run_name="__main__")
+""")
+    argv = [sys.executable, str(script), *flags(out_dir="o", ffn="mine")]
+    done = subprocess.run(argv, cwd=here, capture_output=True, text=True)
+    one_line(done.returncode, done.stderr, "mlp._extra_state", "get_extra_state")
+
+
+def test_a_file_system_without_locks(here: Path):
+    """The run goes on, and says so once."""
+    script = here / "nolock.py"
+    script.write_text(f"""
+import errno, fcntl, os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+
+def flock(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+fcntl.flock = flock
+runpy.run_path({TRAIN!r}, run_name="__main__")
+""")
+    argv = [sys.executable, str(script), *flags(out_dir="o", max_iters=2)]
+    done = subprocess.run(argv, cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cannot be locked") == 1
+    assert intact(here / "o")["step"] == 2
 
 
 def test_a_signal_at_any_moment_of_the_start(here: Path):

@@ -773,6 +773,95 @@ def test_real_text(tmp_path: Path):
     assert val[30] < val[0] - 1
 
 
+# ---- what a launcher says -------------------------------------------------------------------------
+
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+
+
+def test_the_launcher_is_read_in_one_place(monkeypatch):
+    """Without RANK there is one rank, whatever a container sets; with it all variables count or one
+    line says what is missing: no half of a batch, no eight ranks on one GPU."""
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train_py.read_launcher() == (0, 1, 0)
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    assert train_py.read_launcher() == (1, 2, 1)
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        with monkeypatch.context() as patch:
+            patch.delenv(name)
+            with pytest.raises(train_py.UserError, match=name):
+                train_py.read_launcher()
+    for name, value in (("RANK", "2"), ("RANK", "one"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(train_py.UserError, match="launcher"):
+                train_py.read_launcher()
+
+
+def test_a_recipes_data_stay_in_its_own_folder(here: Path):
+    """A folder that is named on the command line is not filled with what a config file's `prepare`
+    makes: a typing error must not train on other data."""
+    (here / "c.py").write_text("data_dir = 'made'\nprepare = '--input=stdlib --encoding=bytes'\n")
+    run = Run(here, ["c.py", *flags(out_dir="o")[:-1], "--out_dir=o", "--data_dir=typo"])
+    run.fails("no train shards in typo", "prepare_fineweb.py")
+    assert not (here / "typo").exists()
+
+
+def test_what_is_said_on_resume(here: Path):
+    """The step, and that a schedule which has ended leaves the rate at its minimum."""
+    train(here, out_dir="o", max_iters=4)
+    run = train(here, out_dir="o", init_from="resume", max_iters=6)
+    assert "resumed at step 4 of 6" in run.out
+    assert "warning: the schedule ends at step 4" in run.out
+    train(here, out_dir="p", max_iters=4, lr_decay_iters=6)
+    assert "warning" not in train(here, out_dir="p", init_from="resume", max_iters=6).out
+
+
+def test_help_lists_the_ffns(here: Path):
+    text = resume(here, "--help").out
+    assert all(name in text.split("FFNs:")[1] for name in FFNS)
+
+
+def test_a_group_keeps_its_own_learning_rate():
+    """Of a hacker's group with another `lr`: the schedule multiplies it, and does not replace it."""
+    shape = {k: v for k, v in TINY.items() if hasattr(GPTConfig, k)}
+    model = GPT(GPTConfig(vocab_size=384, **shape))
+    cfg = train_py.Config(lr_decay_iters=100, learning_rate=1e-3, warmup_iters=3)
+    optimizers = train_py.make_optimizers(model, cfg)
+    optimizers[0].param_groups[1].update(lr=5e-3, initial_lr=5e-3)
+    batch = torch.randint(257, (2, BLOCK + 1))
+    train_py.train_step(model, optimizers, [batch], cfg, 0, torch.zeros(()))
+    assert [group["lr"] for group in optimizers[0].param_groups] == [2.5e-4, 1.25e-3]
+
+
+def test_the_weight_of_an_auxiliary_loss(here: Path):
+    """It is added as it is returned, averaged like the loss: the same run whatever the micro-batches
+    and ranks; train_loss and val_loss leave it out, and its rows say it."""
+    code = """
+        class Mine(model.SwiGLU):
+            def forward(self, x):
+                y = super().forward(x)
+                return y, 0.1 * y.square().mean()
+    """
+    (here / "mine.py").write_text(program_with(code))
+    for out, extra in (("a", []), ("b", ["--micro_batch_size=1"])):
+        argv = [*flags(out_dir=out, ffn="mine", max_iters=6), *extra]
+        done = train_with(here, code, *argv)
+        assert done.returncode == 0, done.stderr
+    a, b = rows(here / "a"), rows(here / "b")
+    for key in ("train_loss", "aux_loss"):
+        assert max(abs(a[step][key] - b[step][key]) for step in a) < 1e-5
+    assert all(row["aux_loss"] > 0 for row in a.values())
+    assert all("aux_loss" not in row for row in rows(here / "a", "val_loss").values())
+    argv = flags(out_dir="c", ffn="mine", max_iters=6, micro_batch_size=2)
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*ranks, "mine.py", *argv], cwd=here, check=True, capture_output=True, timeout=200)
+    c = rows(here / "c")
+    assert max(abs(a[step]["aux_loss"] - c[step]["aux_loss"]) for step in a) < 1e-5
+
+
 # ---- flags that cannot work ---------------------------------------------------------------------
 
 BAD_FLAGS = [
