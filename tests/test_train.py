@@ -524,9 +524,11 @@ def test_what_is_printed_before_the_first_step(here: Path):
     layers, total = 2 * (attention + ffn), 2 * (attention + ffn + norms) + 32 + 384 * 32
     flops = 6 * (layers + 384 * 32) + 6 * 2 * 32 * BLOCK
     head = run.out.split("step      0")[0]
-    for text in (f"{layers:,}", f"{total:,}", f"{flops:,}", "128 tokens", "384 tokens", "n/a"):
+    for text in (f"{layers:,}", f"{total:,}", f"{flops:,}", "3 steps x 128 = 384 tokens", "n/a"):
         assert text in head
     assert "0.10 epochs" in head  # 12 windows of 115
+    assert "3,753 training tokens" in head
+    assert "data: test, encoding bytes" in head
 
 
 def test_one_shape_for_the_compiler():
