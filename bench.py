@@ -1,135 +1,141 @@
 """
-Time FFNs, decoding, whole training steps and the loader. Compare ratios: each is of one run.
+Time FFNs, the decoding of one token, and whole training steps.
 
-    python bench.py                                    # forward and backward of every FFN
+    python bench.py                                        # forward and backward of every FFN
     python bench.py --mode=decode --ffn=swiglu,sparseglu,spark
     python bench.py --mode=step --n_layer=32 --n_head=8 --n_embd=512 --ffn_hidden=2048
 
-Contenders take turns, one call each a round, in reverse order every other round, so that all of them
-share the machine's moods; before each call the caches are swept, as another layer's weights would
-in a model. Times are medians over the rounds; ratios are medians of the rounds' own ratios. FLOPs are
-of the forward pass; in mode step of forward and backward.
+All contenders of a run take turns, in reverse order every other round, so that a machine that is slow
+for a while is slow for all. Before each call the caches are swept, as other layers would sweep them. A
+time is the median over the rounds, a ratio the median of the rounds' own ratios, and `spread` half the
+distance between their quartiles. Compare ratios within a run. FLOPs are those of a forward pass, in mode
+step those of a whole step.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import itertools
 import json
 import os
 import re
-import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import prepare_fineweb
 import train
-from configurator import UserError, configure, run
-from model import FFNS, GPT, GPTConfig, compiled, ffn_cost, has, has_onednn, make_ffn, parse_spec, set_up
+from configurator import UserError, configure, run, suggest
+from model import (
+    FFNS,
+    GPT,
+    GPTConfig,
+    compile_errors,
+    compiled,
+    ffn_cost,
+    has,
+    has_onednn,
+    make_ffn,
+    parse_spec,
+    set_up,
+)
+
+progress = functools.partial(print, file=sys.stderr, flush=True)  # is no part of the table
 
 
 @dataclass
 class Config:
-    mode: str = "ffn"  # ffn, decode, step or data
-    ffn: str = ""  # specs, comma-separated; empty: every FFN (step: swiglu)
-    d: int = 0  # width of the model; 0: 768 (decode: 1536)
-    h: int = 0  # hidden width of the FFN; 0: 2048 (decode: 8960)
-    tokens: int = 1024  # per call in mode ffn
-    n_layer: int = 6  # mode step: layers
+    mode: str = "ffn"  # ffn, decode or step
+    ffn: str = ""  # specs, comma-separated; empty: every FFN (mode step: swiglu)
+    n_layer: int = 0  # layers; 0: 6. Mode decode: FFNs in a row, timed together; 0: 3
     n_head: int = 6  # attention heads
     n_kv_head: int = 0  # key-value heads; 0: n_head
-    n_embd: int = 384  # width
-    ffn_hidden: int = 1024  # hidden width of the FFN
+    n_embd: int = 0  # width of the model; 0: 384 (mode ffn: 768, mode decode: 1536)
     block_size: int = 256  # tokens per sequence
-    micro_batch_size: int = 8  # sequences per step
+    ffn_hidden: int = 0  # hidden width of the FFN; 0: 1024 (mode ffn: 2048, mode decode: 8960)
+    ffn_match: str = "hidden"  # hidden: keep that width; params, flops: match SwiGLU's
     vocab_size: int = 50304  # token ids
-    tie_embeddings: bool = True  # lm_head shares the embedding's weight
-    optimizer: str = "adamw"  # adamw or muon
-    recompute: bool = False  # as in train.py
-    residual: str = "float32"  # as in train.py
-    profile: str = ""  # mode step: write a torch.profiler trace into this folder
+    micro_batch_size: int = 8  # mode step: sequences per step
+    tokens: int = 1024  # mode ffn: tokens per call, in sequences of block_size
+    optimizer: str = "adamw"  # adamw, or muon for the matrices inside layers
+    recompute: bool = False  # compiled: keep less for the backward pass, compute elementwise parts again
+    residual: str = "float32"  # bfloat16: also the residual stream, where dtype is bfloat16
+    profile: bool = False  # mode step: also print which operators take the most time
     rounds: int = 15  # timed calls of each contender
-    device: str = "auto"  # cpu, cuda, cuda:1; auto: cuda if there is one
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on cuda, else float32
     compile: bool = True  # torch.compile
-    layers: int = 3  # mode decode: as many of each in a row, compiled as one; times are per layer
     seed: int = 0  # of weights and inputs
     json: str = ""  # write the rows to this file
-    plot: str = ""  # mode ffn: draw measured and ideal cost over SwiGLU's to this .png
 
 
-# ------------------------------------------------------------------------------------------------
-# Mode ffn: forward and backward of one layer against its matrix products alone
+# ---- Mode ffn: forward and backward of one layer, beside its matrix products alone -------------
 
 
-def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> dict:
-    d, h, n = cfg.d or 768, cfg.h or 2048, cfg.tokens
-    x = torch.randn(n, d).to(device, dtype).requires_grad_()
-    dy = torch.randn(n, d).to(device, dtype)
+def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> list[dict]:
+    n, T = cfg.tokens, min(cfg.block_size, cfg.tokens)
+    if n % T:
+        raise UserError(f"--tokens={n} is not a multiple of --block_size={T}")
+    x = torch.randn(n // T, T, cfg.n_embd).to(device, dtype).requires_grad_()
+    dy = torch.randn(n // T, T, cfg.n_embd).to(device, dtype)
     calls, layers, peaks, flops = {}, {}, {}, {}
-    for spec in dict.fromkeys([*specs, "swiglu"]):  # swiglu is the yardstick, shown or not
-        say(f"preparing {spec}")
-        layer = layers[spec] = make_ffn(spec, d, h).to(device)
-        forward = autocast(maybe_compile(layer, cfg, device), device, dtype)
+    for spec in dict.fromkeys([*specs, "swiglu"]):  # swiglu is the yardstick, whether it is shown or not
+        progress(f"preparing {spec}")
+        layer = layers[spec] = make_ffn(spec, cfg.n_embd, hidden(cfg, spec)).to(device)
+        ready = prepared(layer, cfg, device, dtype)
         leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
 
-        def backward(forward=forward, leaves=leaves):
-            return torch.autograd.grad(forward(x), leaves, dy, allow_unused=True)
+        def both(ready=ready, leaves=leaves):
+            return torch.autograd.grad(without_aux(ready(x)), leaves, dy, allow_unused=True)
 
-        calls[spec, "forward"] = functools.partial(forward, x)
-        calls[spec, "both"] = backward
-        calls[spec, "products"], flops[spec] = products(layer, n, cfg, device, dtype)
-        backward()  # compiles
-        peaks[spec] = peak_memory(backward, device)
+        calls[spec, "forward"] = functools.partial(ready, x)
+        calls[spec, "both"] = both
+        calls[spec, "matmul"], flops[spec] = products(layer, n, cfg, device, dtype)
+        both()  # compiles
+        peaks[spec] = peak_memory(both, device)
     times = measure(calls, cfg.rounds, device)
-
-    rows = []
+    rows, yardstick = [], times["swiglu", "both"]
     for spec in specs:
-        cost, both = ffn_cost(layers[spec]), times[spec, "both"]
-        seconds = statistics.median(both)
+        both, matmul = times[spec, "both"], times[spec, "matmul"]
         rows.append({
-            "ffn": spec,
-            **cost,
-            "forward_ms": 1e3 * statistics.median(times[spec, "forward"]),
-            "both_ms": 1e3 * seconds,
-            "products_ms": 1e3 * statistics.median(times[spec, "products"]),
-            "tok_per_s": n / seconds,
-            "tflops": flops[spec] / seconds / 1e12,
-            "share": ratio(times[spec, "products"], both),
-            "ratio": ratio(both, times["swiglu", "both"]),
-            "spread": spread(both, times["swiglu", "both"]),
+            "ffn": spec, "hidden": hidden(cfg, spec), **ffn_cost(layers[spec]),
+            "forward_ms": 1e3 * median(times[spec, "forward"]), "both_ms": 1e3 * median(both),
+            "tok_per_s": n / median(both), "tflops": flops[spec] / median(both) / 1e12,
+            "matmul_ms": 1e3 * median(matmul), "matmul_fraction": ratio(matmul, both),
+            "over_swiglu": ratio(both, yardstick), "spread": spread(both, yardstick),
             "peak_mib": peaks[spec] / 2**20,
         })  # fmt: skip
-    return {"d": d, "h": h, "tokens": n, "rows": rows}
+    return rows
 
 
 def products(
     layer: nn.Module, n: int, cfg: Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable, int]:
-    """The products of n tokens with each of the layer's matrices, forward and backward, by the layer's
-    kernels and in the matrix's layout, and their FLOPs; of a frozen matrix the forward one alone."""
-    # Where compiled products are another library's. Elsewhere it would add launches and nothing else.
-    three = maybe_compile(products_of_one, cfg, device) if has_onednn(device) else products_of_one
+    """Return a function that multiplies n tokens with each of the layer's matrices as the layer does,
+    forward and backward, and its FLOPs. A frozen matrix has a forward product only; the matrices of an
+    expert multiply only the tokens that reach it."""
+    # Compiled where that means another library; elsewhere it would add launches and nothing else.
+    three = prepared(products_of_one, cfg, device) if has_onednn(device) else products_of_one
     multiplied = {m.weight for m in layer.modules() if isinstance(m, nn.Linear)}
     looked_up = {m.weight for m in layer.modules() if isinstance(m, nn.Embedding)} - multiplied
+    routed = [m for m in layer.modules() if hasattr(m, "experts") and hasattr(m, "k")]
+    tokens = {p: n * m.k // len(m.experts) for m in routed for p in m.experts.parameters()}
     work, flops = [], 0
-    # Matrices share their operands by width: one each would take 28 GB at train.py's default shape.
-    operand = functools.cache(lambda size: torch.randn(n, size).to(device, dtype))
+    # Matrices share their operands by shape: one each would take 28 GB at train.py's default shape.
+    operand = functools.cache(lambda *shape: torch.randn(shape).to(device, dtype))
     for p in layer.parameters():
         if p.ndim >= 2 and p not in looked_up:
-            w = p.detach().to(dtype).flatten(0, -2)
-            work.append((operand(w.size(1)), w, operand(w.size(0)) if p.requires_grad else None))
-            flops += 2 * n * w.numel() * (3 if p.requires_grad else 1)
+            w, rows = p.detach().to(dtype).flatten(0, -2), tokens.get(p, n)
+            dy = operand(rows, w.size(0)) if p.requires_grad else None
+            work.append((operand(rows, w.size(1)), w, dy))
+            flops += 2 * rows * w.numel() * (3 if p.requires_grad else 1)
 
     def call() -> None:
         for one in work:
@@ -146,113 +152,105 @@ def products_of_one(x: Tensor, w: Tensor, dy: Tensor | None) -> tuple[Tensor, ..
     return y, dy @ w, dy.t() @ x if w.is_contiguous() else x.t() @ dy
 
 
-# ------------------------------------------------------------------------------------------------
-# Mode decode: one token, reading the weights of the selected neurons only
+# ---- Mode decode: one token, for which a sparse FFN reads few of its weights -----------------------
 
 
 @torch.no_grad()
-def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> dict:
-    d, h = cfg.d or 1536, cfg.h or 8960
-    x = torch.randn(1, d).to(device, dtype)
+def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> list[dict]:
+    x = torch.randn(1, cfg.n_embd).to(device, dtype)
     # Where the number of selected neurons varies, it is a dynamic shape inside one graph.
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    # Kernels of microseconds need CUDA graphs to be seen behind the time of their launches.
+    # Without CUDA graphs, launching kernels of microseconds would take longer than running them.
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     calls, layers = {}, {}
     for spec in dict.fromkeys([*specs, "swiglu"]):
-        say(f"preparing {spec}")
-        stack = nn.ModuleList(make_ffn(spec, d, h) for _ in range(cfg.layers)).to(device).eval()
+        progress(f"preparing {spec}")
+        ffns = (make_ffn(spec, cfg.n_embd, hidden(cfg, spec)) for _ in range(cfg.n_layer))
+        stack = nn.ModuleList(ffns).to(device).eval()
+        if mixes_tokens(stack[0], cfg.n_embd, device):
+            raise UserError(f"{spec} mixes tokens, one alone does not decode: leave it out of --ffn")
         for name, part in stack.named_modules():
             if isinstance(part, nn.Linear) and "predictor" not in name:
-                part.to(dtype)  # norms, scalars and predictors work in float32, as when training
+                part.to(dtype)  # norms, scalars and predictors work in float32, as in training
         layers[spec] = stack[0]
 
         def token(x: Tensor, stack=stack) -> Tensor:
             for layer in stack:
-                x = x + (layer.decode if has(layer, "decode") else layer)(x)
+                x = x + without_aux((layer.decode if has(layer, "decode") else layer)(x))
             return x
 
-        one = autocast(maybe_compile(token, cfg, device, mode), device, dtype)
-        calls[spec] = functools.partial(one, x)
+        calls[spec] = functools.partial(prepared(token, cfg, device, dtype, mode), x)
         calls[spec]()
     times = measure(calls, cfg.rounds, device)
-
-    rows, dense = [], ffn_cost(layers["swiglu"])["ideal_flops"]
+    rows, yardstick, dense = [], times["swiglu"], ffn_cost(layers["swiglu"])["ideal_flops"]
     for spec in specs:
-        cost, seconds = ffn_cost(layers[spec]), statistics.median(times[spec]) / cfg.layers
-        # A weight is one multiply and one add. A predictor's are of float32.
+        cost, seconds = ffn_cost(layers[spec]), median(times[spec]) / cfg.n_layer
+        # Each weight that is read is one multiplication and one addition. A predictor's are float32.
         wide = sum(p.numel() for p in layers[spec].parameters() if p.ndim >= 2 and p.dtype != dtype)
         read = cost["ideal_flops"] // 2 * dtype.itemsize + wide * (4 - dtype.itemsize)
         rows.append({
-            "ffn": spec,
-            **cost,
-            "path": "decode" if has(layers[spec], "decode") else "forward",
-            "ms": 1e3 * seconds,
-            "read_mib": read / 2**20,
-            "gb_per_s": read / seconds / 1e9,
-            "speedup": ratio(times["swiglu"], times[spec]),
-            "spread": spread(times["swiglu"], times[spec]),
-            "ideal": dense / cost["ideal_flops"],
+            "ffn": spec, "path": "decode" if has(layers[spec], "decode") else "forward",
+            "hidden": hidden(cfg, spec), **cost,
+            "ms": 1e3 * seconds, "read_mib": read / 2**20, "gb_per_s": read / seconds / 1e9,
+            "speedup": ratio(yardstick, times[spec]), "spread": spread(yardstick, times[spec]),
+            "ideal_speedup": dense / cost["ideal_flops"],
         })  # fmt: skip
-    return {"d": d, "h": h, "tokens": 1, "layers": cfg.layers, "rows": rows}
+    return rows
 
 
-# ------------------------------------------------------------------------------------------------
-# Mode step: what train.py does once per step, by its own functions
+def mixes_tokens(ffn: nn.Module, d: int, device: torch.device) -> bool:
+    """Whether an FFN's output for a token depends on the token before it."""
+    x = torch.randn(2, 2, d, device=device)
+    x[1, 1] = x[0, 1]
+    one, other = without_aux(ffn(x))[:, 1]
+    return not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * one.abs().max().item())
 
 
-def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> dict:
-    shape = {k: getattr(cfg, k) for k in SHAPE} | {"n_kv_head": cfg.n_kv_head or cfg.n_head}
+# ---- Mode step: a training step by train.py's own functions ------------------------------------
+
+
+def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> list[dict]:
     n = cfg.micro_batch_size * cfg.block_size
     peak = train.peak_flops(device) if dtype == torch.bfloat16 else None
-    own = ("block_size", "micro_batch_size", "optimizer", "compile", "recompute")
-    flags = train.Config(batch_size=cfg.micro_batch_size, **{k: getattr(cfg, k) for k in own})
-    train.check_flags(flags, world=1)
-    calls, models, peaks = {}, {}, {}
+    calls, models, peaks, attention = {}, {}, {}, {}
     for spec in specs:
-        say(f"preparing {spec}")
-        model = models[spec] = GPT(GPTConfig(ffn=spec, seed=cfg.seed, **shape)).to(device)
-        calls[spec, "step"], optimizers = make_step(model, flags, device, dtype)
-        calls[spec, "products"], _ = products(model, n, cfg, device, dtype)
-        calls[spec, "step"]()  # the first one makes the optimizer's state
-        peaks[spec] = peak_memory(calls[spec, "step"], device) + at_rest(model, optimizers)
-        if cfg.profile:
-            profile(calls[spec, "step"], Path(cfg.profile), spec, device)
+        progress(f"preparing {spec}")
+        flags = same_names(train.Config, cfg, ffn=spec, batch_size=cfg.micro_batch_size)
+        train.check_flags(flags, world=1)
+        model = models[spec] = GPT(same_names(GPTConfig, cfg, ffn=spec)).to(device)
+        step, optimizers = make_step(model, flags, device, dtype)
+        step()  # compiles, and makes the optimizers' states
+        peaks[spec] = peak_memory(step, device) + at_rest(model, optimizers)
+        attention[spec] = profile(step, cfg.profile, device)
+        calls[spec, "step"] = step
+        calls[spec, "matmul"], _ = products(model, n, cfg, device, dtype)
     times = measure(calls, cfg.rounds, device)
-
     rows = []
     for spec in specs:
-        seconds, flops = statistics.median(times[spec, "step"]), models[spec].flops_per_token()
+        step, matmul = times[spec, "step"], times[spec, "matmul"]
+        seconds, flops = median(step), models[spec].flops_per_token()
         rows.append({
-            "ffn": spec,
-            "params": models[spec].param_counts()["total"],
-            "flops": flops,
-            "ms": 1e3 * seconds,
-            "products_ms": 1e3 * statistics.median(times[spec, "products"]),
-            "tok_per_s": n / seconds,
-            "tflops": flops * n / seconds / 1e12,
+            "ffn": spec, "hidden": hidden(cfg, spec),
+            "params": models[spec].param_counts()["total"], "flops": flops,
+            "ms": 1e3 * seconds, "tok_per_s": n / seconds, "tflops": flops * n / seconds / 1e12,
             "mfu": flops * n / seconds / peak if peak else None,
-            "over_products": ratio(times[spec, "step"], times[spec, "products"]),
-            "spread": spread(times[spec, "step"], times[spec, "products"]),
-            "peak_mib": peaks[spec] / 2**20,
+            "matmul_ms": 1e3 * median(matmul), "matmul_fraction": ratio(matmul, step),
+            "spread": spread(matmul, step), "peak_mib": peaks[spec] / 2**20,
+            "attention": attention[spec],
         })  # fmt: skip
-    return {**shape, "micro_batch_size": cfg.micro_batch_size, "rows": rows}
-
-
-SHAPE = "n_layer n_head n_embd ffn_hidden block_size vocab_size tie_embeddings residual".split()
+    return rows
 
 
 def make_step(
     model: GPT, flags: train.Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], object], list[torch.optim.Optimizer]]:
-    """One whole training step of `model` on random tokens (forward, backward, clip, update), and the
-    optimizers whose states it fills."""
+    """Return a function that does one training step of `model` on random tokens, by train.py's own
+    train_step, and the optimizers whose states it fills. Its first call compiles the model."""
     size = (flags.micro_batch_size, flags.block_size + 1)
     batch = torch.randint(model.config.vocab_size, size).to(device)
     cast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     optimizers = train.make_optimizers(model, flags)
-    with contextlib.redirect_stdout(sys.stderr):  # what it says is not part of the table
-        ready = train.compile_and_check(model, optimizers, flags, cast)
+    ready = compiled(model, device, recompute=flags.recompute) if flags.compile else model
     failed = torch.zeros((), device=device)
     step = functools.partial(train.train_step, ready, optimizers, [batch], flags, 0, failed, cast)
     return step, optimizers
@@ -260,61 +258,24 @@ def make_step(
 
 def at_rest(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
     """Bytes of parameters and of the optimizers' states between two steps."""
-    states = (state for optimizer in optimizers for state in optimizer.state.values())
-    kept = [t for state in states for t in state.values() if isinstance(t, Tensor)]
-    return sum(t.nbytes for t in [*model.parameters(), *kept])
+    states = [v for o in optimizers for state in o.state.values() for v in state.values()]
+    return sum(t.nbytes for t in [*model.parameters(), *states] if isinstance(t, Tensor))
 
 
-def profile(step: Callable, folder: Path, spec: str, device: torch.device) -> None:
-    """Write a trace (open it in ui.perfetto.dev) and print the ten most expensive operators."""
-    folder.mkdir(parents=True, exist_ok=True)
+def profile(step: Callable, show: bool, device: torch.device) -> str:
+    """Run a step under the profiler and return the name of the attention kernel that ran. Print the
+    operators that take the most time, if they are to be shown."""
     with torch.profiler.profile() as p:
         step()
-    name = folder / (re.sub(r"[^\w.=-]+", "_", spec) + ".json")
-    p.export_chrome_trace(str(name))
-    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(f"{spec}: {name}", p.key_averages().table(sort_by=key, row_limit=20), sep="\n")
+    operators = p.key_averages()
+    if show:
+        key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        print(operators.table(sort_by=key, row_limit=24, max_name_column_width=80))
+    names = " ".join(operator.key for operator in operators)
+    return " ".join(sorted(set(re.findall(r"aten::_scaled_dot_product_(\w+?)_attention", names))))
 
 
-# ------------------------------------------------------------------------------------------------
-# Mode data: the loader against the step of config/smoke.py
-
-
-def bench_data(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> dict:
-    flags, _ = configure(train.Config, [str(Path(__file__).with_name("config") / "smoke.py")])
-    B, T = flags.batch_size, flags.block_size
-    generator = np.random.default_rng(cfg.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("val_000000", "train_000001", "train_000002"):
-            tokens = generator.integers(256, size=4_000_000, dtype=np.uint16)
-            header = np.zeros(256, "<i4")
-            header[:3] = prepare_fineweb.MAGIC, prepare_fineweb.VERSION, len(tokens)
-            Path(folder, f"bytes_{name}.bin").write_bytes(header.tobytes() + tokens.tobytes())
-        data = prepare_fineweb.open_data(folder, T)
-        counts, step = prepare_fineweb.window_counts(data.train, T), itertools.count()
-
-        def load() -> Tensor:
-            samples = np.arange(B) + B * next(step)
-            places = prepare_fineweb.locate(counts, samples, flags.data_seed)
-            return torch.from_numpy(prepare_fineweb.read_windows(data.train, places, T, data.n_vocab))
-
-        model = GPT(train.model_config(vars(flags), vocab_size=384)).to(device)
-        calls = {"load": load, "step": make_step(model, flags, device, dtype)[0]}
-        times = measure(calls, cfg.rounds, device)
-    seconds = statistics.median(times["load"])
-    row = {
-        "what": f"a batch of {B} x {T}",
-        "ms": 1e3 * seconds,
-        "tok_per_s": B * T / seconds,
-        "step_ms": 1e3 * statistics.median(times["step"]),
-        "of_step": ratio(times["load"], times["step"]),
-        "spread": spread(times["load"], times["step"]),
-    }
-    return {"config": "config/smoke.py", "compile": flags.compile, "rows": [row]}
-
-
-# ------------------------------------------------------------------------------------------------
-# The clock and the scales
+# ---- The clock and the scales ------------------------------------------------------------------
 
 
 def measure(calls: dict, rounds: int, device: torch.device) -> dict[object, list[float]]:
@@ -334,6 +295,7 @@ def measure(calls: dict, rounds: int, device: torch.device) -> dict[object, list
 
 
 def timed(call: Callable, device: torch.device) -> float:
+    """Seconds of one call, on a GPU by the GPU's own clock."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -347,14 +309,13 @@ def timed(call: Callable, device: torch.device) -> float:
 
 
 def ratio(a: list[float], b: list[float]) -> float:
-    return statistics.median(x / y for x, y in zip(a, b))
+    """The median over the rounds of a / b."""
+    return median(x / y for x, y in zip(a, b))
 
 
 def spread(a: list[float], b: list[float]) -> float:
-    """Half the distance between the quartiles of the rounds' ratios: the noise of `ratio`."""
-    if len(a) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles((x / y for x, y in zip(a, b)), n=4, method="inclusive")
+    """Half the distance between the quartiles of the rounds' a / b: the noise of `ratio`."""
+    low, high = np.percentile([x / y for x, y in zip(a, b)], (25, 75)).tolist()
     return (high - low) / 2
 
 
@@ -368,164 +329,111 @@ def peak_memory(call: Callable, device: torch.device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     # The CPU's allocator keeps no statistics, but the profiler logs each of its calls.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # not its notes about itself
-    with torch.profiler.profile(profile_memory=True) as profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print notes about itself
+    with torch.profiler.profile(profile_memory=True) as p:
         call()
-    with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    alive = peak = 0
-    for event in events:
-        if event["name"] == "[memory]":
-            alive += event["args"]["Bytes"]
-            peak = max(peak, alive)
-    return peak
+    events = [event for event in p.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events), default=0)
 
 
-# ------------------------------------------------------------------------------------------------
-# Small helpers, tables, files
+
+# ---- Small helpers, the table, the flags -------------------------------------------------------
+
+def same_names(cls: type, cfg: object, **more: object):
+    """cls, which is train.Config or GPTConfig, with the values of the flags that have the same names."""
+    return cls(**{k: v for k, v in vars(cfg).items() if hasattr(cls, k)} | more)
 
 
-def maybe_compile(f: Callable, cfg: Config, device: torch.device, mode: str = "default") -> Callable:
-    return compiled(f, device, mode) if cfg.compile else f
+def hidden(cfg: Config, spec: str) -> int:
+    """The hidden width of a spec's FFN by --ffn_match."""
+    return same_names(GPTConfig, cfg, ffn=spec).hidden
 
 
-def autocast(f: Callable, device: torch.device, dtype: torch.dtype) -> Callable:
+def without_aux(y: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """The output of an FFN, which may return it alone or with an auxiliary loss."""
+    return y[0] if isinstance(y, tuple) else y
+
+
+def prepared(f: Callable, cfg: Config, device, dtype=torch.float32, mode: str = "default") -> Callable:
+    """f compiled, if --compile, and under autocast to dtype, if that is not float32."""
+    f = compiled(f, device, mode) if cfg.compile else f
     return f if dtype == torch.float32 else torch.autocast(device.type, dtype)(f)
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-COLUMNS = {  # key of a row -> heading, format
-    "what": ("what", "s"),
-    "ffn": ("ffn", "s"),
-    "path": ("path", "s"),
-    "params": ("params", ",d"),
-    "flops": ("FLOPs/token", ",d"),
-    "ideal_flops": ("active", ",d"),
-    "forward_ms": ("fwd ms", ".2f"),
-    "both_ms": ("fwd+bwd ms", ".2f"),
-    "ms": ("ms", ".3f"),
-    "read_mib": ("read MiB", ".1f"),
-    "gb_per_s": ("GB/s", ".1f"),
-    "tok_per_s": ("tokens/s", ",.0f"),
-    "tflops": ("TFLOP/s", ".3f"),
-    "mfu": ("MFU", ".1%"),
-    "products_ms": ("products ms", ".2f"),
-    "over_products": ("x products", ".3f"),
-    "step_ms": ("step ms", ".2f"),
-    "of_step": ("of step", ".2%"),
-    "ours_faster": ("ours faster", ".2f"),
-    "share": ("share of ceiling", ".3f"),
-    "ratio": ("x swiglu", ".3f"),
-    "speedup": ("speedup", ".2f"),
-    "spread": ("+-", ".3f"),
-    "ideal": ("ideal", ".2f"),
-    "peak_mib": ("peak MiB", ",.1f"),
-}
-
-
 def table(rows: list[dict]) -> str:
-    keys = [key for key in COLUMNS if any(key in row for row in rows)]
-    lines = [[COLUMNS[key][0] for key in keys]]
-    for row in rows:
-        lines.append(["n/a" if row[k] is None else format(row[k], COLUMNS[k][1]) for k in keys])
+    """The rows as text, a line each below the names of their values."""
+
+    def text(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return f"{value:,d}" if isinstance(value, int) else "n/a" if value is None else value
+
+    lines = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    text = []
-    for first, *rest in lines:
-        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:]))]
-        text.append("  ".join(cells))
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
-def report(result: dict, path: str) -> None:
-    """Print the table below what it was measured with; the same as JSON, if there is a path."""
-    print(", ".join(f"{k} {v}" for k, v in result.items() if k != "rows"))
-    print(table(result["rows"]))
-    if path:
-        Path(path).write_text(json.dumps(result, indent=1) + "\n")
+def report(cfg: Config, device: torch.device, dtype: torch.dtype, rows: list[dict]) -> None:
+    """Print the rows below what they depend on: flags, device and versions. Write it all to --json."""
+    result = {**vars(cfg), "device": f"CPU, {torch.get_num_threads()} threads", "dtype": str(dtype)[6:]}
+    if device.type == "cuda":
+        result["device"] = torch.cuda.get_device_name(device)
+    result |= {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
+    print(", ".join(f"{k} {v}" for k, v in result.items() if v not in ("", None)))
+    print(table(rows))
+    if cfg.json:
+        Path(cfg.json).write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
 
 
-def plot(result: dict, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = sorted(result["rows"], key=lambda row: row["ratio"])
-    dense = ffn_cost(make_ffn("swiglu", result["d"], result["h"]))["flops"]
-    fig, ax = plt.subplots(figsize=(7, 0.6 + 0.34 * len(rows)), layout="constrained")
-    ax.barh([row["ffn"] for row in rows], [row["ratio"] for row in rows], color="0.75")
-    for key, marker, label in (("flops", "|", "FLOPs, forward"), ("ideal_flops", "x", "ideal")):
-        ax.scatter([row[key] / dense for row in rows], range(len(rows)),
-                   marker=marker, s=60, color="k", label=label, zorder=3)  # fmt: skip
-    ax.axvline(1, color="k", lw=0.6)
-    where = f"{result['d']} x {result['h']}, {result['device']}, {result['dtype']}"
-    ax.set_xlabel(f"over SwiGLU's; bar: time of forward and backward ({where})")
-    ax.legend(frameon=False)
-    fig.savefig(path, dpi=150)
-
-
-def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype, str]:
-    """The device, the dtype of the products, the device's name. Raises UserError."""
-    name = cfg.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device is auto, cpu or cuda, not {name!r}")
-    if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device={name}, but this machine or build of torch has no such GPU")
-    device = torch.device(name if name == "cpu" else f"cuda:{name[5:] or 0}")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    wanted = cfg.dtype
-    if wanted == "auto":
-        wanted = "bfloat16" if device.type == "cuda" else "float32"
-    if wanted not in dtypes:
-        raise UserError(f"--dtype is auto, float32 or bfloat16, not {wanted!r}")
+def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
+    """The device, made the current one, and the dtype of the matrix products. Raises UserError."""
+    n = torch.cuda.device_count()
+    name = cfg.device if cfg.device != "auto" else "cuda" if n else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (name != "cpu" and int(name[5:] or 0) >= n):
+        raise UserError(f"--device={name} is not here: auto, cpu, or one of {n} CUDA GPUs as cuda:N")
+    device = torch.device("cuda:0" if name == "cuda" else name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        return device, dtypes[wanted], torch.cuda.get_device_name(device)
-    return device, dtypes[wanted], f"CPU, {torch.get_num_threads()} threads"
+    dtypes = {"auto": torch.float32 if name == "cpu" else torch.bfloat16}
+    dtypes |= {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if cfg.dtype not in dtypes:
+        raise UserError(f"--dtype={cfg.dtype}: {suggest(cfg.dtype, dtypes)}")
+    return device, dtypes[cfg.dtype]
 
 
-MODES = {"ffn": bench_ffn, "decode": bench_decode, "step": bench_step, "data": bench_data}
+MODES = {  # mode -> its function, and n_embd, ffn_hidden and n_layer where they are 0
+    "ffn": (bench_ffn, 768, 2048, 1),
+    "decode": (bench_decode, 1536, 8960, 3),
+    "step": (bench_step, 384, 1024, 6),
+}
 
 
 def main() -> None:
     cfg, _ = configure(Config, sys.argv[1:])
-    if cfg.mode not in MODES:
-        raise UserError(f"--mode is {', '.join(MODES)}, not {cfg.mode!r}")
+    for name, valid in {"mode": MODES, "ffn_match": ["hidden", "params", "flops"]}.items():
+        if getattr(cfg, name) not in valid:
+            raise UserError(f"--{name}={getattr(cfg, name)}: {suggest(getattr(cfg, name), valid)}")
+    bench, *sizes = MODES[cfg.mode]
+    for name, size in zip(("n_embd", "ffn_hidden", "n_layer", "n_kv_head"), (*sizes, cfg.n_head)):
+        setattr(cfg, name, getattr(cfg, name) or size)
     for name, value in vars(cfg).items():
-        least = 0 if name in ("d", "h", "n_kv_head", "seed") else 1
-        if type(value) is int and value < least:
-            raise UserError(f"--{name}={value} must be at least {least}")
+        if type(value) is int and value < (name != "seed"):
+            raise UserError(f"--{name}={value} is too small")
     if cfg.profile and cfg.mode != "step":
-        raise UserError("--profile traces --mode=step only")
-    if cfg.plot and cfg.mode != "ffn":
-        raise UserError("--plot draws the table of --mode=ffn only")
+        raise UserError("--profile is for --mode=step")
+    if cfg.json and (Path(cfg.json).is_dir() or not Path(cfg.json).resolve().parent.is_dir()):
+        raise UserError(f"--json={cfg.json} cannot be written: give a file in a folder that exists")
     specs = cfg.ffn.split(",") if cfg.ffn else ["swiglu"] if cfg.mode == "step" else list(FFNS)
     for spec in specs:
         parse_spec(spec)
-    for path in filter(None, (cfg.json, cfg.plot)):
-        if not Path(path).resolve().parent.is_dir():
-            raise UserError(f"cannot write {path}: its folder does not exist")
-        if Path(path).is_dir():
-            raise UserError(f"cannot write {path}: it is a folder")
-    if cfg.plot and Path(cfg.plot).suffix != ".png":
-        raise UserError(f"--plot={cfg.plot} must end in .png")
-    device, dtype, name = pick_device(cfg)
+    device, dtype = pick_device(cfg)
     set_up(device)
     torch._dynamo.config.recompile_limit = 64  # specs of one class share its code
     torch.manual_seed(cfg.seed)
-
-    result = {"mode": cfg.mode, "device": name, "dtype": str(dtype)[6:], "torch": torch.__version__}
-    result |= {"compile": cfg.compile, "rounds": cfg.rounds}
-    result |= MODES[cfg.mode](cfg, specs, device, dtype)
-    report(result, cfg.json)
-    if cfg.plot:
-        plot(result, cfg.plot)
+    with compile_errors():
+        rows = bench(cfg, specs, device, dtype)
+    report(cfg, device, dtype, rows)
 
 
 if __name__ == "__main__":

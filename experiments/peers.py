@@ -1,14 +1,17 @@
 """
-The training step against what people would use instead, step by step in turn.
+Time whole training steps beside those of the trainers that people would use instead.
 
     python experiments/peers.py                                  # Hugging Face's Qwen3
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     python experiments/peers.py --nanogpt=../nanoGPT             # and nanoGPT
 
-All are compiled, of one shape, in one dtype, with fused AdamW and clipping; each computes the loss
-its own way, in a process of its own with the memory allocator as its trainer has it. nanoGPT's
-FFN is GELU of width 4 n_embd, which at ffn_hidden = 8/3 n_embd has as many parameters. The figures
-are those of `bench.py --mode=step`, measured by its functions.
+All are compiled, of one shape, in one dtype, with fused AdamW and clipping. Each computes the loss its
+own way, in a process of its own, with the memory allocator as its trainer has it. Hugging Face's model
+runs twice: `hf` as people run it, where a compiled model builds its causal mask as a tensor, with which
+attention takes a slower kernel (transformers issue 48925), and `hf-no-mask` with a mask of None, where
+attention is causal by its flag, as ours is. nanoGPT's FFN is a GELU of width 4 n_embd, which has as many
+parameters as a SwiGLU of 8/3 n_embd. The figures are those of `bench.py --mode=step`; `ours_faster` is
+a system's time over ours.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ import functools
 import gc
 import importlib.util
 import multiprocessing
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +34,14 @@ sys.path.insert(0, str(ROOT))
 
 import bench  # noqa: E402
 import train  # noqa: E402
-from configurator import UserError, configure, run  # noqa: E402
+from configurator import UserError, configure, run, suggest  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 
 @dataclass
 class Config:
-    nanogpt: str = ""  # folder of your clone of nanoGPT; empty: leave it out
-    hf: bool = True  # transformers.Qwen3ForCausalLM
+    systems: str = "ours,hf-no-mask,hf"  # which to time, comma-separated
+    nanogpt: str = ""  # folder of your clone of nanoGPT, which is then timed too
     n_layer: int = 6  # layers
     n_head: int = 6  # attention heads
     n_embd: int = 384  # width
@@ -50,19 +53,19 @@ class Config:
     device: str = "auto"  # cpu, cuda, cuda:1; auto: cuda if there is one
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on cuda, else float32
     compile: bool = True  # torch.compile
-    seed: int = 0  # of the tokens
+    seed: int = 0  # of weights and tokens
     json: str = ""  # write the rows to this file
 
 
 def hugging_face(
     cfg: Config, mask: dict | None = None
 ) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
+    """transformers' Qwen3 of that shape, and its loss of a batch (B, T + 1)."""
     try:
         from transformers import Qwen3Config, Qwen3ForCausalLM
     except ImportError:
-        raise UserError(
-            "transformers is missing: pip install -r requirements-dev.txt, or --hf=False"
-        ) from None
+        cure = "pip install -r requirements-dev.txt, or --systems=ours"
+        raise UserError(f"transformers is missing: {cure}") from None
     config = Qwen3Config(
         vocab_size=cfg.vocab_size,
         hidden_size=cfg.n_embd,
@@ -85,12 +88,12 @@ def hugging_face(
 
 
 def hugging_face_without_mask(cfg: Config) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
-    """Compiled, transformers builds a causal mask as a tensor, with which attention takes a slower kernel
-    (its issue 48925). Given a mask of None, attention is causal by its flag, as ours is."""
+    """The same without a mask, which it would build as a tensor. Attention is causal without it too."""
     return hugging_face(cfg, {"full_attention": None})
 
 
 def nanogpt(cfg: Config) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
+    """nanoGPT's own model from the clone, and its loss of a batch (B, T + 1)."""
     path = Path(cfg.nanogpt, "model.py")
     if not path.is_file():
         raise UserError(f"--nanogpt={cfg.nanogpt} has no model.py: give the folder of your clone")
@@ -105,7 +108,7 @@ def nanogpt(cfg: Config) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tenso
 def peer_step(
     model: nn.Module, loss: Callable, cfg: Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], object], list[torch.optim.Optimizer]]:
-    """Forward, backward, clip, fused AdamW: what a careful user would write."""
+    """A step as a careful user would write it (forward, backward, clip, AdamW), and its optimizer."""
     batch = torch.randint(cfg.vocab_size, (cfg.micro_batch_size, cfg.block_size + 1)).to(device)
     cast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -127,30 +130,27 @@ def peer_step(
     return step, [optimizer]
 
 
-def our_step(cfg: Config, device: torch.device, dtype: torch.dtype):
-    """Our model, its step by train.py's own functions, and the step's matrix products alone."""
-    train.set_up(device)
-    shape = {k: getattr(cfg, k) for k in bench.SHAPE if hasattr(cfg, k)}
-    own = ("block_size", "micro_batch_size", "compile")
-    flags = train.Config(**{k: getattr(cfg, k) for k in own})
-    model = GPT(GPTConfig(**shape, n_kv_head=cfg.n_head)).to(device)
-    n = cfg.micro_batch_size * cfg.block_size
+def our_step(cfg: Config, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, dict, list]:
+    """Our model, its step by train.py's own functions and the step's matrix products, its optimizers."""
+    bench.set_up(device)
+    flags = bench.same_names(train.Config, cfg, batch_size=cfg.micro_batch_size)
+    model = GPT(bench.same_names(GPTConfig, cfg, n_kv_head=cfg.n_head)).to(device)
     step, optimizers = bench.make_step(model, flags, device, dtype)
-    calls = {"ours": step, "products": bench.products(model, n, cfg, device, dtype)[0]}
-    return model, calls, optimizers
+    matmul, _ = bench.products(model, cfg.micro_batch_size * cfg.block_size, cfg, device, dtype)
+    return model, {"ours": step, "matmul": matmul}, optimizers
 
 
 PEERS = {
-    "Hugging Face": hugging_face,
-    "HF, no mask": hugging_face_without_mask,
-    "nanoGPT": nanogpt,
+    "nanogpt": nanogpt,
+    "hf": hugging_face,
+    "hf-no-mask": hugging_face_without_mask,
 }
 
 
 def contend(cfg: Config, system: str, pipe) -> None:
-    """The life of a contender: sends its parameters and peak memory, then runs what it is told."""
+    """A contender's process: it sends its parameters and peak memory, then runs what it is told."""
     try:
-        device, dtype, _ = bench.pick_device(cfg)
+        device, dtype = bench.pick_device(cfg)
         torch.manual_seed(cfg.seed)
         if system == "ours":
             model, calls, optimizers = our_step(cfg, device, dtype)
@@ -159,7 +159,8 @@ def contend(cfg: Config, system: str, pipe) -> None:
             model = model.to(device)
             step, optimizers = peer_step(model, loss, cfg, device, dtype)
             calls = {system: step}
-        calls[system]()  # compiles
+        with bench.compile_errors():
+            calls[system]()
         peak = bench.peak_memory(calls[system], device) + bench.at_rest(model, optimizers)
         pipe.send((sum(p.numel() for p in model.parameters()), peak))
         gc.disable()
@@ -176,15 +177,16 @@ def contend(cfg: Config, system: str, pipe) -> None:
 
 
 def take_turns(cfg: Config, systems: list[str], about: dict) -> dict[str, list[float]]:
-    """Start each system in a process of its own and measure their steps in turn. Returns the seconds of
-    each round, ours with those of its products; puts (parameters, peak memory) of each in `about`."""
+    """Start each system in a process of its own and time their steps in turn. Return the seconds of each
+    round by system, beside ours of its matrix products. Put (parameters, peak memory) in `about`."""
     spawn, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     for system in systems:
-        bench.say(f"preparing {system}")
+        bench.progress(f"preparing {system}")
         pipes[system], other = spawn.Pipe()
         processes.append(spawn.Process(target=contend, args=(cfg, system, other), daemon=True))
         processes[-1].start()
         other.close()
+    for system in systems:
         try:
             about[system] = pipes[system].recv()
         except EOFError:
@@ -197,7 +199,7 @@ def take_turns(cfg: Config, systems: list[str], about: dict) -> dict[str, list[f
 
     calls = {system: told(pipes[system], system) for system in systems}
     if "ours" in systems:
-        calls["products"] = told(pipes["ours"], "products")
+        calls["matmul"] = told(pipes["ours"], "matmul")
     times = bench.measure(calls, cfg.rounds, torch.device("cpu"))  # by this process's clock
     for pipe, process in zip(pipes.values(), processes):
         pipe.close()
@@ -210,33 +212,30 @@ def main() -> None:
     for name, value in vars(cfg).items():
         if type(value) is int and value < (0 if name == "seed" else 1):
             raise UserError(f"--{name}={value} is too small")
-    device, dtype, name = bench.pick_device(cfg)
-    systems = [*["nanoGPT"] * bool(cfg.nanogpt), *["HF, no mask", "Hugging Face"] * cfg.hf, "ours"]
-    # Side by side on a CPU, whose speed changes from minute to minute; one after the other on a GPU,
-    # which holds one of them at a time. First what may be missing.
+    wanted = {*cfg.systems.split(","), *["nanogpt"] * bool(cfg.nanogpt)}
+    for name in wanted - {*PEERS, "ours"}:
+        raise UserError(f"--systems={cfg.systems}: {suggest(name, [*PEERS, 'ours'])}")
+    systems = [system for system in [*PEERS, "ours"] if system in wanted]  # what may be missing is first
+    device, dtype = bench.pick_device(cfg)
+    # Side by side on a CPU, whose speed changes from minute to minute; one after the other on a GPU, so
+    # that each has all of the memory.
     together = [systems] if device.type == "cpu" else [[system] for system in systems]
     times, about = {}, {}
     for group in together:
         times |= take_turns(cfg, group, about)
-    systems.reverse()
 
     rows, n = [], cfg.micro_batch_size * cfg.block_size
-    for system in systems:
-        seconds = statistics.median(times[system])
-        rows.append({
-            "what": system,
-            "params": about[system][0],
-            "ms": 1e3 * seconds,
-            "tok_per_s": n / seconds,
-            "over_products": bench.ratio(times[system], times["products"]),
-            "ours_faster": bench.ratio(times[system], times["ours"]),
-            "spread": bench.spread(times[system], times["ours"]),
-            "peak_mib": about[system][1] / 2**20,
-        })  # fmt: skip
-    result = {"device": name, "dtype": str(dtype)[6:], "torch": torch.__version__}
-    result |= {k: getattr(cfg, k) for k in bench.SHAPE if hasattr(cfg, k)}
-    result |= {"micro_batch_size": cfg.micro_batch_size, "rounds": cfg.rounds, "rows": rows}
-    bench.report(result, cfg.json)
+    for system in reversed(systems):
+        seconds = median(times[system])
+        params, peak = about[system]
+        row = {"system": system, "params": params, "ms": 1e3 * seconds, "tok_per_s": n / seconds}
+        row["peak_mib"] = peak / 2**20
+        if "ours" in times:
+            row["matmul_fraction"] = bench.ratio(times["matmul"], times[system])
+            row["ours_faster"] = bench.ratio(times[system], times["ours"])
+            row["spread"] = bench.spread(times[system], times["ours"])
+        rows.append(row)
+    bench.report(cfg, device, dtype, rows)
 
 
 if __name__ == "__main__":
