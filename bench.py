@@ -33,19 +33,8 @@ from torch import Tensor, nn
 
 import train
 from configurator import UserError, configure, run, suggest
-from model import (
-    FFNS,
-    GPT,
-    GPTConfig,
-    compile_errors,
-    compiled,
-    ffn_cost,
-    has,
-    has_onednn,
-    make_ffn,
-    parse_spec,
-    set_up,
-)
+from model import FFNS, GPT, GPTConfig, compile_errors, compiled, ffn_cost, has, has_onednn
+from model import make_ffn, parse_spec, set_up
 
 progress = functools.partial(print, file=sys.stderr, flush=True)  # is no part of the table
 

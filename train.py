@@ -42,31 +42,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import model as model_file
 from configurator import UserError, configure, print0, read_launcher, reason, run, suggest
-from model import (
-    FFNS,
-    GPT,
-    GPTConfig,
-    check_ffns,
-    compile_errors,
-    compiled,
-    ffn_code,
-    ffn_cost,
-    has,
-    is_matrix,
-    is_residual,
-    parse_spec,
-    set_up,
-)
-from prepare_fineweb import (
-    Data,
-    has_shards,
-    load_encoding,
-    locate,
-    open_data,
-    read_windows,
-    whole_file,
-    window_counts,
-)
+from model import FFNS, GPT, GPTConfig, check_ffns, compile_errors, compiled, ffn_code, ffn_cost
+from model import has, is_matrix, is_residual, parse_spec, set_up
+from prepare_fineweb import Data, has_shards, load_encoding, locate, open_data, read_windows
+from prepare_fineweb import whole_file, window_counts
 
 # ------------------------------------------------------------------------------------------------
 # Flags
