@@ -639,6 +639,7 @@ def ffn_code(spec: str) -> str:
     """
     read, code = functools.cache(statements), set()
 
+    @functools.cache
     def visit(module: str, name: str) -> None:
         """Add the statements that bind a name, any name if it is "*", and what these refer to."""
         for bound, statement in read(module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -1198,6 +1199,143 @@ def test_matching_what_is_no_line(monkeypatch, size, spec, best):
     assert match_hidden(spec, 64, 256) == best
 
 
+# -- the hash of an FFN's code ---------------------------------------------------------------------
+
+IDEAS = {
+    "idea": '''
+import math
+import torch
+from torch import nn
+import helpers
+from tools import scale as by
+from tools import unused
+from model import FFNS, SwiGLU, linear
+
+POWER = 2
+TABLE = {}
+TABLE["a"] = 3
+
+def act(x):
+    """Squared."""
+    return base(x) ** POWER
+
+def base(x):
+    return torch.relu(x)  # a comment
+
+def decorate(cls):
+    return cls
+
+class Base(nn.Module):
+    def __init__(self, d, h):
+        super().__init__()
+        self.up_proj, self.down_proj = linear(d, h), linear(h, d)
+
+@decorate
+class Mine(Base):
+    def forward(self, x):
+        return by(self.down_proj(act(self.up_proj(x)))) * TABLE["a"] * helpers.one()
+
+def factory(f):
+    class Made(Base):
+        def forward(self, x):
+            return self.down_proj(f(self.up_proj(x)))
+
+    return Made
+
+class Other(SwiGLU):
+    pass
+
+FFNS["mine"] = Mine
+FFNS["other"] = Other
+FFNS["made"] = factory(act)
+FFNS["typed"] = type("Typed", (Other,), {})
+''',
+    "tools": '''
+def scale(x):
+    from more import number
+    return x * number
+
+def unused(x):
+    return x
+''',
+    "helpers": "def one():\n    return two()\n\ndef two():\n    return 1\n",
+    "more": "number = 1\n",
+}
+
+
+def hashes(folder: Path, **sources: str) -> dict[str, str]:
+    """ffn_code of every FFN, with these sources of modules in the folder (they are read at each call)."""
+    for name, text in sources.items():
+        (folder / f"{name}.py").write_text(text)
+    return {ffn: model_module.ffn_code(ffn) for ffn in FFNS}
+
+
+def test_the_hash_sees_what_a_class_refers_to(tmp_path, monkeypatch):
+    """Whatever it calls, builds on or reads, here or in another module of one's own, changes the hash;
+    comments, docstrings, layout and what it does not refer to do not. What a function made depends on
+    all of its module."""
+    hashes(tmp_path, **IDEAS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for name in ("mine", "other", "made", "typed"):
+        monkeypatch.setitem(FFNS, name, None)  # and so it is gone afterwards
+    for name in IDEAS:
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
+    for name in IDEAS:
+        importlib.import_module(name)
+    was = hashes(tmp_path)
+    assert len(set(was.values())) == len(was) - 1  # made and typed: of all of their module
+    assert all(len(code) == 16 for code in was.values())
+    mine, made = {"mine", "made", "typed"}, {"made", "typed"}
+    for edits, changed in [
+        ([("idea", "return torch.relu(x)", "return torch.tanh(x)")], mine),
+        ([("idea", "POWER = 2", "POWER = 3")], mine),
+        ([("idea", 'TABLE["a"] = 3', 'TABLE["a"] = 4')], mine),
+        ([("idea", "linear(h, d)", "linear(h, d).float()")], mine),
+        ([("idea", "    return cls", "    return Base")], mine),
+        ([("tools", "x * number", "x + number")], mine),
+        ([("more", "1", "2")], mine),
+        ([("helpers", "return 1", "return 2")], mine),
+        ([("idea", "    pass", "    forward = None")], {"other", *made}),
+        ([("idea", "factory(act)", "factory(base)"), ("tools", "    return x\n", "    return -x\n")], made),
+        (
+            [
+                ("idea", "  # a comment", ""),
+                ("idea", "Squared.", "The square."),
+                ("idea", "import math\n", "\n\nimport math\n"),
+            ],
+            set(),
+        ),
+    ]:
+        sources = dict(IDEAS)
+        for name, old, new in edits:
+            assert sources[name].count(old) == 1
+            sources[name] = sources[name].replace(old, new)
+        now = hashes(tmp_path, **sources)
+        assert {name for name in was if was[name] != now[name]} == changed, edits
+
+
+def test_an_edit_of_model_py_changes_the_hash_of_what_it_concerns(tmp_path, monkeypatch):
+    """A helper, a class that others build on, a kernel; a new class and its line concern nobody else."""
+    source = (ROOT / "model.py").read_text()
+    monkeypatch.setattr(model_module, "__file__", str(tmp_path / "model.py"))
+    was = hashes(tmp_path, model=source)
+    edits = {
+        "F.silu(self.gate_proj(x)) * self.up_proj(x))": "self.up_proj(x))",
+        "norm(upcast(x)).norm(dim=-1": "norm(upcast(x)).norm(p=1, dim=-1",
+        "mask[others] = ": "mask[~others] = ",
+    }
+    for some, (old, new) in zip(["multiscale", "dsg", "sparsegated"], edits.items(), strict=True):
+        assert old in source
+        now = hashes(tmp_path, model=source.replace(old, new))
+        assert was[some] != now[some]
+        assert was["gelu"] == now["gelu"]
+    new = source.replace("class GELU(", "class New(nn.Module):\n    pass\n\n\nclass GELU(")
+    new = new.replace('    "gelu": GELU,\n', '    "gelu": GELU,\n    "new": New,\n')
+    assert hashes(tmp_path, model=new) == was
+
+
 # -- costs ---------------------------------------------------------------------------------------
 
 
@@ -1456,6 +1594,80 @@ def test_forward_returns_logits_or_loss():
     loss = gpt(tokens(2, 9), tokens(2, 9, seed=1))[1]
     assert loss.shape == ()
     assert loss.item() == pytest.approx(math.log(101), abs=0.1)
+
+
+# -- the type of the residual stream ---------------------------------------------------------------
+
+
+def streams(gpt: GPT, idx: torch.Tensor) -> set[torch.dtype]:
+    """The types of what goes from layer to layer."""
+    seen = set()
+    hooks = [
+        layer.register_forward_hook(lambda _, args, y: seen.update((args[0].dtype, y.dtype)))
+        for layer in gpt.model.layers
+    ]
+    gpt(idx, idx)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@all_names
+def test_the_residual_stream_has_the_type_asked_for(name):
+    """bfloat16 only under autocast to it, whatever type an FFN returns; float32 by default."""
+    for residual in ("float32", "bfloat16"):
+        gpt = GPT(small(ffn=name, residual=residual))
+        assert streams(gpt, tokens(2, 9)) == {torch.float32}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert streams(gpt, tokens(2, 9)) == {getattr(torch, residual)}
+
+
+def test_a_bfloat16_residual_changes_nothing_without_autocast():
+    a, b = stir(GPT(small())), stir(GPT(small(residual="bfloat16")))
+    idx = tokens(3, 40)
+    assert torch.equal(a(idx)[0], b(idx)[0])
+    for gpt in (a, b):
+        gpt(idx, tokens(3, 40, seed=1))[1].backward()
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_gradients_of_a_bfloat16_residual_are_close():
+    """To float32's, no more than twice as far as those of bfloat16 autocast alone."""
+    idx, targets = tokens(4, 48), tokens(4, 48, seed=1)
+    gpt = stir(GPT(small()))
+    gpt(idx, targets)[1].backward()
+    want = torch.cat([p.grad.flatten() for p in gpt.parameters()])
+    off = {}
+    for residual in ("float32", "bfloat16"):
+        gpt = stir(GPT(small(residual=residual)))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = gpt(idx, targets)[1]
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 for p in gpt.parameters())
+        got = torch.cat([p.grad.flatten() for p in gpt.parameters()])
+        off[residual] = ((got - want).norm() / want.norm()).item()
+    assert off["float32"] < off["bfloat16"] < min(0.05, 2 * off["float32"])
+
+
+def test_norms_are_computed_in_float32(recwarn):
+    """Of a bfloat16 residual too, under autocast and without, and nothing warns."""
+    norm = model_module.RMSNorm(512)
+    with torch.no_grad():
+        norm.weight.add_(torch.randn(512, generator=torch.Generator().manual_seed(0)) / 3)
+    x = inputs(9, 512, dtype=torch.float32).bfloat16()
+    scale = (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    want = x.double() / scale * norm.weight.double()
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = norm(x)
+        assert y.dtype == torch.float32
+        assert error(y, want) < 1e-6
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        GPT(small(residual="bfloat16"))(tokens(2, 9), tokens(2, 9))[1].backward()
+    assert [str(w.message) for w in recwarn] == []
+    assert norm.double()(x.double()).dtype == torch.float64
+    assert norm.bfloat16()(x).dtype == torch.bfloat16
 
 
 # -- loss ----------------------------------------------------------------------------------------
