@@ -45,6 +45,7 @@ from model import (
     ffn_code,
     ffn_cost,
     has,
+    is_matrix,
     is_residual,
     parse_spec,
     set_up,
@@ -403,12 +404,12 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
     muon = [
         name
         for name, p in params.items()
-        if cfg.optimizer == "muon" and name.startswith("model.layers.") and p.ndim == 2
+        if cfg.optimizer == "muon" and name.startswith("model.layers.") and p.ndim == 2 and is_matrix(p)
     ]
     rest = [p for name, p in params.items() if name not in muon]
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if is_matrix(p)], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if not is_matrix(p)], "weight_decay": 0.0},
     ]
     betas = (cfg.beta1, cfg.beta2)
     optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)]
