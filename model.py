@@ -559,20 +559,58 @@ FFNS: dict[str, type[nn.Module]] = {
 }
 
 
-def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
-    """`name:option=value:...` -> its class and keyword arguments. Raises UserError."""
-    name, *settings = spec.split(":")
+# The methods that a class may have besides forward, with their parameters.
+METHODS = {
+    "active": "self, x",  # share of the units in use for the tokens x, logged at each validation
+    "decode": "self, x",  # forward for a few tokens, used when sampling
+    "flops": "self",  # FLOPs per token of its matrix products
+    "ideal_flops": "self",  # FLOPs per token that an ideal implementation would execute
+    "init_weights": "self",  # called last of all that draws weights
+    "set_progress": "self, step, max_iters",  # called before each training step
+}
+
+
+def has(ffn: nn.Module, method: str) -> bool:
+    """Whether its class has the method; an attribute or a submodule of that name is something else."""
+    return hasattr(type(ffn), method)
+
+
+def check_class(name: str) -> type[nn.Module]:
+    """Return the class of a line of FFNS. Raises UserError where it is none that this file can use."""
     if name not in FFNS:
-        raise UserError(f"unknown ffn {name!r}: {suggest(name, FFNS)}")
-    init = FFNS[name].__init__
-    keywords = [p for p in inspect.signature(init).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    hints = get_type_hints(init)
-    kinds = {p.name: hints.get(p.name, type(p.default)) for p in keywords}
+        raise UserError(f"unknown ffn {name!r}: is its line in FFNS? {suggest(name, FFNS)}")
+    cls = FFNS[name]
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise UserError(f"{name} in FFNS is not a class but {type(cls).__name__}: write class X(nn.Module)")
+    for method, params in METHODS.items():
+        if hasattr(cls, method) and not accepts(getattr(cls, method), *params.split(", ")):
+            raise UserError(f"{name}: write its {method} as a method, def {method}({params})")
+    return cls
+
+
+def accepts(f: object, *args: object, **kwargs: object) -> bool:
+    """Whether f is a function that can be called with these arguments."""
+    try:
+        inspect.signature(f).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
+    """Turn `name:option=value:...` into the class and its keyword arguments. Raises UserError."""
+    name, *settings = spec.split(":")
+    cls = check_class(name)
+    params = inspect.signature(cls.__init__).parameters.values()
+    hints = get_type_hints(cls.__init__)
+    kinds = {p.name: hints.get(p.name, type(p.default)) for p in params if p.kind is p.KEYWORD_ONLY}
     options: dict[str, object] = {}
     for setting in settings:
         option, equals, text = setting.partition("=")
         if option not in kinds:
             known = suggest(option, kinds) if kinds else "it has none"
+            if option in [p.name for p in params][3:]:
+                known = "put * before it in __init__(self, d, h, *, ...), in a dataclass _: KW_ONLY"
             raise UserError(f"{name} has no option {option!r}: {known}")
         if option in options or not equals:
             raise UserError(f"{spec!r}: write each option once, as option=value")
@@ -585,30 +623,42 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
             options[option] = parse_value(f"{name}:{option}", text, kinds[option])
         else:
             raise UserError(f"{name}:{option} is no bool, int, float, str or Literal by its type hint")
-    for p in keywords:
-        if p.default is p.empty and p.name not in options:
+    for p in params:
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in options:
             raise UserError(f"{name} needs its option {p.name}: write {name}:{p.name}=VALUE")
-    return FFNS[name], options
+    if not accepts(cls.__init__, "self", "d", "h", **options):
+        raise UserError(f"{name}: write its __init__ as __init__(self, d, h, *, options with defaults)")
+    return cls, options
 
 
 def make_ffn(spec: str, d: int, h: int) -> nn.Module:
-    """The FFN of a spec, (..., d) -> (..., d) with hidden width h, PyTorch's own init. Raises
-    UserError for an unknown name, option or value and for an h that does not divide as needed."""
+    """
+    Build the FFN of a spec, (..., d) -> (..., d) with hidden width h, with PyTorch's own init.
+
+    Raises UserError for an unknown name, option or value, for an h that does not divide as needed and
+    for parameters that the optimizers cannot train.
+    """
     cls, options = parse_spec(spec)
     if d < 1 or h < 1:
         raise UserError(f"an FFN needs d >= 1 and h >= 1, not d={d} h={h}")
-    return cls(d, h, **options)
+    ffn = cls(d, h, **options)
+    for name, p in ffn.named_parameters():
+        if p.is_complex() or p.dtype == torch.float64 != torch.get_default_dtype():
+            raise UserError(f"{spec}: parameter {name} is {p.dtype}: make it float32")
+    return ffn
 
 
 def sketch(build: Callable[[], nn.Module]) -> nn.Module:
-    """A module for its shapes alone: without memory, or with, where its class needs real numbers."""
-    try:
-        with torch.device("meta"):
-            return build()
-    except UserError:
-        raise
-    except Exception:  # whatever a class may do to a tensor that has no data
+    """Build a module for its shapes alone, without moving PyTorch's random state. It is a real one: what
+    a class keeps of tensors without data, in a cache say, would fail later."""
+    with torch.random.fork_rng(devices=[]):
         return build()
+
+
+def is_matrix(p: Tensor) -> bool:
+    """Whether a parameter is a matrix, or several: more than one of its dimensions is not 1. Matrices
+    are drawn at random, decayed and counted; a gain of shape (1, 1, d) is a vector."""
+    return sum(size != 1 for size in p.shape) > 1
 
 
 def ffn_cost(ffn: nn.Module) -> dict[str, int]:
@@ -620,14 +670,9 @@ def ffn_cost(ffn: nn.Module) -> dict[str, int]:
     """
     params = sum(p.numel() for p in ffn.parameters())
     uses = ffn.named_parameters(remove_duplicate=False)
-    flops = ffn.flops() if has(ffn, "flops") else sum(2 * p.numel() for _, p in uses if p.ndim >= 2)
+    flops = ffn.flops() if has(ffn, "flops") else sum(2 * p.numel() for _, p in uses if is_matrix(p))
     ideal = ffn.ideal_flops() if has(ffn, "ideal_flops") else flops
     return {"params": params, "flops": int(flops), "ideal_flops": int(ideal)}
-
-
-def has(ffn: nn.Module, method: str) -> bool:
-    """Whether its class has the method; an attribute or a submodule of that name is something else."""
-    return hasattr(type(ffn), method)
 
 
 def ffn_code(spec: str) -> str:
@@ -639,6 +684,7 @@ def ffn_code(spec: str) -> str:
     """
     read, code = functools.cache(statements), set()
 
+    @functools.cache
     def visit(module: str, name: str) -> None:
         """Add the statements that bind a name, any name if it is "*", and what these refer to."""
         for bound, statement in read(module):
@@ -821,11 +867,23 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd)
         self.mlp = make_ffn(config.ffn, config.n_embd, config.hidden)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return x (B, T, d) with attention and FFN added, and the FFN's aux or None."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache).to(x.dtype)
         one_token = cache is not None and x.size(1) == 1 and has(self.mlp, "decode")
         mlp = self.mlp.decode if one_token else self.mlp
-        return x + mlp(self.post_attention_layernorm(x)).to(x.dtype)
+        y, aux = split_aux(mlp(self.post_attention_layernorm(x)))
+        return x + y.to(x.dtype), aux
+
+
+def split_aux(y: Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Split what an FFN returns, y or (y, aux), into y and aux, a scalar or None."""
+    y, aux = y if isinstance(y, tuple) and len(y) == 2 else (y, None)
+    if not isinstance(y, Tensor) or not (aux is None or isinstance(aux, Tensor) and aux.ndim == 0):
+        raise UserError("an FFN returns y or (y, aux), y a tensor and aux a tensor without dimensions")
+    return y, aux
 
 
 class Decoder(nn.Module):
@@ -841,15 +899,21 @@ class Decoder(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, idx: Tensor, caches: list | None = None, start: int = 0) -> Tensor:
-        """idx: (B, T) at positions start, start + 1, ... -> (B, T, d). caches: a list per layer."""
+    def forward(
+        self, idx: Tensor, caches: list | None = None, start: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the hidden states (B, T, d) of tokens idx (B, T) at positions start, start + 1, ... and
+        the sum of the layers' aux, None if there is none. caches: a list per layer."""
         cos, sin = (table[start : start + idx.size(1)] for table in (self.cos, self.sin))
         x = self.embed_tokens(idx)  # (B, T, d)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(self.residual)  # each layer adds to x in x's type
+        total = None
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
-            x = layer(x, cos, sin, cache)
-        return self.norm(x)
+            x, aux = layer(x, cos, sin, cache)
+            if aux is not None:
+                total = upcast(aux) if total is None else total + upcast(aux)
+        return self.norm(x), total
 
 
 def is_residual(name: str) -> bool:
@@ -858,14 +922,20 @@ def is_residual(name: str) -> bool:
 
 
 class GPT(nn.Module):
-    """Qwen3-style decoder. Weights are initialized float32 on the CPU, the same bits for the same
-    (seed, parameter name, shape, n_layer) whatever the FFN and the state of PyTorch's generator."""
+    """
+    Qwen3-style decoder. Its initial weights are float32 on the CPU, the same bits for the same (seed,
+    parameter name, shape, n_layer) whatever the FFN and the state of PyTorch's generator.
+
+    `overwritten` lists the parameters that an FFN set to a constant and init_weights has changed.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         config.check()
         self.config = config
-        with torch.random.fork_rng(devices=[]):  # for what an FFN of yours may draw by itself
+        self.overwritten: list[str] = []
+        self.mixes_tokens: bool | None = None  # whether an FFN reads earlier tokens; None: not yet known
+        with torch.random.fork_rng(devices=[]):  # for what an FFN may draw by itself
             torch.default_generator.manual_seed(config.seed)
             self.model = Decoder(config)
             self.lm_head = linear(config.n_embd, config.vocab_size)
@@ -875,79 +945,99 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Matrices N(0, 0.02), those that write to the residual stream scaled by 1/sqrt(2 n_layer),
-        biases 0; gains and an FFN's scalars stay as their modules set them. An FFN that wants it
-        otherwise has an init_weights of its own, which is called after this."""
+        """Draw matrices from N(0, 0.02), those that write to the residual stream scaled by
+        1/sqrt(2 n_layer), and set biases to 0; gains and an FFN's scalars stay as their modules set
+        them. An FFN that needs another start has an init_weights of its own, which is called last."""
         for name, p in self.named_parameters():  # a tied weight comes once, as embed_tokens
+            constant = (p.numel() > 1 or p.ndim == 0) and not p.is_meta and bool((p == p.max()).all())
+            before = p.clone() if constant else p
             if name.endswith(".bias"):
                 p.zero_()
-            elif p.ndim >= 2 and p.is_floating_point():
+            elif is_matrix(p) and p.is_floating_point():
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_residual(name) else 0.02
                 seed = hashlib.sha256(f"{self.config.seed}:{name}".encode()).digest()[:8]
                 generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
                 p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
+            if constant and not torch.equal(p, before):
+                self.overwritten.append(name)
         for i, layer in enumerate(self.model.layers):
             if has(layer.mlp, "init_weights"):
                 torch.default_generator.manual_seed(self.config.seed * 2**20 + i)
                 layer.mlp.init_weights()
+                self.overwritten.clear()  # the class has the last word
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, with_aux: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
         """
         idx: (B, T) token ids, T <= block_size. Without targets: ((B, T, vocab) logits, None).
         With targets (B, T): (None, mean cross-entropy in nats over the targets that are not -100).
+        With targets and with_aux: (sum of the FFNs' aux or None, that loss).
         """
         if idx.size(1) > self.config.block_size:
             raise UserError(f"{idx.size(1)} tokens are more than block_size={self.config.block_size}")
-        x = self.model(idx)
+        x, aux = self.model(idx)
         if targets is None:
             return self.lm_head(x), None
-        return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return aux if with_aux else None, loss
+
+    def set_progress(self, step: int, max_iters: int) -> None:
+        """Tell the FFNs that have a set_progress how many training steps are done. Call it outside of
+        compiled code."""
+        for i, layer in enumerate(self.model.layers):
+            if has(layer.mlp, "set_progress"):
+                try:
+                    layer.mlp.set_progress(step, max_iters)
+                except Exception as e:
+                    raise UserError(f"model.layers.{i}.mlp.set_progress: {reason(e)}") from e
 
     # Not by cuDNN, PyTorch's choice on an H100: it would plan anew, for tens of ms, at each length.
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     @torch.no_grad()
     def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        use_cache: bool = True,
-        n_vocab: int = 0,
-    ) -> Tensor:
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
+        use_cache: bool = True, n_vocab: int = 0,
+    ) -> Tensor:  # fmt: skip
         """
-        Append max_new_tokens to idx (B, T), T >= 1. temperature 0 is greedy; top_k 0 keeps all ids;
-        ids from n_vocab on (the vocabulary's padding) are never drawn. Sampling uses PyTorch's
-        global generator. The context is block_size at most: when full, its older half is dropped.
+        Append max_new_tokens to idx (B, T), T >= 1, in evaluation mode. temperature 0 is greedy; top_k 0
+        keeps all ids; ids from n_vocab on (the vocabulary's padding) are never drawn. Sampling uses
+        PyTorch's global generator. The context is block_size at most: when full, its older half is
+        dropped. Where an FFN reads earlier tokens, which it does not get from a cache, none is used.
         """
         size = self.config.block_size
         start, caches = max(0, idx.size(1) - size), None
-        for _ in range(max_new_tokens):
-            if idx.size(1) - start > size:
-                start, caches = idx.size(1) - max(1, size // 2), None
-            if caches is None or not use_cache:  # all of the context
-                caches = [[] for _ in self.model.layers]
-                x = self.model(idx[:, start:], caches if use_cache else None)
-            else:  # the newest token
-                x = self.model(idx[:, -1:], caches, start=idx.size(1) - 1 - start)
-            logits = self.lm_head(x[:, -1]).float()
-            if n_vocab:
-                logits[:, n_vocab:] = -math.inf
-            logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature would make infinities
-            if top_k:
-                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature > 0:
-                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
-            else:
-                new = logits.argmax(-1, keepdim=True)
-            idx = torch.cat((idx, new), dim=1)
+        with evaluating(self):
+            if self.mixes_tokens is None:
+                x = torch.ones(1, min(size, 64), self.config.n_embd, device=idx.device)
+                self.mixes_tokens = any(influences(layer.mlp, x)[1] for layer in self.model.layers)
+            use_cache = use_cache and not self.mixes_tokens
+            for _ in range(max_new_tokens):
+                if idx.size(1) - start > size:
+                    start, caches = idx.size(1) - max(1, size // 2), None
+                if caches is None or not use_cache:  # all of the context
+                    caches = [[] for _ in self.model.layers]
+                    x, _ = self.model(idx[:, start:], caches if use_cache else None)
+                else:  # the newest token
+                    x, _ = self.model(idx[:, -1:], caches, start=idx.size(1) - 1 - start)
+                logits = self.lm_head(x[:, -1]).float()
+                if n_vocab:
+                    logits[:, n_vocab:] = -math.inf
+                logits = logits - logits.amax(-1, keepdim=True)  # or a tiny temperature makes infinities
+                if top_k:
+                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                if temperature > 0:
+                    new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+                else:
+                    new = logits.argmax(-1, keepdim=True)
+                idx = torch.cat((idx, new), dim=1)
         return idx
 
     def param_counts(self) -> dict[str, int]:
-        """`layers`: in matrices of the layers (the papers' "134M"); `matrices`: these and lm_head;
-        `total`: every parameter, a tied one once."""
-        layers = sum(p.numel() for p in self.model.layers.parameters() if p.ndim >= 2)
+        """Count parameters. `layers`: in matrices of the layers (the papers' "134M"); `matrices`: these
+        and lm_head; `total`: all, a tied one once."""
+        layers = sum(p.numel() for p in self.model.layers.parameters() if is_matrix(p))
         return {
             "layers": layers,
             "matrices": layers + self.lm_head.weight.numel(),
@@ -955,10 +1045,91 @@ class GPT(nn.Module):
         }
 
     def flops_per_token(self) -> int:
-        """Of a training step, forward and backward: 6 per matrix parameter, and causal attention
-        counted once (nanoGPT's 12 counts the masked half too)."""
+        """Return the FLOPs of a training step per token, forward and backward: three times those of the
+        forward products (an FFN's as ffn_cost has them), and causal attention counted once (nanoGPT's
+        12 counts the masked half too)."""
         c = self.config
-        return 6 * self.param_counts()["matrices"] + 6 * c.n_layer * c.n_embd * c.block_size
+        ffn = sum(ffn_cost(layer.mlp)["flops"] for layer in self.model.layers)
+        rest = [p for layer in self.model.layers for p in layer.self_attn.parameters() if is_matrix(p)]
+        rest = sum(p.numel() for p in [*rest, self.lm_head.weight])
+        return 3 * (ffn + 2 * rest) + 6 * c.n_layer * c.n_embd * c.block_size
+
+
+# ------------------------------------------------------------------------------------------------
+# What an FFN does with the tokens of a sequence
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def influences(ffn: nn.Module, x: Tensor) -> tuple[bool, bool]:
+    """
+    Whether later tokens of x (1, T, d) change an FFN's outputs at earlier ones, and earlier tokens those
+    at later ones. Noise is added to the parameters, so that a matrix of zeros does not hide it.
+    """
+    half = x.size(1) // 2
+    with torch.random.fork_rng(), torch.autocast(x.device.type, enabled=False):
+        torch.manual_seed(0)
+        params = {name: p for name, p in ffn.named_parameters() if p.is_floating_point()}
+        params = {name: p + 0.02 * torch.randn_like(p) for name, p in params.items()}
+        noise = torch.randn_like(upcast(x))
+
+        def output(changed: slice) -> Tensor:
+            y = upcast(x).clone()
+            y[:, changed] += noise[:, changed]
+            torch.manual_seed(1)  # for an FFN that draws numbers
+            return split_aux(torch.func.functional_call(ffn, params, (y,)))[0]
+
+        y = output(slice(0, 0))
+        later, earlier = output(slice(half, None)), output(slice(half))
+        close = 1e-4 * y.abs().max()
+        return (
+            bool(((later - y)[:, :half].abs() > close).any()),
+            bool(((earlier - y)[:, half:].abs() > close).any()),
+        )
+
+
+@torch.no_grad()
+def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
+    """
+    Check the FFNs of a model, in evaluation mode and on their inputs for one sequence of tokens; set
+    model.mixes_tokens. Raises a UserError that names the layer whose FFN returns something else than a
+    tensor like its input, or lets later tokens change the outputs at earlier ones.
+    """
+    size, device = model.config.block_size, model.lm_head.weight.device
+    inputs: dict[str, Tensor] = {}
+
+    def check(ffn: nn.Module, args: tuple, y: object) -> None:
+        name, x = f"model.layers.{len(inputs)}.mlp", args[0]
+        y, _ = split_aux(y)
+        if y.shape != x.shape or not y.is_floating_point():
+            was = f"{y.dtype} {tuple(y.shape)}"
+            raise UserError(f"{name} returns {was} for an input of {tuple(x.shape)}: return its shape")
+        inputs[name] = x
+
+    ffns = [layer.mlp for layer in model.model.layers]
+    with evaluating(model):
+        hooks = [ffn.register_forward_hook(check) for ffn in ffns]
+        try:
+            with autocast():
+                model.model(torch.arange(size, device=device)[None] % model.config.vocab_size)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found = [influences(ffn, x) for ffn, x in zip(ffns, inputs.values())]
+    for name, (leaks, _) in zip(inputs, found):
+        if leaks:
+            raise UserError(f"{name} sees the future: later tokens change its output at earlier ones")
+    model.mixes_tokens = any(mixes for _, mixes in found)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1151,8 +1322,8 @@ def n_targets(targets: Tensor) -> Tensor:
 
 
 def loss_chunks(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each chunk of n tokens yield its slice, its summed loss and its log-probabilities (n, V), which
-    are in at least float32."""
+    """For each chunk of n tokens yield its slice, its summed loss and its log-probabilities (n, V), in
+    at least float32."""
     limit = LOSS_CHUNK_BYTES["cpu" if on_cpu(x) else "gpu"]
     at_least = math.ceil(4 * x.size(0) * weight.size(0) / limit)
     # With a power of two the usual numbers of tokens split into chunks of one size: these share
