@@ -71,7 +71,7 @@ class Config:
     block_size: int = 2048  # tokens per sequence
     ffn: str = "swiglu"  # spec of the FFN, e.g. sparseglu or asg:threshold=neuron; see model.py
     ffn_hidden: int = 2048  # hidden width of the FFN
-    ffn_match: str = "hidden"  # hidden: keep that width; params: match SwiGLU's parameters
+    ffn_match: str = "hidden"  # hidden: keep that width; params or flops: as much as SwiGLU there
     tie_embeddings: bool = True  # lm_head shares the embedding's weight
     # training: the Dynamic Sparse Gating paper's run
     max_iters: int = 400  # steps

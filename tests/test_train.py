@@ -950,7 +950,7 @@ BAD_FLAGS = [
     ({"ffn": "sparseglu:grad=soft"}, ["soft", "hard"]),
     ({"ffn": ""}, ["ffn"]),
     ({"ffn": "multiscale", "ffn_hidden": 30}, ["30"]),
-    ({"ffn_match": "flops"}, ["ffn_match", "flops"]),
+    ({"ffn_match": "wide"}, ["ffn_match", "wide"]),
     ({"val_tokens": 31}, ["val_tokens=31"]),
     ({"eval_interval": 0}, ["eval_interval"]),
     ({"save_interval": 0}, ["save_interval"]),
