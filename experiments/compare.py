@@ -176,6 +176,7 @@ def find_runs(places: list[str]) -> tuple[list[Run], dict]:
                 try:
                     with tarfile.open(place) as tar:
                         tar.extractall(folder, filter="data")
+                        tar.fileobj.read()  # to the end of the file, with its checksum
                 except Exception as e:  # each compression has errors of its own
                     cure = "is it cut? Copy it or check it out again"
                     raise UserError(f"{place} is no whole archive ({type(e).__name__}): {cure}") from None
@@ -202,8 +203,8 @@ def write_archive(path: str, runs: list[Run], times: dict[str, dict]) -> None:
         tar.add(f"{folder}/step_times.json", "step_times.json", filter=anonymous)
         for r in runs:
             for name in ("config.json", "log.jsonl", *["train.txt"] * r.diverged):
-                inside = f"{os.path.basename(os.path.abspath(r.dir))}/{name}"
-                tar.add(os.path.join(r.dir, name), inside, filter=anonymous)
+                if os.path.exists(path := os.path.join(r.dir, name)):
+                    tar.add(path, f"{os.path.basename(os.path.abspath(r.dir))}/{name}", filter=anonymous)
 
 
 # ---- what to run ------------------------------------------------------------------------------
@@ -353,7 +354,7 @@ def run_all(runs: list[Run], cfg: Config) -> int:
     finish its step and save; a second one ends them at once."""
     waiting, running, failed, ended = to_do(runs, cfg), {}, 0, 0
     total, began = len(waiting), time.monotonic()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: a terminal that closes
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGHUP: a terminal that closes
         signal.signal(number, signal.default_int_handler)
     try:
         while waiting or running:
@@ -393,22 +394,26 @@ def run_all(runs: list[Run], cfg: Config) -> int:
 
 
 def run_to_precision(runs: list[Run], cfg: Config) -> tuple[list[Run], int]:
-    """Run seed after seed, all rows of each, until every interval is as narrow as --precision asks. Only
-    widths decide, never a difference or its p: that keeps the error rates. Returns the runs up to that
-    seed, and how many failed."""
+    """Run seed after seed, all rows of each, until every interval is as narrow as --precision asks.
+    Returns the runs up to that seed, and how many failed."""
     for seeds in range(min(FEWEST_SEEDS, cfg.seeds), cfg.seeds + 1):
         chosen = [p for p in runs if p.seeds[0] < seeds]
         failed = run_all(chosen, cfg)
         found = [r for r in map(read_run, (p.dir for p in chosen)) if r]
         check_alike(found, cfg.baseline)
-        groups = group_runs(found, cfg.baseline)
-        widths = [math.inf if result["high"] is None else result["high"] - result["difference"]
-                  for result, group in zip(judge(groups)[0], groups)
-                  if group is not groups[0] and any(r.done for r in group)]  # fmt: skip
-        print(f"{seeds} seeds: the widest half-width is {max(widths, default=0):.4g}", flush=True)
-        if failed or max(widths, default=0) <= cfg.precision:
+        results, noise = judge(group_runs(found, cfg.baseline))
+        if failed or precise(results, noise, cfg.precision):
             break
     return chosen, failed
+
+
+def precise(results: list[dict], noise: dict, precision: float) -> bool:
+    """Whether no half-width is above precision. Only widths decide, never a difference or its p, and not
+    before the noise is known from 10 degrees of freedom: stopping where a noise from fewer happens to
+    be small makes up to twice as many errors as the 5% allowed."""
+    widths = [r["high"] - r["difference"] for r in results if r["high"] is not None]
+    print(f"half-widths up to {max(widths, default=0):.4g} nats at {noise['df']} degrees of freedom")
+    return bool(widths) and max(widths) <= precision and noise["df"] >= 10
 
 
 # ---- what may be compared ---------------------------------------------------------------------
@@ -511,7 +516,7 @@ def rows_of_own_noise(table: np.ndarray) -> list[int]:
     while True:
         _, _, squares, df = fit(table[kept])
         found = [(1.0, -1)]
-        for row in kept:
+        for row in kept if len(kept) > 2 else ():
             # What a row adds to the sum of squares is independent of the sum without the row.
             _, _, rest, rest_df = fit(table[[other for other in kept if other != row]])
             if min(rest_df, df - rest_df) > 0:
@@ -987,8 +992,12 @@ def read_command(argv: list[str]) -> tuple[Config, train.Config, list[str]]:
             raise UserError(f"--{name}={getattr(cfg, name)} must be above 0")
     if cfg.precision and cfg.precision < LEAST_PRECISION:
         raise UserError(f"--precision={cfg.precision:g} is below what rounding allows: try 0.01")
-    if cfg.launch and not shutil.which(cfg.launch.split()[0]):
-        raise UserError(f"--launch: there is no program {cfg.launch.split()[0]!r} here: check its name")
+    try:
+        launcher = shlex.split(cfg.launch)[:1]
+    except ValueError as e:  # an open quote
+        raise UserError(f"--launch={cfg.launch}: {e}") from None
+    if launcher and not shutil.which(launcher[0]):
+        raise UserError(f"--launch: there is no program {launcher[0]!r} here: check its name")
     if cfg.archive and not cfg.archive.endswith(".tar.xz"):
         raise UserError(f"--archive={cfg.archive} must end in .tar.xz")
     parse_spec(cfg.baseline)
