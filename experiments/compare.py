@@ -504,7 +504,8 @@ def fit(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, int]:
     exists = np.isfinite(table)
     residuals, contrasts, df = design(exists.tobytes(), len(table))
     losses = table[exists] - table[exists][:1]  # centred: sums lose no digits
-    return contrasts @ losses, np.linalg.norm(contrasts, axis=1), losses @ residuals @ losses, df
+    squares = ((residuals @ losses) ** 2).sum()
+    return contrasts @ losses, np.linalg.norm(contrasts, axis=1), float(squares), df
 
 
 def rows_of_own_noise(table: np.ndarray) -> list[int]:
@@ -567,7 +568,7 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
     odd = {different[i] for i in rows_of_own_noise(table[different])} - {0}
     pooled = [i for i in different if i not in odd]
     differences, errors, squares, df = fit(table[pooled])
-    std = math.sqrt(max(squares, 0) / df + ROUNDING**2) if df else None
+    std = math.sqrt(squares / df + ROUNDING**2) if df else None
     draws = smallest_p(np.isfinite(table[pooled]).tobytes(), len(pooled), len(odd))
     results = []
     for i, d in enumerate(pairs):
@@ -576,9 +577,11 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
         error, freedom = None, df
         if equal[i]:
             result |= {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "edge": 2.0}
-        elif i in odd and len(d) > 1:
-            result |= {"difference": float(d.mean()), "own_noise": float(d.std(ddof=1) / math.sqrt(2))}
-            error, freedom = d.std(ddof=1) / math.sqrt(len(d)), len(d) - 1
+        elif i in odd and len(d):
+            result["difference"] = float(d.mean())
+            if len(d) > 1:
+                error, freedom = float(d.std(ddof=1)) / math.sqrt(len(d)), len(d) - 1
+                result["own_noise"] = error * math.sqrt(len(d) / 2)  # of one run
         elif i in pooled and i and np.isfinite(differences[pooled.index(i)]):
             result["difference"] = float(differences[pooled.index(i)])
             error = std and std * errors[pooled.index(i)]
