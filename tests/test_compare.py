@@ -162,7 +162,7 @@ def test_a_launcher_precision_prices_and_runs_that_diverge(tmp_path):
     command = ["c.py", "--ffn=geglu", "--name=a b", "--launch=sh launch.sh", "--jobs=2", "--seeds=2"]
     out = works(tmp_path, *command, "--precision=1e-6")
     assert len((tmp_path / "launched").read_text().splitlines()) == 8  # 2 rows, 2 horizons, 2 seeds
-    assert "half-widths up to" in out
+    assert "2 seeds: half-widths up to" in out
     assert "timing steps of geglu" in out
     record = json.loads((tmp_path / "out" / "a b" / "compare.json").read_text())
     assert [h["tokens"] for h in record["exchange"]["horizons"]] == [384, 512, 768]
@@ -213,7 +213,7 @@ def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path):
         (["c.py", "--ffn=geglu", "--launch=srun '"], ("--launch",)),
         (["c.py", "--ffn=geglu", "--archive=x.zip"], ("--archive=x.zip", ".tar.xz")),
         (["--report", "nowhere"], ("no finished run",)),
-        (["--report"], ("no folder",)),
+        (["--report"], ("--report has no folder",)),
         (["--report", "nowhere", "--seeds=2"], ("--seeds",)),
         (["c.py", "--report", "nowhere"], ("--max_iters",)),
     ]:
@@ -433,11 +433,13 @@ def test_many_rows_agree_with_scipy(compare):
     assert [row["p"] for row in found[1:]] == pytest.approx(expected.pvalue, abs=0.02)
     assert [row["low"] for row in found[1:]] == pytest.approx(interval.low, abs=0.03)
 
+    import block_analysis
+
     mask = np.ones((5, 4), bool)
     mask[3, 2:] = mask[1, 0] = False
-    _, contrasts, df = compare.design(mask.tobytes(), 5)
+    _, contrasts, df = block_analysis.design(mask.tobytes(), 5)
     unit = contrasts[1:] / np.linalg.norm(contrasts[1:], axis=1, keepdims=True)
-    least = compare.smallest_p(mask.tobytes(), 5)[compare.DRAWS // 20]
+    least = block_analysis.smallest_p(mask.tobytes(), 5)[block_analysis.DRAWS // 20]
     edge = np.full(4, stats.t.isf(least / 2, df))
     law = stats.multivariate_t(np.zeros(4), unit @ unit.T, df, seed=0)
     assert law.cdf(edge, lower_limit=-edge, maxpts=200_000) == pytest.approx(0.95, abs=0.003)
@@ -737,7 +739,8 @@ def test_costs_papers_and_words(tmp_path):
 @pytest.mark.parametrize(
     "flag, value",
     [("max_iters", 8), ("block_size", 16), ("ffn_hidden", 128), ("min_lr", 1e-5), ("n_layer", 3),
-     ("beta2", 0.9), ("data_dir", "other"), ("learning_rate", 1e-3), ("optimizer", "muon"), ("dtype", "bfloat16")],
+     ("beta2", 0.9),
+     ("data_dir", "other"), ("learning_rate", 1e-3), ("optimizer", "muon"), ("dtype", "bfloat16")],
 )  # fmt: skip
 def test_report_refuses_runs_that_differ_in_more_than_the_ffn(tmp_path, flag, value):
     """The flag is named, and no table is written."""
