@@ -13,12 +13,17 @@ import functools
 import math
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 FEWEST_SEEDS = 3  # fewer have no verdict
 DRAWS = 200_000
+SHARES = np.linspace(0, 1, DRAWS + 1)  # of sorted draws up to each
 ODD_NOISE = 0.01  # p of the F-test below which a row is judged by its own noise
 ROUNDING = 1e-9  # nats: smaller deviations are none
+
+
+def two_sided_p(t: float | np.ndarray, df: int) -> float | np.ndarray:
+    return 2 * special.stdtr(df, -np.abs(t))
 
 
 @functools.lru_cache(maxsize=2000)
@@ -61,7 +66,7 @@ def rows_of_own_noise(table: np.ndarray) -> list[int]:
             if min(rest_df, df - rest_df) > 0:
                 own = (squares - rest) / (df - rest_df) + ROUNDING**2
                 ratio = own / (rest / rest_df + ROUNDING**2)
-                below = stats.f.cdf(ratio, df - rest_df, rest_df)
+                below = special.fdtr(df - rest_df, rest_df, ratio)
                 found.append((2 * min(below, 1 - below), row))
         p, row = min(found)
         if p >= ODD_NOISE:
@@ -79,14 +84,14 @@ def smallest_p(mask: bytes, rows: int, own: int = 0) -> np.ndarray:
     _, contrasts, df = design(mask, rows)
     tested = contrasts[1:][np.isfinite(contrasts[1:]).all(1)] if df > 0 else contrasts[:0]
     if len(tested) + own < 2:
-        return np.linspace(0, 1, DRAWS + 1)
+        return SHARES
     rng = np.random.RandomState(0)  # its stream is frozen, the newer Generator's is not
     smallest = rng.random_sample((DRAWS, own)).min(1, initial=1)
     if len(tested):
         unit = tested / np.linalg.norm(tested, axis=1, keepdims=True)
         largest = np.abs(rng.multivariate_normal(np.zeros(len(unit)), unit @ unit.T, DRAWS)).max(1)
         t = largest / np.sqrt(rng.chisquare(df, DRAWS) / df)
-        smallest = np.minimum(smallest, 2 * stats.t.sf(t, df))
+        smallest = np.minimum(smallest, two_sided_p(t, df))
     return np.concatenate([[0], np.sort(smallest)])
 
 
@@ -122,11 +127,11 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
             error = std and std * errors[pooled.index(i)]
         if error:
             # A row is tested at the level at which all rows together err in 5% of comparisons.
-            edge = result["edge"] = float(stats.t.isf(draws[DRAWS // 20] / 2, freedom))
+            edge = result["edge"] = -float(special.stdtrit(freedom, draws[DRAWS // 20] / 2))
             result["low"] = float(result["difference"] - edge * error)
             result["high"] = float(result["difference"] + edge * error)
-            p = 2 * stats.t.sf(abs(result["difference"]) / error, freedom)
-            result["p"] = float(np.interp(p, draws, np.linspace(0, 1, DRAWS + 1)))
+            p = two_sided_p(result["difference"] / error, freedom)
+            result["p"] = float(np.interp(p, draws, SHARES))
     return results, {"std": std, "df": df}
 
 
@@ -148,8 +153,8 @@ def expected_precision(rows: int, seeds: int, noise: float) -> tuple[float, floa
     then shows to be one with a probability of 0.8."""
     mask = np.ones((rows, seeds), bool).tobytes()
     df, error = design(mask, rows)[2], noise * math.sqrt(2 / seeds)
-    edge = stats.t.isf(smallest_p(mask, rows)[DRAWS // 20] / 2, df)
-    return edge * error, (edge + stats.t.isf(0.2, df)) * error
+    edge = -special.stdtrit(df, smallest_p(mask, rows)[DRAWS // 20] / 2)
+    return edge * error, (edge + special.stdtrit(df, 0.8)) * error
 
 
 def verdict(row: dict, baseline_runs: int, too_early: str) -> str:
@@ -172,19 +177,19 @@ def verdict(row: dict, baseline_runs: int, too_early: str) -> str:
     return "better" if row["difference"] < 0 else "worse"
 
 
-def exchange_rate(tokens: list[int], seeds: list, losses: list[float]) -> dict | None:
-    """The baseline's loss as a line in log(tokens) with a level for each seed, by least squares over its
-    runs of all lengths: slope, its standard error, and each length's loss and distance to the line.
-    None where the runs do not tell a slope."""
-    levels = sorted(set(seeds))
-    x = np.array([[*(seed == level for level in levels), math.log(n)] for seed, n in zip(seeds, tokens)])
-    y, df = np.array(losses), len(losses) - len(levels) - 1
+def exchange_rate(runs: list[tuple[int, object, float]]) -> dict | None:
+    """The baseline's loss as a line in log(tokens) with a level for each seed, by least squares over
+    runs (tokens, seed, loss) of all lengths: the slope, its standard error, and each length's loss and
+    distance to the line. None where the runs do not tell a slope."""
+    levels, tokens = sorted({seed for _, seed, _ in runs}), np.array([n for n, _, _ in runs])
+    x = np.array([[*(seed == level for level in levels), math.log(n)] for n, seed, _ in runs])
+    y, df = np.array([loss for _, _, loss in runs]), len(runs) - len(levels) - 1
     if df < 1 or np.linalg.matrix_rank(x) < len(levels) + 1:
         return None
     line = np.linalg.lstsq(x, y, rcond=None)[0]
     off = y - x @ line
     variance = off @ off / df * np.linalg.inv(x.T @ x)[-1, -1]
-    lengths = [(n, np.array(tokens) == n) for n in sorted(set(tokens))]
+    lengths = [(int(n), tokens == n) for n in sorted(set(tokens))]
     horizons = [{"tokens": n, "n": int(here.sum()), "val_loss": float(y[here].mean()),
                  "off_line": float(off[here].mean())} for n, here in lengths]  # fmt: skip
     return {"slope": float(line[-1]), "std_error": math.sqrt(variance), "horizons": horizons}

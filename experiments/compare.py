@@ -29,7 +29,6 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -48,19 +47,8 @@ from model import GPT, ffn_cost, parse_spec, sketch
 from prepare_fineweb import cores
 
 try:
-    import matplotlib
-    from block_analysis import (
-        FEWEST_SEEDS,
-        ODD_NOISE,
-        analyse,
-        exchange_rate,
-        expected_precision,
-        precise,  # fmt: skip
-        price,
-        verdict,
-        widest,
-    )
-    from matplotlib.figure import Figure
+    import block_analysis as blocks
+    from compare_plot import DIFFERENCE, TIME, TOKENS, plot
 except ImportError as e:
     sys.exit(f"error: {e.name} is missing: pip install -r requirements-dev.txt")
 
@@ -103,10 +91,8 @@ NEUTRAL = set(
     "sample_tokens prompt temperature top_k".split()
 )
 VARIED = {"ffn", "ffn_match", "seed", "data_seed", "learning_rate", "min_lr"}
-SCHEDULE = ("max_iters", "lr_decay_iters", "warmup_iters")
+ROUNDS = 15  # timed steps of each FFN
 HORIZONS = (0.7, 1.4)  # the baseline's further runs have this many times the steps
-LEAST_PRECISION = 1e-6  # in nats: rounding in float32 alone changes a loss by this much
-NOT_FINITE = r"error: .*not finite"  # in what train.py prints when it ends for that reason
 
 
 @functools.cache
@@ -128,14 +114,15 @@ class Run:
         self.seeds = flags["seed"], flags["data_seed"]
         self.row = identity(flags["ffn"]), train.model_config(flags).hidden  # of the table
         self.match = "hidden" if self.row[1] == flags["ffn_hidden"] else flags["ffn_match"]
-        self.label = label(flags["ffn"], self.match)
+        self.label = flags["ffn"] + ("" if self.match == "hidden" else f" ({self.match})")
         self.tokens = flags["max_iters"] * flags["batch_size"] * flags["block_size"]
         self.factor = 1  # its steps over the comparison's: one of HORIZONS, or 1
         self.val = [row for row in rows if math.isfinite(row.get("val_loss", math.nan))]
         self.done = bool(self.val) and self.val[-1]["step"] == flags["max_iters"]
         self.loss = self.val[-1]["val_loss"] if self.done else math.nan  # never an earlier, better one
         lost = bool(rows) and not math.isfinite(rows[-1].get("val_loss", 0))
-        self.diverged = not self.done and (lost or bool(re.search(NOT_FINITE, printed(folder))))
+        said = re.search("error: .*not finite", printed(folder))
+        self.diverged = not self.done and (lost or bool(said))
         self.ended = self.done or self.diverged
 
     def too_early(self) -> str:
@@ -145,10 +132,6 @@ class Run:
             return "ended in warm-up"
         high = rates and rates[-1] > self.flags["learning_rate"] / 2
         return "learning rate not down" if high else ""
-
-
-def label(ffn: str, match: str) -> str:
-    return ffn + ("" if match == "hidden" else f" ({match})")
 
 
 def printed(folder: str) -> str:
@@ -189,8 +172,7 @@ def read_times(folder: str) -> dict[str, dict]:
 def find_runs(places: list[str]) -> tuple[list[Run], dict]:
     """The runs in folders (a run's own, or one that holds runs' folders) and archives, and the step
     times that were measured for them."""
-    runs: dict[str, Run] = {}
-    times: dict[str, dict] = {}
+    runs, times = {}, {}
     for place in places:
         with tempfile.TemporaryDirectory() as unpacked:
             folder = place
@@ -236,7 +218,8 @@ def differing(a: dict, b: dict) -> str | None:
 
 def stretched(flags: dict, factor: float) -> dict:
     """The flags of the schedule at another number of steps."""
-    return {name: round(factor * flags[name]) for name in SCHEDULE}
+    names = ("max_iters", "lr_decay_iters", "warmup_iters")
+    return {name: round(factor * flags[name]) for name in names}
 
 
 def plan(cfg: Config, base: train.Config) -> list[Run]:
@@ -254,8 +237,7 @@ def plan(cfg: Config, base: train.Config) -> list[Run]:
     matches = ["hidden", "params"] if cfg.ffn_match == "both" else [cfg.ffn_match]
     sweep = [parse_value("--lr_sweep", text, float) for text in cfg.lr_sweep.split(",") if text]
     if sweep and min(base.learning_rate, *sweep) <= 0:  # min_lr is scaled by their ratio
-        rates = f"--lr_sweep={cfg.lr_sweep} and --learning_rate={base.learning_rate}"
-        raise UserError(f"{rates}: all must be above 0")
+        raise UserError("--lr_sweep and --learning_rate: all rates must be above 0")
     runs: dict[tuple, Run] = {}
     for seed, rate, spec in itertools.product(range(cfg.seeds), sweep or [base.learning_rate], specs):
         flags = asdict(base) | {"ffn": spec, "seed": seed, "data_seed": seed, "init_from": "auto"}
@@ -294,7 +276,7 @@ def print_plan(runs: list[Run], cfg: Config) -> None:
     print(f"If a run's loss has a noise of {cfg.noise:g} nats (--noise), beside row and seed:")
     print("\nseeds  half-width of all 95% intervals  a difference found 4 times in 5")
     for n in sorted({3, 5, 8, 12, 20, cfg.seeds} - {1, 2}) if rows > 1 else ():
-        width, found = expected_precision(rows, n, cfg.noise)
+        width, found = blocks.expected_precision(rows, n, cfg.noise)
         print(f"{n:5}  {width:32.4f}  {found:31.4f}")
 
 
@@ -333,16 +315,14 @@ def start(p: Run, cfg: Config, slot: int) -> subprocess.Popen:
             return subprocess.Popen(command, stdout=f, stderr=f, stdin=subprocess.DEVNULL, env=env,
                                     start_new_session=True)  # fmt: skip
     except OSError as e:
-        cure = "make room, or choose another --name"
-        raise UserError(f"cannot write to {p.dir} ({e.strerror}): {cure}") from None
+        raise UserError(f"cannot write to {p.dir} ({e.strerror}): choose another --name") from None
 
 
 def why_failed(folder: str, code: int) -> str:
-    """One line on a run that ended before its last step."""
+    """One line on a run that ended too early: its error, below which torchrun prints a page."""
     lines = [line.strip() for line in printed(folder).splitlines() if line.strip()]
-    errors = [line for line in lines if "error: " in line]  # torchrun prints a page after it
-    end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
-    return end if code < 0 else (errors or lines or [end])[-1]
+    lines = [line for line in lines if "error: " in line] or lines or [f"exit {code}"]
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else lines[-1]
 
 
 def to_do(runs: list[Run], cfg: Config) -> list[Run]:
@@ -351,8 +331,8 @@ def to_do(runs: list[Run], cfg: Config) -> list[Run]:
     for p in runs:
         old, code = read_run(p.dir), train.ffn_code(p.flags["ffn"])
         if old and (name := differing(p.flags, old.flags)):
-            was, wanted = old.flags[name], p.flags[name]
-            raise UserError(f"{p.dir} was made with --{name}={was}, not {wanted}: {cure}")
+            made = f"{p.dir} was made with --{name}={old.flags[name]}"
+            raise UserError(f"{made}, not {p.flags[name]}: {cure}")
         if old and (old.made.get("ffn_code") or code) != code:
             raise UserError(f"the class of {p.flags['ffn']} has changed since {p.dir} was made: {cure}")
         if not (old and old.ended):
@@ -385,12 +365,10 @@ def run_all(runs: list[Run], cfg: Config) -> int:
                 del running[slot]
                 ended += 1
                 now = read_run(p.dir)
-                if now and now.done:
-                    text = f"{now.loss:.4f}"
-                else:
-                    diverged = bool(now) and now.diverged
-                    failed += not diverged
-                    text = ("DIVERGED: " if diverged else "FAILED: ") + why_failed(p.dir, code)
+                text = f"{now.loss:.4f}" if now and now.done else why_failed(p.dir, code)
+                if not (now and now.done):
+                    text = ("DIVERGED: " if now and now.diverged else "FAILED: ") + text
+                failed += not (now and now.ended)
                 left = (time.monotonic() - began) / ended * (total - ended) / 60
                 print(f"[{ended}/{total}] {p.dir}: {text} | {left:,.0f} minutes left", flush=True)
     except KeyboardInterrupt:
@@ -412,18 +390,56 @@ def run_all(runs: list[Run], cfg: Config) -> int:
 def run_to_precision(runs: list[Run], cfg: Config) -> tuple[list[Run], int]:
     """Run all; with --precision seed after seed, all rows of each, until it is reached. Returns the runs
     up to that seed, and how many failed."""
-    for seeds in range(min(FEWEST_SEEDS, cfg.seeds) if cfg.precision else cfg.seeds, cfg.seeds + 1):
+    fewest = min(blocks.FEWEST_SEEDS, cfg.seeds) if cfg.precision else cfg.seeds
+    for seeds in range(fewest, cfg.seeds + 1):
         chosen = [p for p in runs if p.seeds[0] < seeds]
         failed = run_all(chosen, cfg)
-        found = [r for r in map(read_run, (p.dir for p in chosen)) if r]
-        if failed or not found or not cfg.precision:
+        found = [r for r in map(read_run, (p.dir for p in chosen)) if r and r.ended]
+        if failed or not cfg.precision:
             break
         check_alike(found, cfg.baseline)
         results, noise = judge(group_runs(found, cfg.baseline))
-        print(f"{seeds} seeds: half-widths up to {widest(results):.4g}", flush=True)
-        if precise(results, noise, cfg.precision):
+        print(f"{seeds} seeds: half-widths up to {blocks.widest(results):.4g}", flush=True)
+        if blocks.precise(results, noise, cfg.precision):
             break
     return chosen, failed
+
+
+def step_of(r: Run, device: torch.device):
+    """A call that makes one whole training step of a run's model, on random tokens."""
+    flags = train.Config(**r.flags)
+    model = GPT(train.model_config(r.flags, vocab_size=r.made["vocab_size"])).to(device)
+    if device.type == "cpu":
+        train.set_up_cpu()
+    torch._dynamo.config.recompile_limit = 1000  # all models share their code
+    bf16 = flags.dtype == "bfloat16" or (flags.dtype == "auto" and device.type == "cuda")
+    return bench.make_step(model, flags, device, torch.bfloat16 if bf16 else torch.float32)[0]
+
+
+def timed_as(r: Run, base: Run) -> str:
+    """The key of a row's step time: these two classes at these widths."""
+    return " / ".join(f"{x.row[0]} {x.row[1]} {x.made.get('ffn_code', '')}" for x in (r, base))
+
+
+def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> None:
+    """Time whole training steps of each row in turn with the baseline's, two models at a time. What is
+    new goes into times and into step_times.json in folder."""
+    base = groups[0][0]
+    for r in (group[0] for group in groups[1:]):
+        if (key := timed_as(r, base)) in times:
+            continue
+        print(f"timing steps of {r.label}", flush=True)
+        try:
+            device = torch.device(base.made["device"].split()[0])
+            calls = {"own": step_of(r, device), "base": step_of(base, device)}
+            own, theirs = bench.measure(calls, ROUNDS, device).values()
+        except (UserError, RuntimeError, AssertionError) as e:  # no memory, no such device here
+            print(f"no step time of {r.label}: {' '.join(str(e).split())[:200]}")
+            continue
+        logs = [math.log(a / b) for a, b in zip(own, theirs)]
+        error = 1.25 * stdev(logs) / math.sqrt(ROUNDS)  # of a median
+        times[key] = {"ratio": bench.ratio(own, theirs), "std_error": error}
+        Path(folder, "step_times.json").write_text(json.dumps(times, indent=1))
 
 
 # ---- what may be compared ---------------------------------------------------------------------
@@ -431,6 +447,7 @@ def run_to_precision(runs: list[Run], cfg: Config) -> tuple[list[Run], int]:
 
 def check_alike(runs: list[Run], baseline: str) -> None:
     """Refuse finished runs whose difference would not be the FFN's. Finds each run's factor."""
+
     def common(r: Run) -> dict:
         rate, least = r.flags["learning_rate"], r.flags["min_lr"]
         found = {name: value for name, value in r.flags.items() if name not in VARIED}
@@ -448,12 +465,11 @@ def check_alike(runs: list[Run], baseline: str) -> None:
             r.factor = lengths.get(r.flags["max_iters"], 1)
         expected, here = common(first) | stretched(first.flags, r.factor), common(r)
         if name := differing(expected, here):
-            values = f"{expected[name]} and {here[name]}"
-            raise UserError(f"{first.dir} and {r.dir} differ in --{name} ({values}): {cure}")
-        key = (*r.row, r.flags["learning_rate"], r.seeds, r.factor)
-        if key in seen:
-            raise UserError(f"{seen[key]} and {r.dir} are the same run twice: leave one out")
-        seen[key] = r.dir
+            differ = f"{first.dir} and {r.dir} differ in --{name}"
+            raise UserError(f"{differ} ({expected[name]} and {here[name]}): {cure}")
+        twin = seen.setdefault((*r.row, r.flags["learning_rate"], r.seeds, r.factor), r)
+        if twin is not r:
+            raise UserError(f"{twin.dir} and {r.dir} are the same run twice: leave one out")
         if code := r.made.get("ffn_code"):
             other = codes.setdefault(r.row[0], r)
             if code != other.made["ffn_code"]:
@@ -491,59 +507,10 @@ def judge(groups: list[list[Run]]) -> tuple[list[dict], dict]:
     for i, group in enumerate(groups):
         for r in group:
             table[i, seeds.index(r.seeds)] = r.loss
-    return analyse(table)
-
-
-# ---- the price of a difference, in tokens and in time -----------------------------------------
-
-ROUNDS = 15  # timed steps of each
-
-
-def step_of(r: Run, device: torch.device):
-    """A call that makes one whole training step of a run's model, on random tokens."""
-    flags = train.Config(**r.flags)
-    model = GPT(train.model_config(r.flags, vocab_size=r.made["vocab_size"])).to(device)
-    if device.type == "cpu":
-        train.set_up_cpu()
-    torch._dynamo.config.recompile_limit = 1000  # all models share their code
-    bf16 = flags.dtype == "bfloat16" or (flags.dtype == "auto" and device.type == "cuda")
-    return bench.make_step(model, flags, device, torch.bfloat16 if bf16 else torch.float32)[0]
-
-
-def timed_as(r: Run, base: Run) -> str:
-    """The key of a row's step time: these two classes at these widths."""
-    return " / ".join(f"{x.row[0]} {x.row[1]} {x.made.get('ffn_code', '')}" for x in (r, base))
-
-
-def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> None:
-    """Time whole training steps of each row in turn with the baseline's. What is new goes into times
-    and into step_times.json in folder."""
-    base = groups[0][0]
-    new = {timed_as(group[0], base): group[0] for group in groups[1:]}
-    new = {key: r for key, r in new.items() if key not in times}
-    kind = str(base.made.get("device")).partition(" ")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        print(f"no step times: the runs were made on {base.made.get('device')}, which is not here")
-        return
-    device = torch.device(kind)
-    theirs = step_of(base, device) if new else None
-    for key, r in new.items():
-        print(f"timing steps of {r.label}", flush=True)
-        try:
-            found = bench.measure({"own": step_of(r, device), "base": theirs}, ROUNDS, device)
-        except (UserError, RuntimeError) as e:  # of memory, say: the runs are worth a table without
-            print(f"no step time of {r.label}: {' '.join(str(e).split())[:200]}")
-            continue
-        logs = [math.log(a / b) for a, b in zip(found["own"], found["base"])]
-        times[key] = {"ratio": bench.ratio(found["own"], found["base"]),
-                      "std_error": 1.25 * stdev(logs) / math.sqrt(ROUNDS)}  # of a median  # fmt: skip
-        Path(folder, "step_times.json").write_text(json.dumps(times, indent=1))
+    return blocks.analyse(table)
 
 
 # ---- the table --------------------------------------------------------------------------------
-
-DIFFERENCE = ("difference", "low", "high")
-TOKENS, TIME = ([f"{what}_{end}" for end in ("ratio", "low", "high")] for what in ("tokens", "time"))
 
 
 def summarize(runs: list[Run], times: dict[str, dict], baseline: str) -> dict:
@@ -551,7 +518,7 @@ def summarize(runs: list[Run], times: dict[str, dict], baseline: str) -> dict:
     groups = group_runs(runs, baseline)
     results, noise = judge(groups)
     line = [r for r in runs if r.done and groups[0] and r.row == groups[0][0].row]
-    exchange = exchange_rate([r.tokens for r in line], [r.seeds for r in line], [r.loss for r in line])
+    exchange = blocks.exchange_rate([(r.tokens, r.seeds, r.loss) for r in line])
     papers = {identity(spec): text for paper in PAPERS.values() for spec, text in paper.items()}
     rows = []
     for group, result in zip(groups, results):
@@ -565,17 +532,17 @@ def summarize(runs: list[Run], times: dict[str, dict], baseline: str) -> dict:
         cost = {k: v * config.n_layer for k, v in ffn_cost(model.model.layers[0].mlp).items()}
         active = [r.val[-1]["active"] for r in done if "active" in r.val[-1]]
         step = times.get(timed_as(first, groups[0][0])) if groups[0] and not is_base else None
-        row = {"ffn": first.flags["ffn"], "match": first.match, "hidden": first.row[1],
-               "learning_rate": first.flags["learning_rate"], "baseline": is_base}  # fmt: skip
+        row = {"ffn": first.flags["ffn"], "match": first.match, "hidden": first.row[1]}
+        row |= {"label": first.label, "learning_rate": first.flags["learning_rate"], "baseline": is_base}
         row |= {"params": cost["params"], "total_params": model.param_counts()["total"]}
         row |= {"flops": cost["flops"], "ideal_flops": cost["active_flops"]}
-        row |= {"active": mean(active) if active else None, "n": len(done)}
-        row |= {"diverged": len(group) - len(done)}
+        row |= {"n": len(done), "diverged": len(group) - len(done)}
+        row |= {"active": mean(active) if active else None}
         row |= {"val_loss": mean(r.loss for r in done) if done else None}
         row |= {"std": stdev(r.loss for r in done) if len(done) > 1 else None, **result}
-        row |= {"step_time_ratio": step and step["ratio"], **price(result, exchange, step)}
+        row |= {"step_time_ratio": step and step["ratio"], **blocks.price(result, exchange, step)}
         row["paper"] = papers.get(first.row[0]) if first.match == "hidden" else None
-        row["verdict"] = verdict(row, sum(r.done for r in groups[0]), first.too_early())
+        row["verdict"] = blocks.verdict(row, sum(r.done for r in groups[0]), first.too_early())
         judged = row["verdict"] in ("better", "worse", "no difference shown", "identical")
         row["wins"] = judged and (row["time_high"] or 1) < 1
         row["runs"] = [{"dir": r.dir, "seed": r.flags["seed"], "data_seed": r.flags["data_seed"],
@@ -592,9 +559,9 @@ def big(x: float, of: float | None = None) -> str:
     return text + (f" ({x / of:.2f}x)" if of else "")
 
 
-def shown(row: dict, keys: Sequence[str], spec: str) -> str:
+def shown(row: dict, keys: tuple[str, str, str], spec: str) -> str:
     """A value and its interval, as far as they are known."""
-    value, low, high = ("" if row[key] is None else format(row[key], spec) for key in keys)
+    value, low, high = ("" if row[k] is None else format(round(row[k], 4) + 0.0, spec) for k in keys)
     return value + (f" [{low}, {high}]" if low else "")
 
 
@@ -607,7 +574,7 @@ def markdown(record: dict) -> str:
         loss = "" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
         lines.append({
             "FFN": f"`{row['ffn']}`",
-            "width": label(str(row["hidden"]), row["match"]),
+            "width": str(row["hidden"]) + row["label"].removeprefix(row["ffn"]),
             "learning rate": f"{row['learning_rate']:g}" if swept else "",
             "FFN parameters": big(row["params"], base.get("params")),
             "all": big(row["total_params"]),
@@ -636,15 +603,15 @@ def markdown(record: dict) -> str:
 def notes_on(record: dict, runs: list[Run]) -> list[str]:
     """What a reader must know to read the table."""
     rows, noise, exchange = record["rows"], record["noise"], record["exchange"]
-    first = next(r for r in runs if r.factor == 1)
+    first = next(r for r in runs if r.ended and r.factor == 1)
     flags, made, data = first.flags, first.made, first.made.get("data", {})
     defaults = asdict(train.Config(lr_decay_iters=flags["max_iters"]))
-    rates = sorted({r.flags["learning_rate"] for r in runs})
+    rates = sorted({r.flags["learning_rate"] for r in runs if r.ended})
     hidden = NEUTRAL | VARIED - ({"learning_rate", "min_lr"} if len(rates) == 1 else set())
     given = [f"--{k}={flags[k]}" for k in flags if k not in hidden and flags[k] != defaults[k]]
     about = [data.get("dir", flags["data_dir"]), data.get("encoding", made.get("encoding"))]
     about += [data.get("source"), *(f"{data[k]:,} {k}" for k in data if k.endswith("_tokens"))]
-    commits = ", ".join(sorted({str(r.made.get("git_commit")) for r in runs}))
+    commits = ", ".join(sorted({str(r.made.get("git_commit")) for r in runs if r.ended}))
     notes = [
         f"Each run has {flags['max_iters']} steps of {first.tokens // flags['max_iters']:,} tokens, "
         f"{first.tokens:,} in all. Flags besides the defaults: `{shlex.join(given) or 'none'}`.",
@@ -660,21 +627,15 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
             "intervals hold for all rows together (Dunnett's single step), and p is adjusted alike. "
             '"No difference shown" does not mean that there is none.'
         )
-    notes += [
-        f"The noise of {label(row['ffn'], row['match'])} differs from the others' (F-test, p < "
-        f"{ODD_NOISE}): it is judged by its own, {row['own_noise']:.2g} nats."
-        for row in rows
-        if row["own_noise"] is not None
-    ]
+    for row in rows:
+        if row["own_noise"] is not None:
+            notes.append(f"The noise of {row['label']} differs from the others' (F-test, p < 0.01): "
+                         f"it is judged by its own, {row['own_noise']:.2g} nats.")  # fmt: skip
     if exchange:
-        points = [
-            f"{h['val_loss']:.4f} at {big(h['tokens'])} tokens ({h['off_line']:+.4f} off the line)"
-            for h in exchange["horizons"]
-        ]
-        notes.append(
-            f"Per unit of log(tokens) the baseline's loss changes by {exchange['slope']:.4f} ± "
-            f"{exchange['std_error']:.4f} (standard error): {', '.join(points)}."
-        )
+        points = [f"{h['val_loss']:.4f} at {big(h['tokens'])} tokens ({h['off_line']:+.4f} off the line)"
+                  for h in exchange["horizons"]]  # fmt: skip
+        notes.append(f"Per unit of log(tokens) the baseline's loss changes by {exchange['slope']:.4f} ± "
+                     f"{exchange['std_error']:.4f} (standard error): {', '.join(points)}.")  # fmt: skip
     if any(row["tokens_ratio"] for row in rows):
         notes.append(
             "Tokens to its loss: how many times the baseline's tokens a row needs to reach the "
@@ -683,79 +644,10 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
             "lies below 1."
         )
     if len(rates) > 1:
-        tried = ", ".join(f"{rate:g}" for rate in rates)
-        notes.append(f"Learning rates {tried} were tried for every row, which shows its best.")
+        notes.append(f"The learning rates {rates} were tried for every row, which shows its best.")
+    if left_out := [f"{r.dir} (step {len(r.rows) and r.rows[-1]['step']})" for r in runs if not r.ended]:
+        notes.append(f"Not finished and left out: {', '.join(left_out)}.")
     return [*notes, f"Command: `{record['command']}`"]
-
-
-# ---- the plot ---------------------------------------------------------------------------------
-
-# readable in black and white: each colour has its own marker
-STYLES = [("#000000", "o"), ("#d55e00", "s"), ("#0072b2", "^"), ("#009e73", "D"),
-          ("#cc79a7", "v"), ("#7f6000", "P"), ("#56b4e9", "X"), ("#555555", "*")]  # fmt: skip
-
-
-def plot_losses(ax, rows: list[dict], groups: list[list[Run]]) -> None:
-    """Loss against tokens of the baseline and the best rows: mean and range over the seeds. The first
-    quarter of the runs is left out: it would flatten all the rest."""
-    if len(groups) == len(groups[0]) == 1:
-        batches = [r for r in groups[0][0].rows if math.isfinite(r.get("train_loss", math.nan))]
-        late = [(r["tokens"], r["train_loss"]) for r in batches[len(batches) // 4 :]]
-        ax.plot(*zip(*late), color="#999999", linewidth=0.9, label="training batch")
-    drawn = [i for i, row in enumerate(rows) if row["n"]]
-    best = sorted(drawn[1:], key=lambda i: rows[i]["val_loss"])
-    for (color, marker), i in zip(STYLES, [*drawn[:1], *best]):
-        curves = [{row["tokens"]: row["val_loss"] for row in r.val} for r in groups[i] if r.done]
-        tokens = sorted(set.intersection(*map(set, curves)))
-        tokens = [t for t in tokens if t >= tokens[-1] / 4]
-        losses = np.array([[c[t] for t in tokens] for c in curves])  # (seeds, points)
-        ax.plot(tokens, losses.mean(0), color=color, marker=marker, markersize=4, linewidth=1.3,
-                markevery=len(tokens) // 6 + 1, label=groups[i][0].label)  # fmt: skip
-        ax.fill_between(tokens, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
-    ax.set(xlabel="training tokens", ylabel="nats per token",
-           title="Validation loss after a quarter of the run\n(band: lowest to highest seed)")  # fmt: skip
-    if drawn:
-        ax.legend()
-
-
-def plot_intervals(ax, rows: list[dict], keys: Sequence[str], mark: float, title: str, x: str) -> None:
-    """A line for each row, the smallest value on top: the value and its interval, filled where the
-    difference has a verdict. What is far beyond most of the others is cut at the axis's end."""
-    rows = sorted((row for row in rows if row[keys[0]] is not None), key=lambda row: row[keys[0]])
-    points = np.array([[row[keys[0]] if row[key] is None else row[key] for key in keys] for row in rows])
-    reach = abs(points - mark).max(1)
-    limit = min(1.1 * reach.max(), 3 * median_high(reach)) or 1e-4
-    ax.axvline(mark, color="black", linewidth=0.8)
-    for y, (row, (value, low, high)) in enumerate(zip(rows, points)):
-        fill = "black" if row["verdict"] in ("better", "worse") else "white"
-        ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="ok", markerfacecolor=fill)
-        if abs(value - mark) > limit:
-            right = value > mark
-            ax.plot(mark + (limit if right else -limit), y, ">k" if right else "<k", clip_on=False)
-    ax.set_yticks(range(len(rows)), [label(row["ffn"], row["match"]) for row in rows])
-    ax.set(xlim=(mark - limit, mark + limit), ylim=(len(rows) - 0.4, -0.6), xlabel=x,
-           title=f"{title}\n(95% intervals; filled: better or worse)")  # fmt: skip
-
-
-def plot(record: dict, groups: list[list[Run]], path: str) -> None:
-    """Draw the loss curves, the differences and, where it is known, the time to the baseline's loss."""
-    matplotlib.rcParams.update({"font.size": 8.5, "axes.grid": True, "grid.alpha": 0.3})
-    matplotlib.rcParams["text.parse_math"] = False  # a folder's name may hold $
-    rows, base = record["rows"], record["baseline"]
-    compared = [row for row in rows if row["difference"] is not None]
-    panels = 1 + bool(compared) + any(row["time_ratio"] for row in rows)
-    size = (2 + 4.5 * panels, max(4.4, 1.9 + 0.27 * len(compared)))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    plot_losses(axes[0], rows, [group for group in groups if group])
-    if panels > 1:
-        plot_intervals(axes[1], compared, DIFFERENCE, 0, f"Final loss minus {base}'s",
-                       "nats per token: better < 0 < worse")  # fmt: skip
-    if panels > 2:
-        plot_intervals(axes[2], compared, TIME, 1, f"Time to {base}'s final loss",
-                       f"over {base}'s: faster < 1 < slower")  # fmt: skip
-    figure.suptitle(record["title"])
-    figure.savefig(path, dpi=120)
 
 
 # ---- all of it --------------------------------------------------------------------------------
@@ -771,25 +663,23 @@ def read_command(argv: list[str]) -> tuple[Config, train.Config, list[str]]:
     cfg, given = configure(Config, argv)
     if "report" in given:
         places = places or [cfg.report]
-        if extra := sorted(given - {"report", "out", "archive", "baseline", "name"}):
-            raise UserError(f"--report runs nothing: leave out --{' --'.join(extra)}")
         if not cfg.report:
             raise UserError("--report has no folder: name those of the runs")
+        if extra := sorted(given - {"report", "out", "archive", "baseline", "name"}):
+            raise UserError(f"--report runs nothing: leave out --{' --'.join(extra)}")
     if set_here := {"seed", "data_seed"} & given:
         raise UserError(f"--{min(set_here)} is set by compare.py, run by run: use --seeds=N")
     if cfg.eval_only:
         raise UserError("--eval_only trains nothing: leave it out, or use --report")
-    for name in ("seeds", "jobs", "noise"):
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be above 0")
-    if cfg.precision and cfg.precision < LEAST_PRECISION:
-        raise UserError(f"--precision={cfg.precision:g} is below what rounding allows: try 0.01")
-    try:
-        launcher = shlex.split(cfg.launch)[:1]
-    except ValueError as e:  # an open quote
-        raise UserError(f"--launch={cfg.launch}: {e}") from None
-    if launcher and not shutil.which(launcher[0]):
-        raise UserError(f"--launch: there is no program {launcher[0]!r} here: check its name")
+    # Rounding in float32 alone changes a loss by 1e-6 nats.
+    for name, least in {"seeds": 1, "jobs": 1, "noise": 1e-6, "precision": 1e-6}.items():
+        value = getattr(cfg, name)
+        if value < least and not (name == "precision" and value == 0):
+            raise UserError(f"--{name}={value} must be at least {least}")
+    if cfg.launch.count("'") % 2 or cfg.launch.count('"') % 2:
+        raise UserError(f"--launch={cfg.launch} has an open quote: close it")
+    if cfg.launch and not shutil.which(shlex.split(cfg.launch)[0]):
+        raise UserError(f"--launch={cfg.launch}: there is no such program here: check its name")
     if cfg.archive and not cfg.archive.endswith(".tar.xz"):
         raise UserError(f"--archive={cfg.archive} must end in .tar.xz")
     if any(arg.startswith("--data_dir") for arg in argv) and not any("--prepare" in arg for arg in argv):
@@ -825,11 +715,8 @@ def main() -> None:
         chosen, failed = run_to_precision(chosen, cfg)
         runs, step_times = [r for r in map(read_run, (p.dir for p in chosen)) if r], read_times(folder)
     ended = [r for r in runs if r.ended]
-    for r in runs:
-        if not r.ended:
-            print(f"left out: {r.dir} has not reached step {r.flags['max_iters']}")
     if not ended:
-        raise UserError("no finished run: " + ("see above" if runs or failed else "name their folders"))
+        raise UserError(f"no finished run among {len(runs)}: name folders of runs, or run them first")
     check_alike(runs, cfg.baseline)
     if places and not cfg.out:
         check_overwrite(folder, ended)
@@ -839,20 +726,19 @@ def main() -> None:
     record = {"title": cfg.name or cfg.paper or os.path.basename(os.path.abspath(folder))}
     record |= {"command": shlex.join(["python", "experiments/compare.py", *sys.argv[1:]])}
     record |= summarize(ended, step_times, cfg.baseline)
-    record["notes"] = notes_on(record, ended)
-    record["flags"] = {k: v for k, v in ended[0].flags.items() if k not in NEUTRAL | VARIED}
-    record["made"] = ended[0].made
-    folder = cfg.out or folder
-    path = os.path.join(folder, "compare")
+    record["notes"] = notes_on(record, runs)
+    flags = {k: v for k, v in ended[0].flags.items() if k not in NEUTRAL | VARIED}
+    record |= {"flags": flags, "made": ended[0].made}
+    path = os.path.join(cfg.out or folder, "compare")
     try:
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(cfg.out or folder, exist_ok=True)
         Path(f"{path}.md").write_text(markdown(record), encoding="utf-8")
         Path(f"{path}.json").write_text(json.dumps(record, indent=1, allow_nan=False))
         plot(record, groups, f"{path}.png")
         if cfg.archive:
             write_archive(cfg.archive, ended)
     except OSError as e:
-        where = e.filename or folder
+        where = e.filename or path
         raise UserError(f"cannot write to {where} ({e.strerror}): name another --out") from None
     print(markdown(record))
     print(f"wrote {path}.md, {path}.json, {path}.png {cfg.archive}")
