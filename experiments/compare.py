@@ -189,7 +189,7 @@ def find_runs(places: list[str]) -> tuple[list[Run], dict]:
             here = {os.path.realpath(f): r for f in [folder, *inner] if (r := read_run(f))}
             times |= read_times(os.path.join(folder, os.pardir)) | read_times(folder)
         for r in here.values():
-            r.dir = place + r.dir.removeprefix(folder)
+            r.dir = os.path.normpath(place + r.dir.removeprefix(folder))
         if not here and not os.path.isfile(place):  # a shell's * also names tables and plots
             print(f"left out: {place} holds no run")
         runs |= here

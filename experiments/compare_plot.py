@@ -45,22 +45,24 @@ def plot_losses(ax, rows: list[dict], groups: list[list]) -> None:
 
 
 def plot_intervals(ax, rows: list[dict], keys: Sequence[str], mark: float, title: str, x: str) -> None:
-    """A line for each row, the smallest value on top: the value and its interval, filled where the
-    difference has a verdict. What is far beyond most of the others is cut at the axis's end."""
+    """A line for each row, the smallest value on top: the value and its interval, filled where there is
+    a verdict and the interval does not reach the mark. A value far beyond most of the others is an arrow
+    at the axis's end."""
     rows = sorted((row for row in rows if row[keys[0]] is not None), key=lambda row: row[keys[0]])
     points = np.array([[row[keys[0]] if row[key] is None else row[key] for key in keys] for row in rows])
     reach = abs(points - mark).max(1)
     limit = min(1.1 * reach.max(), 3 * median_high(reach)) or 1e-4
     ax.axvline(mark, color="black", linewidth=0.8)
     for y, (row, (value, low, high)) in enumerate(zip(rows, points)):
-        fill = "black" if row["verdict"] in ("better", "worse") else "white"
+        judged = row["verdict"] in ("better", "worse", "no difference shown")
+        fill = "black" if judged and not low <= mark <= high else "white"
         ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="ok", markerfacecolor=fill)
         if abs(value - mark) > limit:
             right = value > mark
             ax.plot(mark + (limit if right else -limit), y, ">k" if right else "<k", clip_on=False)
     ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
     ax.set(xlim=(mark - limit, mark + limit), ylim=(len(rows) - 0.4, -0.6), xlabel=x,
-           title=f"{title}\n(95% intervals; filled: better or worse)")  # fmt: skip
+           title=f"{title}\n(95% intervals; filled: clear of {mark:g})")  # fmt: skip
 
 
 def plot(record: dict, groups: list[list], path: str) -> None:
