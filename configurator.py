@@ -188,7 +188,7 @@ def read_launcher() -> tuple[int, int, int]:
 
 def usage(cls: type, epilog: str) -> str:
     """The --help text: the module's docstring, then each field with type, default and comment."""
-    source = inspect.getsource(cls)
+    source = "".join(inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c))
     lines = [inspect.getdoc(inspect.getmodule(cls)) or "", "", "flags:"]
     for field in dataclasses.fields(cls):
         found = re.search(rf"^    {field.name}:[^#\n]*#\s*(.*)$", source, re.M)

@@ -743,31 +743,34 @@ def statements(module: str) -> list[tuple[str, ast.stmt]]:
 
 
 @functools.cache
-def match_hidden(spec: str, d: int, hidden: int) -> int:
-    """The multiple of 8 whose FFN parameters come closest to SwiGLU's at `hidden`. Remembered by
-    name: for another class of the same name, cache_clear() it."""
+def match_hidden(spec: str, d: int, hidden: int, by: str = "params") -> int:
+    """Return the width, a multiple of 8, at which the FFN's parameters (by="params") or executed FLOPs
+    (by="flops") come closest to SwiGLU's at `hidden`; among equals, the one nearest to hidden.
+
+    A bisection, then the two neighbours. Widths that the class refuses are skipped. The cost is taken
+    to rise with the width: where it falls in places, the result is near one crossing of SwiGLU's; where
+    it is constant, the result is hidden. The result is remembered by name: cache_clear() after changing
+    a class."""
 
     @functools.cache
-    def off(h: int) -> float:
-        try:
-            ffn = sketch(lambda: make_ffn(spec, d, h))
-        except UserError:  # an h that does not divide as needed, or is too small for its k
-            return math.inf
-        return abs(sum(p.numel() for p in ffn.parameters()) - 3 * d * hidden)
+    def first_from(h: int) -> tuple[float, int]:
+        """The cost of the first width from h on that the class accepts, and that width."""
+        for width in range(h, h + 1024, 8):
+            try:
+                return ffn_cost(sketch(lambda width=width: make_ffn(spec, d, width)))[by], width
+            except UserError:
+                continue
+        return math.inf, h
 
-    def best(widths: range) -> int:
-        return min(widths, key=lambda h: (off(h), abs(h - hidden)))
-
-    # Coarsely, as far as it takes, then between the neighbours of the best that can be built.
-    step, top = max(8, hidden // 64 * 8), 8 * hidden
-    near = best(range(step, top + 1, step))
-    while near > top - step and top < 10**6:
-        top *= 2
-        near = best(range(step, top + 1, step))
-    valid = [h for h in range(step, top + 1, step) if off(h) < math.inf]
-    low = max((h for h in valid if h < near), default=8)
-    high = min((h for h in valid if h > near), default=near + 2 * step)
-    return best(range(low, high + 1, 8))  # where none can be built, GPTConfig.check says why
+    target = ffn_cost(sketch(lambda: make_ffn("swiglu", d, hidden)))[by]
+    low, high = 0, 8
+    while first_from(high)[0] < target and high < 64 * hidden:
+        low, high = high, 2 * high
+    while high - low > 8:
+        middle = (low + high) // 16 * 8
+        low, high = (middle, high) if first_from(middle)[0] < target else (low, middle)
+    near = [first_from(h) for h in (max(low, 8), high, math.ceil(hidden / 8) * 8)]
+    return min(near, key=lambda found: (abs(found[0] - target), abs(found[1] - hidden)))[1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -784,7 +787,7 @@ class GPTConfig:
     n_embd: int = 512
     ffn: str = "swiglu"
     ffn_hidden: int = 2048
-    ffn_match: str = "hidden"  # or params: as wide as makes it as big as SwiGLU at ffn_hidden
+    ffn_match: str = "hidden"  # or the width that matches SwiGLU's params or flops at ffn_hidden
     tie_embeddings: bool = True
     seed: int = 0
     residual: str = "float32"  # or bfloat16: type of the residual stream under autocast to bfloat16
@@ -794,7 +797,7 @@ class GPTConfig:
         """The FFN's actual width, after ffn_match."""
         if self.ffn_match == "hidden":
             return self.ffn_hidden
-        return match_hidden(self.ffn, self.n_embd, self.ffn_hidden)
+        return match_hidden(self.ffn, self.n_embd, self.ffn_hidden, self.ffn_match)
 
     def check(self) -> None:
         """Raise UserError for a shape that cannot be built."""
@@ -807,8 +810,8 @@ class GPTConfig:
             raise UserError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         if self.residual not in ("float32", "bfloat16"):
             raise UserError(f"residual is float32 or bfloat16, not {self.residual!r}")
-        if self.ffn_match not in ("hidden", "params"):
-            raise UserError(f"ffn_match is hidden or params, not {self.ffn_match!r}")
+        if self.ffn_match not in ("hidden", "params", "flops"):
+            raise UserError(f"ffn_match is hidden, params or flops, not {self.ffn_match!r}")
         sketch(lambda: make_ffn(self.ffn, self.n_embd, self.hidden))
 
 

@@ -1525,23 +1525,23 @@ MATCHES += ["sparsegated:gate=False", "dsg:m=none", "sparseglu:p=8", "spark:r=8"
 
 @pytest.mark.parametrize("spec", MATCHES)
 def test_match_hidden_by_brute_force(spec):
-    """A multiple of 8, and no other multiple of 8 comes closer to SwiGLU's parameters."""
-    for d, hidden in ((64, 256), (48, 72), (96, 100)):
+    """A multiple of 8, and no other multiple of 8 comes closer to SwiGLU's parameters or FLOPs."""
+    for by, (d, hidden) in itertools.product(("params", "flops"), ((64, 256), (48, 72), (96, 100))):
         with torch.device("meta"):
-            target = ffn_cost(make_ffn("swiglu", d, hidden))["params"]
+            target = ffn_cost(make_ffn("swiglu", d, hidden))[by]
             widths = range(8, 2 * hidden + 64, 8)
-            params = {h: ffn_cost(make_ffn(spec, d, h))["params"] for h in widths}
-        got = match_hidden(spec, d, hidden)
+            costs = {h: ffn_cost(make_ffn(spec, d, h))[by] for h in widths}
+        got = match_hidden(spec, d, hidden, by)
         assert got % 8 == 0
-        assert abs(params[got] - target) == min(abs(p - target) for p in params.values())
+        assert abs(costs[got] - target) == min(abs(cost - target) for cost in costs.values())
     assert match_hidden("swiglu", 64, 256) == 256
 
 
-def test_a_model_matched_by_parameters():
-    for spec in ("gelu", "asg", "sparseglu"):
-        gpt = GPT(small(ffn=spec, ffn_match="params"))
+def test_a_model_matched_by_parameters_or_flops():
+    for spec, match in itertools.product(("gelu", "asg", "sparseglu"), ("params", "flops")):
+        gpt = GPT(small(ffn=spec, ffn_match=match))
         width = gpt.model.layers[1].mlp.up_proj.weight.size(0)
-        assert width == match_hidden(spec, 32, 64) != 64
+        assert width == match_hidden(spec, 32, 64, match) != 64
         assert GPT(small(ffn=spec)).model.layers[1].mlp.up_proj.weight.size(0) == 64
 
 
@@ -1603,7 +1603,7 @@ def test_the_default_is_the_papers_134m_and_half_the_ffn_its_83m():
         ({"vocab_size": 0}, "vocab_size"),
         ({"ffn": "swiglo"}, "did you mean swiglu"),
         ({"ffn": "multiscale", "ffn_hidden": 63}, "63"),
-        ({"ffn_match": "flops"}, "ffn_match"),
+        ({"ffn_match": "wide"}, "ffn_match"),
     ],
 )
 def test_impossible_shapes_are_refused(changes, says):

@@ -1,0 +1,86 @@
+"""
+The picture of compare.py: loss curves, differences to the baseline with their intervals, and the time to
+the baseline's loss. Rows are those of compare.json; groups hold each row's runs, in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median_high
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+DIFFERENCE = ("difference", "low", "high")
+TOKENS = ("tokens_ratio", "tokens_low", "tokens_high")
+TIME = ("time_ratio", "time_low", "time_high")
+# readable in black and white: each colour has its own marker
+STYLES = [("#000000", "o"), ("#d55e00", "s"), ("#0072b2", "^"), ("#009e73", "D"),
+          ("#cc79a7", "v"), ("#7f6000", "P"), ("#56b4e9", "X"), ("#555555", "*")]  # fmt: skip
+
+
+def plot_losses(ax, rows: list[dict], groups: list[list]) -> None:
+    """Loss against tokens of the baseline and the best rows: mean and range over the seeds. The first
+    quarter of the runs is left out: it would flatten all the rest."""
+    if len(groups) == len(groups[0]) == 1:
+        batches = [r for r in groups[0][0].rows if math.isfinite(r.get("train_loss", math.nan))]
+        late = [(r["tokens"], r["train_loss"]) for r in batches[len(batches) // 4 :]]
+        ax.plot(*zip(*late), color="#999999", linewidth=0.9, label="training batch")
+    drawn = [i for i, row in enumerate(rows) if row["n"]]
+    best = sorted(drawn[1:], key=lambda i: rows[i]["val_loss"])
+    for (color, marker), i in zip(STYLES, [*drawn[:1], *best]):
+        curves = [{row["tokens"]: row["val_loss"] for row in r.val} for r in groups[i] if r.done]
+        tokens = sorted(set.intersection(*map(set, curves)))
+        tokens = [t for t in tokens if t >= tokens[-1] / 4]
+        losses = np.array([[c[t] for t in tokens] for c in curves])  # (seeds, points)
+        ax.plot(tokens, losses.mean(0), color=color, marker=marker, markersize=4, linewidth=1.3,
+                markevery=len(tokens) // 6 + 1, label=rows[i]["label"])  # fmt: skip
+        ax.fill_between(tokens, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
+    ax.set(xlabel="training tokens", ylabel="nats per token",
+           title="Validation loss after a quarter of the run\n(band: all seeds)")  # fmt: skip
+    if drawn:
+        ax.legend()
+
+
+def plot_intervals(ax, rows: list[dict], keys: Sequence[str], mark: float, title: str, x: str) -> None:
+    """A line for each row, the smallest value on top: the value and its interval, filled where there is
+    a verdict and the interval does not reach the mark. A value far beyond most of the others is an arrow
+    at the axis's end."""
+    rows = sorted((row for row in rows if row[keys[0]] is not None), key=lambda row: row[keys[0]])
+    points = np.array([[row[keys[0]] if row[key] is None else row[key] for key in keys] for row in rows])
+    reach = abs(points - mark).max(1)
+    limit = min(1.1 * reach.max(), 3 * median_high(reach)) or 1e-4
+    ax.axvline(mark, color="black", linewidth=0.8)
+    for y, (row, (value, low, high)) in enumerate(zip(rows, points)):
+        judged = row["verdict"] in ("better", "worse", "no difference shown")
+        fill = "black" if judged and not low <= mark <= high else "white"
+        ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="ok", markerfacecolor=fill)
+        if abs(value - mark) > limit:
+            right = value > mark
+            ax.plot(mark + (limit if right else -limit), y, ">k" if right else "<k", clip_on=False)
+    ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    ax.set(xlim=(mark - limit, mark + limit), ylim=(len(rows) - 0.4, -0.6), xlabel=x,
+           title=f"{title}\n(95% intervals; filled: clear of {mark:g})")  # fmt: skip
+
+
+def plot(record: dict, groups: list[list], path: str) -> None:
+    """Draw the loss curves, the differences and, where it is known, the time to the baseline's loss."""
+    matplotlib.rcParams.update({"font.size": 8.5, "axes.grid": True, "grid.alpha": 0.3})
+    matplotlib.rcParams["text.parse_math"] = False  # a folder's name may hold $
+    rows, base = record["rows"], record["baseline"]
+    compared = [row for row in rows if row["difference"] is not None]
+    panels = 1 + bool(compared) + any(row["time_ratio"] for row in rows)
+    size = (2 + 4.5 * panels, max(4.4, 1.9 + 0.27 * len(compared)))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    plot_losses(axes[0], rows, [group for group in groups if group])
+    if panels > 1:
+        plot_intervals(axes[1], compared, DIFFERENCE, 0, f"Final loss minus {base}'s",
+                       "nats per token: better < 0 < worse")  # fmt: skip
+    if panels > 2:
+        plot_intervals(axes[2], compared, TIME, 1, f"Time to {base}'s final loss",
+                       f"over {base}'s: faster < 1 < slower")  # fmt: skip
+    figure.suptitle(record["title"])
+    figure.savefig(path, dpi=120)
