@@ -87,7 +87,6 @@ PAPERS = {
 
 # Flags that cannot change a loss, and flags by which the runs of one comparison may differ.
 NEUTRAL = {flag.name for flag in fields(train.Config) if flag.metadata.get("neutral")}
-)
 VARIED = {"ffn", "ffn_match", "seed", "data_seed", "learning_rate", "min_lr"}
 ROUNDS = 15  # timed steps of each FFN
 HORIZONS = (0.7, 1.4)  # the baseline's further runs have this many times the steps

@@ -133,9 +133,8 @@ def peer_step(
 def our_step(cfg: Config, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, dict, list]:
     """Our model, its step by train.py's own functions and the step's matrix products, its optimizers."""
     bench.set_up(device)
-    flags = bench.same_names(train.Config, cfg, batch_size=cfg.micro_batch_size)
     model = GPT(bench.same_names(GPTConfig, cfg, n_kv_head=cfg.n_head)).to(device)
-    step, optimizers = bench.make_step(model, flags, device, dtype)
+    step, optimizers = bench.make_step(model, bench.same_names(train.Config, cfg), device, dtype)
     matmul, _ = bench.products(model, cfg.micro_batch_size * cfg.block_size, cfg, device, dtype)
     return model, {"ours": step, "matmul": matmul}, optimizers
 
@@ -216,6 +215,7 @@ def main() -> None:
     for name in wanted - {*PEERS, "ours"}:
         raise UserError(f"--systems={cfg.systems}: {suggest(name, [*PEERS, 'ours'])}")
     systems = [system for system in [*PEERS, "ours"] if system in wanted]  # what may be missing is first
+    train.check_flags(bench.same_names(train.Config, cfg, batch_size=cfg.micro_batch_size), world=1)
     device, dtype = bench.pick_device(cfg)
     # Side by side on a CPU, whose speed changes from minute to minute; one after the other on a GPU, so
     # that each has all of the memory.
