@@ -136,7 +136,7 @@ def buffers(name: str, **options) -> dict[str, tuple[int, ...]]:
     if name == "thresholdmoe":
         return {"cut": (o["n"],)}
     if name == "sparseglu" and o["ramp"]:
-        return {"kept": ()}
+        return {"limit": ()}
     if name == "sparsegated" and o["select"] == "adaptive":
         return {"theta": ()}
     return {}
@@ -157,8 +157,9 @@ def draw(name: str, d: int, h: int, seed: int = 0, **options) -> Params:
             value = 0.2 * value + {"s": 0.13, "b": -0.4}[key]
         elif key in ("w", "bias", "cut", "theta"):
             value = 0.2 * value
-        elif key == "kept":
-            value = 0.6
+        elif key == "limit":  # 0.6 of the units: how many, or by which quantile
+            topk = options_of(name, options)["select"] == "topk"
+            value = round(0.6 * h) if topk else NormalDist().inv_cdf(1 - 0.6)
         params[key] = np.asarray(value, dtype=np.float64)
     return params
 
@@ -191,7 +192,7 @@ def ramped(step: int, ramp: int, k: float) -> float:
 
 def selected(p: Params, x: np.ndarray, k: float, r: int, select: str) -> np.ndarray:
     """sparseglu's mask."""
-    scores, k = score(p, x, r), p.get("kept", k)
+    scores, k = score(p, x, r), 0.6 if "limit" in p else k
     if select == "topk":
         return top(scores, k)
     if select == "soft":
