@@ -53,28 +53,17 @@ class GELU(nn.Module):
 
 
 class ReLU2(nn.Module):
-    """down(ReLU(up x)^2). Primer (arXiv 2109.08668)."""
+    """down(ReLU(up x)^2), Primer (arXiv 2109.08668). slope=0.5 squares a leaky ReLU instead, as the
+    modded-nanogpt speedruns do."""
 
-    def __init__(self, d: int, h: int):
+    def __init__(self, d: int, h: int, *, slope: float = 0.0):
         super().__init__()
         self.up_proj = linear(d, h)
         self.down_proj = linear(h, d)
+        self.slope = slope
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.relu(self.up_proj(x)).square())
-
-
-class GEGLU(nn.Module):
-    """down(GELU(gate x) * up x). GLU variants (arXiv 2002.05202)."""
-
-    def __init__(self, d: int, h: int):
-        super().__init__()
-        self.gate_proj = linear(d, h)
-        self.up_proj = linear(d, h)
-        self.down_proj = linear(h, d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.leaky_relu(self.up_proj(x), self.slope).square())
 
 
 class SwiGLU(nn.Module):
@@ -90,14 +79,15 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class IsoGMLP(nn.Module):
-    """down(sigmoid(gate x) * up x). Dynamic GEGLU names it and defines nothing: our reading."""
+class GEGLU(SwiGLU):
+    """down(GELU(gate x) * up x). GLU variants (arXiv 2002.05202)."""
 
-    def __init__(self, d: int, h: int):
-        super().__init__()
-        self.gate_proj = linear(d, h)
-        self.up_proj = linear(d, h)
-        self.down_proj = linear(h, d)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class IsoGMLP(SwiGLU):
+    """down(sigmoid(gate x) * up x). Dynamic GEGLU names it and defines nothing: our reading."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(torch.sigmoid(self.gate_proj(x)) * self.up_proj(x))
@@ -135,7 +125,7 @@ class DualGated(nn.Module):
 # The five systems, and Spark
 
 
-class DSG(nn.Module):
+class DSG(SwiGLU):
     """
     Dynamic Sparse Gating: down(SiLU(gate x * g * m) * up x).
 
@@ -145,17 +135,10 @@ class DSG(nn.Module):
     """
 
     def __init__(
-        self,
-        d: int,
-        h: int,
-        *,
-        g: Literal["neuron", "token"] = "neuron",
-        m: Literal["norm", "none"] = "norm",
-    ):
-        super().__init__()
-        self.gate_proj = linear(d, h)
-        self.up_proj = linear(d, h)
-        self.down_proj = linear(h, d)
+        self, d: int, h: int, *,
+        g: Literal["neuron", "token"] = "neuron", m: Literal["norm", "none"] = "norm",
+    ):  # fmt: skip
+        super().__init__(d, h)
         self.sparse_gate = nn.Linear(d, h if g == "neuron" else 1)
         self.m = m
         if m == "norm":
@@ -170,42 +153,43 @@ class DSG(nn.Module):
         return self.down_proj(F.silu(gate) * self.up_proj(x))
 
 
-class ASG(nn.Module):
+class ASG(SwiGLU):
     """
     Adaptive Sparse Gating: down(SiLU(gate x) * up x + z * (|z| > tau)), z = W_sparse x.
 
-    tau = sigmoid(t) with one t, one per neuron, or a fixed tau. With grad=hard no gradient reaches
-    t, so it is frozen at tau = 0.5 and d alone decides how much passes (at init about 27% at d=512,
-    3% at 128; the paper reports 35%). grad=ste passes one: mask + p - p.detach() with
-    p = sigmoid((|z| - tau) / 0.1). The added pathway is dense in both its products: 4/3 of SwiGLU.
+    tau = sigmoid(t) with one t, one per neuron, or a fixed tau; threshold=input, the paper's future
+    work, takes sigmoid(w x + b). With grad=hard no gradient reaches t, so it is frozen at tau = 0.5 and
+    d alone decides how much passes (at init about 27% at d=512, 3% at 128; the paper reports 35%).
+    grad=ste passes one: mask + p - p.detach() with p = sigmoid((|z| - tau) / 0.1). The added pathway is
+    dense in both its products: 4/3 of SwiGLU.
     """
 
     def __init__(
-        self,
-        d: int,
-        h: int,
-        *,
-        threshold: Literal["global", "neuron", "fixed"] = "global",
-        tau: float = 0.1,  # the threshold, where it is fixed
-        sparse: bool = True,
-        grad: Literal["hard", "ste"] = "hard",
-    ):
-        super().__init__()
-        self.gate_proj = linear(d, h)
-        self.up_proj = linear(d, h)
-        self.down_proj = linear(h, d)
-        self.sparse, self.grad, self.tau = sparse, grad, tau
-        self.t = None
-        if sparse:
-            self.sparse_proj = linear(d, h)
-            if threshold != "fixed":
-                shape = (h,) if threshold == "neuron" else ()
-                self.t = nn.Parameter(torch.zeros(shape), requires_grad=grad == "ste")
+        self, d: int, h: int, *, threshold: Literal["global", "neuron", "fixed", "input"] = "global",
+        tau: float = 0.1, sparse: bool = True, grad: Literal["hard", "ste"] = "hard",
+    ):  # fmt: skip
+        super().__init__(d, h)
+        self.sparse, self.grad, self.threshold, self.tau = sparse, grad, threshold, tau
+        if not sparse:
+            return
+        self.sparse_proj = linear(d, h)
+        if threshold in ("global", "neuron"):
+            shape = (h,) if threshold == "neuron" else ()
+            self.t = nn.Parameter(torch.zeros(shape), requires_grad=grad == "ste")
+        if threshold == "input":
+            if grad == "hard":
+                raise UserError("asg:threshold=input needs grad=ste: no gradient reaches it otherwise")
+            self.w = nn.Parameter(torch.zeros(d))
+            self.b = nn.Parameter(torch.tensor(0.0))
 
-    def mask(self, z: Tensor) -> Tensor:
-        """z: (..., h) -> (..., h), 1 where |z| is over the threshold."""
+    def mask(self, x: Tensor, z: Tensor) -> Tensor:
+        """x: (..., d), z: (..., h) -> (..., h), 1 where |z| is over the threshold."""
         with torch.autocast(z.device.type, enabled=False):
-            over = upcast(z).abs() - (self.tau if self.t is None else torch.sigmoid(self.t))
+            if self.threshold == "input":
+                tau = torch.sigmoid(upcast(x) @ self.w + self.b)[..., None]
+            else:
+                tau = self.tau if self.threshold == "fixed" else torch.sigmoid(self.t)
+            over = upcast(z).abs() - tau
             mask = above_zero(over.detach())
             return mask if self.grad == "hard" else straight_through(mask, torch.sigmoid(over / 0.1))
 
@@ -213,12 +197,12 @@ class ASG(nn.Module):
         hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
         if self.sparse:
             z = self.sparse_proj(x)
-            hidden = hidden + z * self.mask(z)
+            hidden = hidden + z * self.mask(x, z)
         return self.down_proj(hidden)
 
     def active(self, x: Tensor) -> Tensor:
-        """The share of the sparse pathway's units that pass the threshold (0 without one)."""
-        return self.mask(self.sparse_proj(x)).float().mean() if self.sparse else x.new_zeros(())
+        """Return the share of the sparse pathway's units that pass the threshold, 0 without one."""
+        return self.mask(x, self.sparse_proj(x)).float().mean() if self.sparse else x.new_zeros(())
 
 
 class SparseGated(nn.Module):
@@ -228,28 +212,27 @@ class SparseGated(nn.Module):
     Of the keys only the round(k*h) largest are kept. Every key must be computed to know which, so
     even ideally the cost is (1 + 2k)/3 + d/(3h) of SwiGLU's, never the paper's 0.15. The residual
     is x as the FFN gets it, normed. grad=ste: the gradient of the keys passes as if none was cut.
+    select=adaptive, the paper's future work, keeps the keys over one running threshold, as many as a
+    token has; it moves 5% in each training pass towards mean + std * Phi^-1(1 - k) of all its keys.
     """
 
     def __init__(
-        self,
-        d: int,
-        h: int,
-        *,
-        k: float = 0.15,
-        split: bool = True,
-        gate: bool = True,
-        grad: Literal["hard", "ste"] = "hard",
-    ):
+        self, d: int, h: int, *, k: float = 0.15, split: bool = True, gate: bool = True,
+        grad: Literal["hard", "ste"] = "hard", select: Literal["topk", "adaptive"] = "topk",
+    ):  # fmt: skip
         super().__init__()
         self.key_proj = linear(d, h)
         if split:
             self.value_proj = linear(d, h)
         self.down_proj = ColumnLinear(h, d)
         self.k = kept_units("sparsegated", k, h)
-        self.split, self.gate, self.grad = split, gate, grad
+        self.split, self.gate, self.grad, self.select = split, gate, grad, select
         if gate:
             self.res_gate = linear(d, d)
             self.res_norm = nn.LayerNorm(d)
+        if select == "adaptive":
+            self.z = normal_quantile("sparsegated:select=adaptive", k)
+            self.register_buffer("theta", torch.tensor(0.0))
 
     def mix(self, x: Tensor, y: Tensor) -> Tensor:
         if not self.gate:
@@ -257,9 +240,17 @@ class SparseGated(nn.Module):
         g = torch.sigmoid(self.res_norm(self.res_gate(x)))
         return g * y + (1 - g) * x
 
+    def mask(self, key: Tensor) -> Tensor:
+        if self.select == "topk":
+            return top_k_mask(key, self.k)
+        return above_zero(upcast(key.detach()) - self.theta)
+
     def forward(self, x: Tensor) -> Tensor:
         key = F.gelu(self.key_proj(x))
-        kept = key * top_k_mask(key, self.k)
+        kept = key * self.mask(key)
+        if self.select == "adaptive" and self.training:
+            std, mean = torch.std_mean(upcast(key.detach()))
+            self.theta.lerp_(mean + std * self.z, 0.05)
         if self.grad == "ste":
             kept = straight_through(kept.detach(), key)
         return self.mix(x, self.down_proj(kept * self.value_proj(x) if self.split else kept))
@@ -269,36 +260,40 @@ class SparseGated(nn.Module):
 
     def decode_one(self, x: Tensor) -> Tensor:
         key = F.gelu(matvec(self.key_proj.weight, x))
-        units = key.topk(self.k, sorted=False).indices
-        kept = key[units]
+        if self.select == "topk":
+            units = key.topk(self.k, sorted=False).indices
+            kept = key[units]
+        else:
+            units, kept = selected(key * self.mask(key))
         if self.split:
             kept = kept * rows(self.value_proj, units, x)
         return down_rows(self, units, kept)
 
     def active(self, x: Tensor) -> Tensor:
-        return top_k_mask(self.key_proj(x), self.k).float().mean()
+        return self.mask(F.gelu(self.key_proj(x))).float().mean()
 
     def ideal_flops(self) -> int:
         d, h = self.key_proj.in_features, self.key_proj.out_features
         return 2 * (d * h + (1 + self.split) * d * self.k + self.gate * d * d)
 
 
-class DynamicGEGLU(nn.Module):
+class DynamicGEGLU(SwiGLU):
     """
     Dynamic GEGLU: down(alpha * GELU(gate x) * up x), alpha = sigmoid(s * ||LN(x)||_2 + b).
 
     ||LN(x)||_2 is sqrt(d) for every token but for LN's gain and bias, so with affine=False alpha is
-    a constant and this is GEGLU, scaled.
+    a constant and this is GEGLU, scaled. The paper announces, and does not show, what comes of no
+    normalization (norm=none) and of other start values of s and b.
     """
 
-    def __init__(self, d: int, h: int, *, affine: bool = True):
-        super().__init__()
-        self.gate_proj = linear(d, h)
-        self.up_proj = linear(d, h)
-        self.down_proj = linear(h, d)
-        self.norm = nn.LayerNorm(d, elementwise_affine=affine)
-        self.s = nn.Parameter(torch.tensor(0.1))
-        self.b = nn.Parameter(torch.tensor(0.0))
+    def __init__(
+        self, d: int, h: int, *, affine: bool = True, norm: Literal["layer", "none"] = "layer",
+        s: float = 0.1, b: float = 0.0,
+    ):  # fmt: skip
+        super().__init__(d, h)
+        self.norm = nn.LayerNorm(d, elementwise_affine=affine) if norm == "layer" else nn.Identity()
+        self.s = nn.Parameter(torch.tensor(s))
+        self.b = nn.Parameter(torch.tensor(b))
 
     def forward(self, x: Tensor) -> Tensor:
         alpha = norm_gate(x, self.norm, self.s, self.b)
@@ -307,42 +302,64 @@ class DynamicGEGLU(nn.Module):
 
 class SparseGLU(nn.Module):
     """
-    SparseGLU: down(SiLU(gate x) * up x * M), M = 1 on the round(k*h) largest scores of a predictor
-    that sees the first r channels of x (two Linears with biases, p wide between them).
+    SparseGLU: down(SiLU(gate x) * up x * M), M = 1 on the round(k*h) largest scores of a predictor that
+    sees the first r channels of x, with r=0 all (two Linears with biases, p wide between them).
 
     With grad=hard no gradient reaches the predictor, so it is frozen: a random hash of x picks the
-    neurons. grad=ste: M + p - p.detach(), p = sigmoid(score). grad=gate: M * p.
-    select=stat takes the scores over mean + std * Phi^-1(1 - k): about k*h units, no sort.
+    neurons. grad=ste: M + p - p.detach(), p = sigmoid(score). grad=gate: M * p. select=stat takes the
+    scores over theta = mean + std * Phi^-1(1 - k): about k*h units, no sort. The paper's future work:
+    select=soft, M = relu(score - theta); select=sparsemax, M = round(k*h) * sparsemax(score) (arXiv
+    1602.02068); ramp=N, the share kept falls from 1 to k over N steps (arXiv 1710.01878).
     """
 
     def __init__(
-        self,
-        d: int,
-        h: int,
-        *,
-        k: float = 0.25,
-        r: int = 32,
-        p: int = 64,
+        self, d: int, h: int, *, k: float = 0.25, r: int = 32, p: int = 64,
         grad: Literal["hard", "ste", "gate"] = "hard",
-        select: Literal["topk", "stat"] = "topk",
-    ):
+        select: Literal["topk", "stat", "soft", "sparsemax"] = "topk", ramp: int = 0,
+    ):  # fmt: skip
         super().__init__()
-        if not 1 <= r <= d or p < 1:
-            raise UserError(f"sparseglu needs 1 <= r <= d = {d} and p >= 1, not r={r} p={p}")
+        soft = select in ("soft", "sparsemax")
+        if not 0 <= r <= d or p < 1 or ramp < 0:
+            raise UserError(f"sparseglu needs 0 <= r <= {d}, p >= 1, ramp >= 0: r={r} p={p} ramp={ramp}")
+        if soft and (grad != "hard" or ramp):
+            raise UserError(f"sparseglu:select={select} has its own gradient: leave out grad and ramp")
         self.gate_proj = linear(d, h)
         self.up_proj = linear(d, h)
         self.down_proj = ColumnLinear(h, d)
-        self.predictor = nn.Sequential(nn.Linear(r, p), nn.ReLU(), nn.Linear(p, h))
-        self.predictor.requires_grad_(grad != "hard")
-        self.k, self.r, self.grad = kept_units("sparseglu", k, h), r, grad
-        self.z = normal_quantile("sparseglu:select=stat", k) if select == "stat" else None
+        self.predictor = nn.Sequential(nn.Linear(r or d, p), nn.ReLU(), nn.Linear(p, h))
+        self.predictor.requires_grad_(soft or grad != "hard")
+        self.share, self.r, self.grad, self.select, self.ramp = k, r or d, grad, select, ramp
+        self.k = kept_units("sparseglu", k, h)
+        limit = self.k  # how many units are kept, or how many deviations from the mean a score must be
+        if select in ("stat", "soft"):
+            limit = normal_quantile(f"sparseglu:select={select}", k)
+        if ramp:
+            self.register_buffer("limit", torch.tensor(float(limit)))
+        else:
+            self.limit = limit
+
+    def set_progress(self, step: int, max_iters: int) -> None:
+        if self.ramp > max_iters:
+            raise UserError(f"ramp={self.ramp} is longer than the run of {max_iters} steps")
+        if self.ramp:
+            share = 1 - (1 - self.share) * (1 - max(0.0, 1 - step / self.ramp) ** 3)
+            h = self.down_proj.in_features
+            stat = NormalDist().inv_cdf(1 - share) if share < 1 else -math.inf
+            self.limit.fill_(round(share * h) if self.select == "topk" else stat)
 
     def score(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return self.predictor(upcast(x[..., : self.r]))
 
     def mask(self, score: Tensor) -> Tensor:
-        hard = top_k_mask(score, self.k) if self.z is None else over_mean_mask(score, self.z)
+        if self.select == "soft":
+            return F.relu(score - over_mean(score, self.limit))
+        if self.select == "sparsemax":
+            return self.k * sparsemax(score)
+        if self.select == "topk":
+            hard = top_k_mask(score, self.limit)
+        else:
+            hard = above_zero(score.detach() - over_mean(score.detach(), self.limit))
         if self.grad == "hard":
             return hard
         p = torch.sigmoid(score)
@@ -360,13 +377,12 @@ class SparseGLU(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             inner = F.relu(matvec(first.weight, upcast(x[: self.r])) + first.bias)
             score = matvec(second.weight, inner) + second.bias
-        if self.z is None:
-            units, one = score.topk(self.k, sorted=False).indices, 1
+        if self.select == "topk" and not self.ramp:
+            units = score.topk(self.k, sorted=False).indices
+            mask = torch.sigmoid(score[units]) if self.grad == "gate" else 1
         else:
-            units, one = selected(over_mean_mask(score, self.z))
-        hidden = F.silu(rows(self.gate_proj, units, x)) * rows(self.up_proj, units, x) * one
-        if self.grad == "gate":
-            hidden = hidden * torch.sigmoid(score[units])
+            units, mask = selected(self.mask(score))
+        hidden = F.silu(rows(self.gate_proj, units, x)) * rows(self.up_proj, units, x) * mask
         return down_rows(self, units, hidden)
 
     def active(self, x: Tensor) -> Tensor:
@@ -397,8 +413,7 @@ class Spark(nn.Module):
 
     def threshold(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            std, mean = torch.std_mean(upcast(z), dim=-1, keepdim=True)
-            return F.relu(upcast(z) - (mean + std * self.z))
+            return F.relu(upcast(z) - over_mean(upcast(z), self.z))
 
     def forward(self, x: Tensor) -> Tensor:
         gate = F.gelu(self.threshold(self.gate_proj(x[..., : self.r])))
@@ -418,6 +433,133 @@ class Spark(nn.Module):
     def ideal_flops(self) -> int:
         d, h = self.down_proj.out_features, self.down_proj.in_features
         return 2 * (self.r * h + (d - self.r) * self.k + d * self.k)
+
+
+# ------------------------------------------------------------------------------------------------
+# Experts
+
+
+class MoE(nn.Module):
+    """
+    shared(x) + sum over the k of n experts with the largest sigmoid(s_e) + bias_e of
+    2 sigmoid(s_e) expert_e(x), s = router(x): token choice as in DeepSeek-V3 (arXiv 2412.19437).
+
+    shared and the experts are ReLU2s, round(share*h) and (h - round(share*h)) / k wide, so that h units
+    work for each token, and no token is dropped. After each training pass bias_e, which is no part of
+    the gate, moves by `speed` towards equal numbers of tokens. balance=loss leaves it at 0 and returns
+    Switch's aux = 0.01 n sum_e f_e P_e (arXiv 2101.03961): f_e is the share of the tokens' choices that
+    fell on e, P_e the mean of softmax(s)_e.
+    """
+
+    def __init__(
+        self, d: int, h: int, *, n: int = 8, k: int = 1, share: float = 0.5,
+        balance: Literal["bias", "loss"] = "bias", speed: float = 1e-3,
+    ):  # fmt: skip
+        super().__init__()
+        shared = round(share * h)
+        if not 1 <= k <= n or n < 2 or not 0 <= share < 1:
+            raise UserError(f"experts need 1 <= k <= n, n >= 2, 0 <= share < 1: {k=} {n=} {share=}")
+        if shared >= h or (h - shared) % k:
+            raise UserError(f"{h - shared} of h = {h} units do not split over k = {k} experts: change h")
+        self.shared = ReLU2(d, shared) if shared else None
+        self.experts = nn.ModuleList(ReLU2(d, (h - shared) // k) for _ in range(n))
+        self.router = linear(d, n)
+        self.n, self.k, self.balance, self.speed = n, k, balance, speed
+        self.register_buffer("bias", torch.zeros(n))
+
+    def route(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """From scores s (N, n) return what the experts get, in the order of the experts: the expert, the
+        token and the gate of each row, and for each expert its number of rows."""
+        choice = (torch.sigmoid(s) + self.bias).topk(self.k).indices  # (N, k)
+        expert, order = choice.flatten().sort(stable=True)
+        token = order // self.k
+        count = (expert[:, None] == torch.arange(self.n, device=s.device)).sum(0)
+        return expert, token, 2 * torch.sigmoid(s[token, expert]), count
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        flat = x.reshape(-1, x.size(-1))  # (N, d)
+        with torch.autocast(x.device.type, enabled=False):
+            s = F.linear(upcast(flat), upcast(self.router.weight))
+            expert, token, gate, count = self.route(s)
+        out = run_experts(self.experts, flat[token], count)
+        out = (gate[:, None] * out).to(out.dtype)
+        y = torch.zeros_like(flat, dtype=out.dtype).index_add(0, token, out).view(x.shape)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        aux = self.after(s, s[token, expert], count) if self.training else None
+        return y if aux is None else (y, aux)
+
+    def after(self, s: Tensor, taken: Tensor, count: Tensor) -> Tensor | None:
+        """Balance the experts after a training pass, or return the aux that does. s: scores (N, n),
+        taken: those of the rows that the experts got."""
+        if self.balance == "loss":
+            return 0.01 * self.n * (count / count.sum() * s.softmax(-1).mean(0)).sum()
+        self.bias += self.speed * (count.sum() / self.n - count).sign()
+        return None
+
+    def experts_per_token(self, x: Tensor) -> Tensor:
+        """Return the mean number of experts that the tokens x (..., d) use."""
+        with torch.autocast(x.device.type, enabled=False):
+            s = F.linear(upcast(x.reshape(-1, x.size(-1))), upcast(self.router.weight))
+            return self.route(s)[3].sum() / s.size(0)
+
+    def active(self, x: Tensor) -> Tensor:
+        one = self.experts[0].up_proj.out_features
+        shared = self.shared.up_proj.out_features if self.shared else 0
+        return (shared + self.experts_per_token(x) * one) / (shared + self.n * one)
+
+    def flops(self) -> int:
+        """Return those of the router, of shared and of k experts: what a token costs in training."""
+        matrices = {name: p.numel() for name, p in self.named_parameters()}
+        experts = sum(size for name, size in matrices.items() if name.startswith("experts."))
+        return 2 * (sum(matrices.values()) - experts + experts * self.k // self.n)
+
+
+class ThresholdMoE(MoE):
+    """
+    MoE's experts, each of which takes the tokens with s_e > cut_e: 2 sigmoid(s_e) expert_e(x).
+
+    In training expert e takes the N k // n tokens of largest s_e in the pass of N tokens, of which only
+    those over cut_e count; then cut_e moves 5% towards the smallest s_e taken. In evaluation each token
+    is routed by itself, to all experts over their cut, so that it sees no other token.
+    """
+
+    def __init__(self, d: int, h: int, *, n: int = 8, k: int = 1, share: float = 0.5):
+        super().__init__(d, h, n=n, k=k, share=share)
+        del self.bias
+        self.register_buffer("cut", torch.zeros(n))
+
+    def route(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | list[int]]:
+        over = s > self.cut
+        if not self.training:
+            expert, token = over.t().nonzero(as_tuple=True)
+            return expert, token, 2 * torch.sigmoid(s[token, expert]), over.sum(0)
+        room = s.size(0) * self.k // self.n
+        token = s.topk(room, dim=0).indices.t().flatten()
+        expert = torch.arange(self.n, device=s.device).repeat_interleave(room)
+        return expert, token, 2 * torch.sigmoid(s[token, expert]) * over[token, expert], [room] * self.n
+
+    def after(self, s: Tensor, taken: Tensor, count: list[int]) -> None:
+        if count[0]:
+            self.cut.lerp_(taken.detach().view(self.n, -1)[:, -1], 0.05)
+
+
+def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) -> Tensor:
+    """Apply expert e to the next count[e] rows of x (M, d): (M, d). An expert without rows still gets a
+    gradient, of zeros. On a CPU slices of stacked weights would make the backward pass slow; on a GPU a
+    loop would wait for the counts."""
+    if on_cpu(x) or x.dtype == torch.float64:
+        parts = x.split(count if isinstance(count, list) else count.tolist())
+        return torch.cat([expert(part) for expert, part in zip(experts, parts)])
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    up, down = (
+        torch.stack([expert.get_parameter(f"{name}_proj.weight") for expert in experts]).to(dtype).mT
+        for name in ("up", "down")
+    )
+    ends = torch.as_tensor(count, device=x.device).cumsum(0, dtype=torch.int32)
+    hidden = F.relu(F.grouped_mm(x.to(dtype), up, offs=ends)).square()
+    return F.grouped_mm(hidden, down, offs=ends)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -468,20 +610,33 @@ def above_zero(x: Tensor) -> Tensor:
     return F.relu(x).sign() if on_cpu(x) else x > 0
 
 
-def top_k_mask(score: Tensor, k: int) -> Tensor:
+def top_k_mask(score: Tensor, k: int | Tensor) -> Tensor:
     """Return a mask that is 1 on k of the largest scores along the last dimension, else 0. The units are
-    taken by index, so that a tie never adds one."""
+    taken by index, so that a tie never adds one. k may be a tensor, whose changes compile nothing."""
     score = score.detach()
+    mask = torch.zeros_like(score, dtype=score.dtype if on_cpu(score) else torch.bool)
+    if isinstance(k, Tensor):
+        first = torch.arange(score.size(-1), device=score.device) < k
+        order = score.argsort(dim=-1, descending=True)
+        return mask.scatter(-1, order, first.to(mask.dtype).expand_as(mask))
     if torch.compiler.is_compiling() and on_cpu(score) and score.dtype == torch.float32:
         return top_k_by_counting(score, k)
-    mask = torch.zeros_like(score, dtype=score.dtype if on_cpu(score) else torch.bool)
     return mask.scatter(-1, score.topk(k, sorted=False).indices, 1)
 
 
-def over_mean_mask(score: Tensor, z: float) -> Tensor:
-    """Return a mask that is 1 where score > mean + z * std along the last dimension, else 0."""
-    std, mean = torch.std_mean(score.detach(), dim=-1, keepdim=True)
-    return above_zero(score.detach() - (mean + z * std))
+def over_mean(score: Tensor, z: float | Tensor) -> Tensor:
+    """Return mean + z * std along the last dimension: (..., h) -> (..., 1)."""
+    std, mean = torch.std_mean(score, dim=-1, keepdim=True)
+    return mean + z * std
+
+
+def sparsemax(z: Tensor) -> Tensor:
+    """Return the point of the probability simplex that is nearest to z, along the last dimension."""
+    falling = z.sort(dim=-1, descending=True).values
+    over = falling.cumsum(-1) - 1
+    rank = torch.arange(1, z.size(-1) + 1, device=z.device)
+    size = (rank * falling > over).sum(-1, keepdim=True)
+    return F.relu(z - over.gather(-1, size - 1) / size)
 
 
 def kept_units(name: str, k: float, h: int) -> int:
@@ -556,6 +711,8 @@ FFNS: dict[str, type[nn.Module]] = {
     "dynamicgeglu": DynamicGEGLU,
     "sparseglu": SparseGLU,
     "spark": Spark,
+    "moe": MoE,
+    "thresholdmoe": ThresholdMoE,
 }
 
 
@@ -581,7 +738,8 @@ def check_class(name: str) -> type[nn.Module]:
         raise UserError(f"unknown ffn {name!r}: is its line in FFNS? {suggest(name, FFNS)}")
     cls = FFNS[name]
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise UserError(f"{name} in FFNS is not a class but {type(cls).__name__}: write class X(nn.Module)")
+        kind = type(cls).__name__
+        raise UserError(f"{name} in FFNS is not a class but {kind}: write one that extends nn.Module")
     for method, params in METHODS.items():
         if hasattr(cls, method) and not accepts(getattr(cls, method), *params.split(", ")):
             raise UserError(f"{name}: write its {method} as a method, def {method}({params})")
@@ -884,7 +1042,7 @@ class Block(nn.Module):
 def split_aux(y: Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """Split what an FFN returns, y or (y, aux), into y and aux, a scalar or None."""
     y, aux = y if isinstance(y, tuple) and len(y) == 2 else (y, None)
-    if not isinstance(y, Tensor) or not (aux is None or isinstance(aux, Tensor) and aux.ndim == 0):
+    if not isinstance(y, Tensor) or not (aux is None or (isinstance(aux, Tensor) and not aux.ndim)):
         raise UserError("an FFN returns y or (y, aux), y a tensor and aux a tensor without dimensions")
     return y, aux
 
@@ -1165,9 +1323,13 @@ def compiled(
     pass computes elementwise results again instead of keeping them. The private settings used here only
     save time or memory: a PyTorch that lacks one of them compiles to the same numbers without it.
     """
+    from torch._dynamo import config as dynamo
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
+    # How many rows an expert gets is a dynamic shape inside one graph, not the end of it.
+    set_private(dynamo, "capture_scalar_outputs", True)
+    set_private(dynamo, "capture_dynamic_output_shape_ops", True)
     # PyTorch traces anew at each start what has an autograd.Function (our loss) or an autocast inside,
     # though both are in its cache's key. Allowed, a second start of 32 layers takes 5 s instead of 17.
     set_private(functorch, "autograd_cache_allow_custom_autograd_functions", True)

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = list(ref.DEFAULTS)  # those with a reference; FFNS may have more
 CPU = torch.device("cpu")
 HAS_MKL = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+DYNAMIC = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler"
 )
@@ -55,16 +56,23 @@ CASES += [("dsg", o) for o in product(g=("neuron", "token"), m=("norm", "none"))
 CASES += [("asg", o) for o in product(threshold=("global", "neuron"), grad=HARD_STE)]
 CASES += [("asg", o) for o in product(threshold=("fixed",), tau=(0.1, 0.9), grad=HARD_STE)]
 CASES += [("asg", o) for o in product(sparse=(False,), threshold=("neuron", "fixed"))]
+CASES += [("asg", {"threshold": "input", "grad": "ste"}), ("relu2", {"slope": 0.5})]
 CASES += [
     ("sparsegated", o)
     for o in product(k=(0.15, 0.6), split=(True, False), gate=(True, False), grad=HARD_STE)
 ]
+CASES += [("sparsegated", o) for o in product(select=("adaptive",), k=(0.15, 0.6), grad=HARD_STE)]
 CASES += [("dynamicgeglu", o) for o in product(affine=(True, False))]
+CASES += [("dynamicgeglu", {"norm": "none"}), ("dynamicgeglu", {"s": 0.5, "b": -1.5})]
 CASES += [
     ("sparseglu", o)
     for o in product(select=("topk", "stat"), grad=("hard", "ste", "gate"), k=(0.25, 0.7))
 ]
-CASES += [("sparseglu", {"r": 5, "p": 3}), ("sparseglu", {"r": 40, "k": 1.0})]
+CASES += [("sparseglu", {"r": 5, "p": 3}), ("sparseglu", {"r": 40, "k": 1.0}), ("sparseglu", {"r": 0})]
+CASES += [("sparseglu", o) for o in product(select=("soft", "sparsemax"), k=(0.25, 0.7))]
+CASES += [("sparseglu", o) for o in product(ramp=(9,), select=("topk", "stat"), grad=("hard", "gate"))]
+CASES += [("moe", o) for o in product(n=(4,), k=(1, 3), share=(0.5, 0.25, 0.0))]
+CASES += [("moe", {"balance": "loss"}), ("thresholdmoe", {"n": 4, "k": 2, "share": 0.25})]
 CASES += [("spark", o) for o in product(k=(0.08, 0.6), r=(7, 33))]
 DECODES = [(n, o) for n, o in CASES if n in ("sparsegated", "sparseglu", "spark")]
 
@@ -83,11 +91,12 @@ every_ffn = pytest.mark.parametrize("name", list(FFNS))
 
 
 def build(name: str, options: dict, d=D, h=H, dtype=torch.float64, seed=0):
-    """An FFN with every parameter drawn at random, and the same parameters for the reference."""
+    """An FFN with every parameter and buffer drawn at random, in evaluation mode, and the same for the
+    reference."""
     params = ref.draw(name, d, h, seed=seed, **options)
     ffn = make_ffn(spec_of(name, options), d, h).double()
     ffn.load_state_dict({key: torch.as_tensor(value) for key, value in params.items()})
-    return ffn.to(dtype), params
+    return ffn.to(dtype).eval(), params
 
 
 def inputs(*shape: int, seed=1, dtype=torch.float64) -> torch.Tensor:
@@ -203,7 +212,8 @@ def test_any_ffn_has_a_share_of_active_units(name):
 @pytest.mark.timeout(900)  # half a minute of work, but compilers suffer on a busy machine
 def test_any_ffn_compiled_is_eager():
     """Every FFN through torch.compile's tracing and differentiation, outputs and gradients."""
-    assert_compiled_is_eager([any_ffn(name) for name in FFNS], backend="aot_eager")
+    with torch._dynamo.config.patch(DYNAMIC):
+        assert_compiled_is_eager([any_ffn(name) for name in FFNS], backend="aot_eager")
 
 
 # -- the FFNs against the references -----------------------------------------------------------
@@ -244,7 +254,8 @@ def test_parameter_names_and_shapes(case):
         ffn = make_ffn(spec_of(name, options), d, h)
         want = ref.shapes(name, d, h, **options)
         assert {n: tuple(p.shape) for n, p in ffn.named_parameters()} == want
-        assert set(ffn.state_dict()) == set(want)  # no buffers: they would enter checkpoints
+        want |= ref.buffers(name, **options)  # no other ones: they would enter checkpoints
+        assert {n: tuple(p.shape) for n, p in ffn.state_dict().items()} == want
 
 
 @all_cases
@@ -252,12 +263,12 @@ def test_what_is_trained_and_what_is_frozen(case):
     """Hard masks pass nothing to asg's t and sparseglu's predictor: frozen. The rest gets some."""
     name, options = case
     ffn, _ = build(name, options)
-    ffn(inputs(2, 7, D)).square().sum().backward()
+    ffn(inputs(20, 7, D)).square().sum().backward()
     o = ref.options_of(name, options)
     frozen = set()
     if name == "asg" and o["grad"] == "hard" and o["sparse"]:
         frozen = {"t"} if o["threshold"] != "fixed" else set()
-    if name == "sparseglu" and o["grad"] == "hard":
+    if name == "sparseglu" and o["grad"] == "hard" and o["select"] in ("topk", "stat"):
         frozen = {n for n, _ in ffn.named_parameters() if n.startswith("predictor.")}
     assert {n for n, p in ffn.named_parameters() if not p.requires_grad} == frozen
     for n, p in ffn.named_parameters():
@@ -454,7 +465,10 @@ def test_active_is_the_share_of_units_in_use(name):
         used = []
         for t in x.numpy().reshape(-1, D):
             if name == "asg":
-                tau = o["tau"] if o["threshold"] == "fixed" else ref.sigmoid(params["t"])
+                if o["threshold"] == "input":
+                    tau = ref.sigmoid(params["w"] @ t + params["b"])
+                else:
+                    tau = o["tau"] if o["threshold"] == "fixed" else ref.sigmoid(params["t"])
                 used.append(np.abs(params["sparse_proj.weight"] @ t) > tau)
             else:
                 used.append(ref.hidden(name, params, t, **options) != 0)
@@ -472,6 +486,200 @@ def test_how_much_asg_passes_at_init_depends_on_d_alone(d, share):
         got = GPT(config).model.layers[0].mlp.active(x).item()
         assert got == pytest.approx(share, abs=0.01)
         assert got == pytest.approx(math.erfc(0.5 / (0.02 * math.sqrt(2 * d))), abs=0.006)
+
+
+# -- what changes in training ------------------------------------------------------------------------
+
+
+ADAPTING = [("moe", o) for o in product(n=(4,), k=(1, 2), balance=("bias", "loss"), speed=(0.05,))]
+ADAPTING += [("thresholdmoe", o) for o in ({}, {"n": 4, "k": 2}, {"n": 3, "share": 0.25})]
+ADAPTING += [("sparsegated", o) for o in product(select=("adaptive",), grad=HARD_STE)]
+
+
+def buffers_of(ffn: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: b.detach().clone() for n, b in ffn.named_buffers()}
+
+
+@pytest.mark.parametrize("case", ADAPTING, ids=case_ids)
+def test_training_passes_equal_the_reference(case):
+    """Outputs, buffers and aux of three passes one after the other; in evaluation nothing moves."""
+    name, options = case
+    ffn, params = build(*case)
+    ffn.train()
+    for seed in range(3):
+        x = inputs(2, 13, D, seed=seed)
+        want, after, aux = ref.training_pass(name, params, x.numpy().reshape(-1, D), **options)
+        got, got_aux = model_module.split_aux(ffn(x))
+        assert error(got.reshape(-1, D), want) < 1e-11
+        assert (got_aux is None) == (aux is None)
+        assert aux is None or got_aux.item() == pytest.approx(aux, rel=1e-9)
+        for key, value in after.items():
+            assert error(buffers_of(ffn)[key], value) < 1e-11, key
+            assert options.get("balance") == "loss" or not np.array_equal(params[key], value)
+            params[key] = value
+    ffn.eval()
+    before = buffers_of(ffn)
+    got = ffn(inputs(2, 7, D))
+    assert error(got, expected(name, options, params, inputs(2, 7, D))) < 1e-11
+    assert all(torch.equal(before[n], b) for n, b in ffn.named_buffers())
+
+
+@pytest.mark.parametrize("name", ["moe", "moe:balance=loss", "moe:k=3", "thresholdmoe"])
+def test_an_expert_without_tokens_gets_a_gradient_of_zeros(name):
+    """In training and in evaluation; the others get theirs, and so does the router."""
+    for training in (True, False):
+        ffn = any_ffn(name).train(training)
+        with torch.no_grad():
+            ffn.router.weight[2] = -100 * X.reshape(-1, D).mean(0).sign()
+            for buffer in ffn.buffers():
+                buffer.fill_(-0.1)
+                buffer[2] = 1e9 if name == "thresholdmoe" else -1e9
+        y, aux = model_module.split_aux(ffn(X))
+        (y.square().sum() + (0 if aux is None else aux)).backward()
+        for n, p in ffn.named_parameters():
+            assert p.grad is not None, n
+            assert (p.grad.abs().sum() > 0) != n.startswith("experts.2."), n
+
+
+def test_tokens_are_balanced_by_the_bias():
+    """Experts that start far from equal counts come close to them."""
+    torch.manual_seed(0)
+    ffn = stir(make_ffn("moe:n=4:speed=0.02", D, H))
+    ffn.router.weight.data += 0.3
+    x = inputs(500, D, dtype=torch.float32) + 0.3
+
+    def counts() -> torch.Tensor:
+        with torch.no_grad():
+            s = F.linear(x, ffn.router.weight)
+            return torch.bincount((torch.sigmoid(s) + ffn.bias).argmax(-1), minlength=4)
+
+    assert counts().max() > 250
+    for _ in range(200):
+        ffn(x)
+    assert counts().max() < 150
+    assert counts().min() > 100
+
+
+def test_thresholds_come_to_let_k_experts_through():
+    """In evaluation the mean number of experts per token is near k, and it varies by token."""
+    for spec, k in (("thresholdmoe", 1), ("thresholdmoe:n=4:k=2", 2)):
+        ffn = any_ffn(spec).train()
+        for seed in range(150):
+            ffn(inputs(400, D, seed=seed, dtype=torch.float32))
+        ffn.eval()
+        x = inputs(2, 1000, D, seed=999, dtype=torch.float32)
+        with torch.no_grad():
+            used = ffn.experts_per_token(x).item()
+            each = {ffn.experts_per_token(t).item() for t in x[0, :50]}
+            active = ffn.active(x).item()
+        assert used == pytest.approx(k, rel=0.15)
+        assert len(each) > 1
+        n = len(ffn.experts)
+        assert active == pytest.approx((24 + used * 24 / k) / (24 + n * 24 / k), rel=1e-5)
+    ffn = any_ffn("moe:n=4:k=2:share=0.25")
+    assert ffn.experts_per_token(x) == 2
+    assert ffn.active(x).item() == pytest.approx((12 + 2 * 18) / (12 + 4 * 18))
+
+
+@pytest.mark.parametrize("spec", ["moe", "moe:k=2:share=0", "thresholdmoe"])
+@pytest.mark.parametrize("training", [True, False])
+def test_experts_of_a_gpu_give_the_same(spec, training, monkeypatch):
+    """There one grouped product takes the place of the loop: outputs and gradients in float32, and close
+    to them under autocast. Expert 2 gets no token."""
+
+    def results(bf16: bool) -> list[torch.Tensor]:
+        ffn = any_ffn(spec, 64, 64).train(training)
+        with torch.no_grad():
+            for buffer in ffn.buffers():
+                buffer[2] = 1e9 if spec == "thresholdmoe" else -1e9
+        x = inputs(2, 9, 64, dtype=torch.float32).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            y = ffn(x)
+        dy = inputs(2, 9, 64, seed=2, dtype=torch.float32).to(y.dtype)
+        return [y, *torch.autograd.grad(y, [x, *ffn.parameters()], dy)]
+
+    here, here_bf16 = results(False), results(True)
+    monkeypatch.setattr(model_module, "on_cpu", lambda x: False)
+    with torch.profiler.profile() as profile:
+        there, there_bf16 = results(False), results(True)
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::_grouped_mm" in called
+    for a, b in zip(there, here, strict=True):
+        assert error(a, b) < 1e-5
+    for a, b, exact in zip(there_bf16, here_bf16, here, strict=True):
+        assert a.dtype == b.dtype
+        assert error(a, b) < 0.03
+        assert error(a, exact) < 0.1
+
+
+@needs_compiler
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("spec", ["moe:n=4", "thresholdmoe:n=4", "sparsegated:select=adaptive"])
+def test_a_compiled_training_pass_is_eager_whatever_the_counts(spec):
+    """One graph for all numbers of tokens that the experts get, seen by counting; losses, gradients and
+    buffers as without."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    eager = stir(GPT(small(ffn=spec, n_layer=1)))
+    gpt = copy.deepcopy(eager)
+    ready = model_module.compiled(gpt, CPU)
+    for seed in range(3):
+        idx, targets = tokens(2, 48, seed=seed), tokens(2, 48, seed=seed + 9)
+        losses = [model(idx, targets)[1] for model in (ready, eager)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+        for loss, model in zip(losses, (gpt, eager), strict=True):
+            model.zero_grad()
+            loss.backward()
+        for (n, p), q in zip(gpt.named_parameters(), eager.parameters(), strict=True):
+            assert error(p.grad, q.grad) < 1e-4, n
+        for (n, a), b in zip(gpt.named_buffers(), eager.buffers(), strict=True):
+            assert error(a, b) < 1e-5, n
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+# -- the ramp of the share kept ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", ["topk", "stat"])
+def test_the_share_kept_falls_along_the_ramp(select):
+    """By Zhu and Gupta's cubic: all units at step 0, k of them from step `ramp` on; decode agrees."""
+    ffn, params = build("sparseglu", {"ramp": 10, "select": select}, D, 400)
+    plain = make_ffn(f"sparseglu:select={select}", D, 400).double()
+    plain.load_state_dict({n: v for n, v in ffn.state_dict().items() if n != "limit"})
+    x = inputs(30, D)
+    for step in (0, 1, 5, 9, 10, 25):
+        ffn.set_progress(step, 25)
+        share = ref.ramped(step, 10, 0.25)
+        with torch.no_grad():
+            active = ffn.active(x).item()
+            if select == "topk":
+                assert active == round(share * 400) / 400
+            else:
+                assert active == pytest.approx(share, abs=0.05)
+            assert error(ffn.decode(x[:3]), ffn(x[:3])) < 1e-12
+            assert torch.equal(ffn(x), plain(x)) == (step >= 10)
+    with pytest.raises(UserError, match="ramp=10 is longer than the run of 9 steps"):
+        ffn.set_progress(0, 9)
+    plain.set_progress(0, 9)
+    assert make_ffn("sparseglu:ramp=10", D, 400).active(x.float()) == 0.25  # of a run that has ended
+
+
+def test_the_ramp_compiles_nothing_anew():
+    from torch._dynamo.testing import CompileCounter
+
+    gpt = stir(GPT(small(ffn="sparseglu:ramp=3:grad=ste")))
+    torch.compiler.reset()
+    counter = CompileCounter()
+    run = torch.compile(gpt, backend=counter, dynamic=False, fullgraph=True)
+    for step in range(5):
+        gpt.set_progress(step, 5)
+        got = run(tokens(2, 9), tokens(2, 9, seed=1))[1].item()
+        assert got == pytest.approx(gpt(tokens(2, 9), tokens(2, 9, seed=1))[1].item(), rel=1e-5)
+    assert counter.frame_count == 1
+    with pytest.raises(UserError, match=r"model.layers.0.mlp.set_progress: ramp=3 is longer"):
+        gpt.set_progress(0, 2)
 
 
 # -- in a lower precision ------------------------------------------------------------------------
@@ -599,7 +807,10 @@ def sparseglu_ste(p, x, c, o, grads):
 def asg_ste(p, x, c, o, grads):
     """hidden = SiLU(g) * u + z * (M + q - const), q = sigmoid((|z| - tau) / 0.1)."""
     g, u, z = (p[f"{n}_proj.weight"] @ x for n in ("gate", "up", "sparse"))
-    tau = o["tau"] if o["threshold"] == "fixed" else ref.sigmoid(p["t"])
+    if o["threshold"] == "input":
+        tau = ref.sigmoid(p["w"] @ x + p["b"])
+    else:
+        tau = o["tau"] if o["threshold"] == "fixed" else ref.sigmoid(p["t"])
     q = ref.sigmoid((np.abs(z) - tau) / 0.1)
     slope = q * (1 - q) / 0.1
     mask = np.abs(z) > tau
@@ -610,11 +821,16 @@ def asg_ste(p, x, c, o, grads):
     add(grads, "gate_proj.weight", np.outer(dg, x))
     add(grads, "up_proj.weight", np.outer(du, x))
     add(grads, "sparse_proj.weight", np.outer(dz, x))
-    if o["threshold"] != "fixed":
-        dt = -dh * z * slope * tau * (1 - tau)
-        add(grads, "t", dt if o["threshold"] == "neuron" else dt.sum())
     pairs = (("gate", dg), ("up", du), ("sparse", dz))
-    return sum(p[f"{n}_proj.weight"].T @ dn for n, dn in pairs)
+    dx = sum(p[f"{n}_proj.weight"].T @ dn for n, dn in pairs)
+    dt = -dh * z * slope * tau * (1 - tau)
+    if o["threshold"] == "input":
+        add(grads, "w", dt.sum() * x)
+        add(grads, "b", dt.sum())
+        dx = dx + dt.sum() * p["w"]
+    elif o["threshold"] != "fixed":
+        add(grads, "t", dt if o["threshold"] == "neuron" else dt.sum())
+    return dx
 
 
 def sparsegated_ste(p, x, c, o, grads):
@@ -640,6 +856,7 @@ BY_HAND = [
     (asg_ste, ("asg", {"grad": "ste"})),
     (asg_ste, ("asg", {"grad": "ste", "threshold": "neuron"})),
     (asg_ste, ("asg", {"grad": "ste", "threshold": "fixed", "tau": 0.7})),
+    (asg_ste, ("asg", {"grad": "ste", "threshold": "input"})),
     (sparsegated_ste, ("sparsegated", {"grad": "ste", "gate": False, "k": 0.3})),
     (sparsegated_ste, ("sparsegated", {"grad": "ste", "gate": False, "split": False})),
 ]
@@ -864,15 +1081,16 @@ def test_masks_of_a_gpu_give_the_same(case, monkeypatch):
     monkeypatch.setattr(model_module, "on_cpu", lambda x: bool(asked.append(x.dtype)))
     for there, want in zip(results(ffn), here, strict=True):
         assert torch.equal(there.double(), want)
-    masked = case[0] in ("asg", "sparsegated", "sparseglu")
-    assert bool(asked) == (masked and case[1].get("sparse", True))
+    masked = case[0] in ("asg", "sparsegated", "sparseglu", "moe", "thresholdmoe")
+    hard = case[1].get("sparse", True) and case[1].get("select") not in ("soft", "sparsemax")
+    assert bool(asked) == (masked and hard)
 
 
 def test_masks_of_a_gpu_are_bool(monkeypatch):
     """A quarter of the bytes that the backward pass keeps."""
     monkeypatch.setattr(model_module, "on_cpu", lambda x: False)
     score = inputs(3, 20)
-    for mask in (model_module.top_k_mask(score, 5), model_module.over_mean_mask(score, 0.3)):
+    for mask in (model_module.top_k_mask(score, 5), model_module.above_zero(score)):
         assert mask.dtype == torch.bool
 
 
@@ -1144,7 +1362,23 @@ BAD_SPECS = [  # (spec, d, h, what the one line must say)
     ("sparseglu:k=2", 64, 64, ["k"]),
     ("sparseglu:k=0.001", 64, 64, ["k"]),
     ("sparseglu", 16, 64, ["r", "32", "16"]),
-    ("sparseglu:r=0", 64, 64, ["r"]),
+    ("sparseglu:r=-1", 64, 64, ["r"]),
+    ("sparseglu:r=65", 64, 64, ["r"]),
+    ("sparseglu:ramp=-1", 64, 64, ["ramp"]),
+    ("sparseglu:select=soft:ramp=5", 64, 64, ["leave out"]),
+    ("sparseglu:select=soft:k=1", 64, 64, ["k"]),
+    ("sparseglu:select=sparsemax:grad=ste", 64, 64, ["leave out grad"]),
+    ("sparsegated:select=adaptive:k=1", 64, 64, ["k"]),
+    ("asg:threshold=input", 64, 64, ["grad=ste"]),
+    ("moe:n=1", 64, 64, ["n >= 2"]),
+    ("moe:k=9", 64, 64, ["k <= n"]),
+    ("moe:k=0", 64, 64, ["1 <= k"]),
+    ("moe:share=1", 64, 64, ["share"]),
+    ("moe:share=-0.1", 64, 64, ["share"]),
+    ("moe:k=3", 64, 64, ["32", "k = 3"]),
+    ("thresholdmoe:k=5", 64, 64, ["32", "k = 5"]),
+    ("moe:share=0.999", 64, 64, ["share"]),
+    ("thresholdmoe:speed=1", 64, 64, ["option 'speed'"]),
     ("sparseglu:p=0", 64, 64, ["p"]),
     ("spark:k=1", 64, 64, ["k"]),
     ("spark:k=0", 64, 64, ["k"]),
@@ -1458,8 +1692,11 @@ def cost_by_hand(name: str, d: int, h: int, **options) -> tuple[int, int]:
         keep, res = 2 * d * round(o["k"] * h), 2 * d * d * o["gate"]
         return (2 + o["split"]) * dh + res, dh + (1 + o["split"]) * keep + res
     if name == "sparseglu":
-        predictor = 2 * (o["r"] * o["p"] + o["p"] * h)
+        predictor = 2 * ((o["r"] or d) * o["p"] + o["p"] * h)
         return 3 * dh + predictor, 3 * 2 * d * round(o["k"] * h) + predictor
+    if name in ("moe", "thresholdmoe"):
+        full = 2 * dh + 2 * d * o["n"]  # h units of ReLU2, and the router
+        return full, full
     if name == "spark":
         r, keep = o["r"] or d // 2, round(o["k"] * h)
         return 2 * dh, 2 * r * h + 2 * (d - r) * keep + 2 * d * keep
@@ -2314,6 +2551,7 @@ def test_shared_weights_are_the_same_bits_in_every_variant():
         assert all(torch.equal(gpt[n], base[n]) for n in shared), spec
         mlp = [n for n in shared if n.startswith("model.layers.0.mlp.")]
         few = {"multiscale": 0, "dualgated": 0, "sparsegated": 1, "spark": 1, "gelu": 2, "relu2": 2}
+        few |= {"moe": 0, "thresholdmoe": 0}
         assert len(mlp) == few.get(spec, 3)
     # two variants share also what the baseline lacks
     a, b = (dict(GPT(small(ffn=s)).named_parameters()) for s in ("sparseglu", "sparseglu:k=0.5"))
