@@ -61,7 +61,7 @@ except ImportError:
             raise UserError(f"torch.compile does not work here ({why}): --compile=False") from e
 # FOR THE LEAD: end
 
-progress = functools.partial(print, file=sys.stderr, flush=True)  # is no part of the table
+progress = functools.partial(print, file=sys.stderr, flush=True)  # it is no part of the table
 
 
 @dataclass
