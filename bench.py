@@ -35,7 +35,7 @@ import train
 from configurator import UserError, configure, run, suggest
 from model import FFNS, GPT, GPTConfig, compile_errors, compiled, ffn_cost, has, make_ffn, set_up
 
-progress = functools.partial(print, file=sys.stderr, flush=True)  # is no part of the table
+progress = functools.partial(print, file=sys.stderr, flush=True)  # it is no part of the table
 
 
 @dataclass

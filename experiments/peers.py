@@ -230,7 +230,7 @@ def main() -> None:
         params, peak = about[system]
         row = {"system": system, "params": params, "ms": 1e3 * seconds, "tok_per_s": n / seconds}
         row["peak_mib"] = peak / 2**20
-        if "ours" in times:
+        if "ours" in times and len(systems) > 1:
             row["matmul_fraction"] = bench.ratio(times["matmul"], times[system])
             row["ours_faster"] = bench.ratio(times[system], times["ours"])
             row["spread"] = bench.spread(times[system], times["ours"])
