@@ -12,6 +12,7 @@ of GPUs, resumed or not.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import gc
 import json
@@ -25,7 +26,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -96,7 +96,7 @@ class Config:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    optimizer: str = "adamw"  # adamw, or muon for the matrices inside layers
+    optimizer: str = "adamw"  # adamw, or muon for the matrices inside layers that are not stacked
     seed: int = 0  # of the initial weights
     data_seed: int = 0  # of the order of the data
     # machine
@@ -233,13 +233,10 @@ def train_step(
     model: nn.Module, optimizers: list[torch.optim.Optimizer], batches: list[Tensor], cfg: Config,
     step: int, failed: Tensor, autocast: Callable = nullcontext,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """
-    One update of model (DDP, compiled or plain) on this rank's batches, (micro, T + 1) each.
-
-    Returns the loss and the FFNs' auxiliary loss (means over all ranks; None if no FFN has one) and the
+    """One update of model (DDP, compiled or plain) on this rank's batches, (micro, T + 1) each. Returns
+    the loss and the FFNs' auxiliary loss (means over all ranks; None if no FFN has one) and the
     gradient's norm before clipping, as scalars on the device. `failed`, a scalar there too, remembers
-    the first step whose loss or norm was not finite (0: none). Nothing here waits for the device.
-    """
+    the first step whose loss or norm was not finite (0: none). Nothing here waits for the device."""
     total = torch.zeros(2, device=failed.device)  # the loss and the auxiliary loss
     for i, batch in enumerate(batches):
         if isinstance(model, DDP):
@@ -425,9 +422,23 @@ def check_model(model: GPT, optimizers: list, autocast: Callable) -> None:
             raise UserError(f"{name} is not a tensor: let get_extra_state return one, or use buffers")
 
 
-def write_row(path: str, row: dict, wandb) -> None:
-    """Append to log.jsonl, and to Weights & Biases where there is a run. A full disk is a warning: the
-    run is worth more than the row."""
+# How the rows of log.jsonl are printed: each of these numbers that a row has.
+SHOWN = {"val_loss": "val  {:.4f}", "active": "active {:.1%}", "train_loss": "loss {:.4f}"}
+SHOWN |= {"aux_loss": "aux {:.4f}", "lr": "lr {:.2e}", "grad_norm": "norm {:6.2f}"}
+SHOWN |= {"step_ms": "{:8.1f} ms", "tok_per_s": "{:>9,.0f} tok/s", "mfu": "mfu {:.1%}"}
+
+
+def report(row: dict, cfg: Config, wandb) -> None:
+    """On rank 0 print a row and, while training, append it to log.jsonl and send it to Weights & Biases
+    if there is a run. A full disk is a warning: the run is worth more than the row."""
+    shown = [form.format(row[key]) for key, form in SHOWN.items() if row.get(key) is not None]
+    if row.get("step_ms"):
+        left = (cfg.max_iters - row["step"]) * row["step_ms"] / 1000
+        shown.append(f"eta {timedelta(seconds=round(left))}")
+    print0(" | ".join([f"step {row['step']:>6}/{cfg.max_iters}", *shown]))
+    if read_launcher()[0] != 0 or cfg.eval_only:
+        return
+    path = os.path.join(cfg.out_dir, "log.jsonl")
     try:
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
@@ -453,10 +464,9 @@ def about(cfg: Config, data: Data, config: GPTConfig, device: torch.device, worl
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    tokens = {"train_tokens": sum(s.tokens for s in data.train)}
-    tokens |= {"val_tokens": sum(s.tokens for s in data.val)}
+    tokens = {f"{k}_tokens": sum(s.tokens for s in getattr(data, k)) for k in ("train", "val")}
     return {
-        "run_id": uuid.uuid4().hex[:8], "ffn_code": ffn_code(cfg.ffn), "git_commit": commit or "unknown",
+        "run_id": os.urandom(4).hex(), "ffn_code": ffn_code(cfg.ffn), "git_commit": commit or "unknown",
         "data": {"dir": cfg.data_dir, "encoding": data.encoding, "source": data.source, **tokens},
         "vocab_size": config.vocab_size, "world": world, "device": f"{device.type} {name}".strip(),
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
@@ -467,8 +477,6 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> None:
     """Make the run's folder with config.json, log.jsonl and model.py, or fail now and not at the first
     save. A run from scratch (resumed_step: -1) renames what an earlier one left to *.prev; a resumed
     one cuts the log at its step."""
-    import fcntl  # not on Windows
-
     path = functools.partial(os.path.join, cfg.out_dir)
     with user_error(f"cannot write to --out_dir={cfg.out_dir}", "name another", OSError):
         os.makedirs(cfg.out_dir, exist_ok=True)
@@ -508,7 +516,6 @@ def start_wandb(cfg: Config, run_id: str):
     cure = "pip install wandb and wandb login, or leave it out"
     with user_error(f"--wandb_project={cfg.wandb_project}", cure):  # not installed, no login, no network
         import wandb
-
         return wandb.init(project=cfg.wandb_project, config=asdict(cfg), dir=cfg.out_dir, **name)
 
 
@@ -525,8 +532,8 @@ def resolve_flags(argv: list[str], world: int) -> tuple[Config, dict | None]:
         checkpoint = load_checkpoint(path)
         flags, saved = asdict(cfg), checkpoint["flags"]
         resumable = {f.name for f in fields(Config) if f.metadata}
-        same = given - resumable if cfg.lr_decay_iters else given - resumable - {"lr_decay_iters"}
-        for name in sorted(same):
+        flags["lr_decay_iters"] = cfg.lr_decay_iters or saved["lr_decay_iters"]  # 0: max_iters, as then
+        for name in sorted(given - resumable):
             if flags[name] != saved[name] and not cfg.eval_only:
                 cure = "leave it out to go on, or name another --out_dir"
                 raise UserError(f"--{name}={flags[name]}, the checkpoint has {saved[name]}: {cure}")
@@ -539,17 +546,14 @@ def resolve_flags(argv: list[str], world: int) -> tuple[Config, dict | None]:
     return cfg, checkpoint
 
 
-def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None) -> str:
+def describe(model: GPT, cfg: Config, data: Data, world: int) -> str:
     """The derived arithmetic of the run, and what a reader should know of its FFN."""
     n, ffn, flops = model.param_counts(), model.model.layers[0].mlp, model.flops_per_token()
     cost, per_step = ffn_cost(ffn), cfg.batch_size * cfg.block_size
     passes, tokens = cfg.batch_size // (world * cfg.micro_batch_size), cfg.max_iters * per_step
     epochs = cfg.max_iters * cfg.batch_size / window_counts(data.train, cfg.block_size).sum()
-    named = dict(model.named_parameters())
-    stacked = [name for name, p in named.items() if p.ndim > 2 and is_matrix(p)]
     notes = {
-        "have no gradient, by design": [name for name, p in named.items() if not p.requires_grad],
-        "are stacked matrices, which AdamW takes": stacked if cfg.optimizer == "muon" else [],
+        "have no gradient, by design": [n for n, p in model.named_parameters() if not p.requires_grad],
         "were constants and are drawn at random, which init_weights can change": model.overwritten,
     }
     text = f"""\
@@ -560,9 +564,8 @@ model   {n["layers"]:,} parameters in the layers' matrices, {n["total"]:,} in al
 ffn     {cfg.ffn}, hidden {model.config.hidden}: {cost["params"]:,} parameters a layer
 flops   {cost["flops"]:,} a token in an FFN, forward, as executed; {cost["ideal_flops"]:,} ideal
 flops   {flops:,} a token to train, {flops * tokens:.3g} in all
-step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cfg.block_size} tokens
 run     {cfg.max_iters} steps x {per_step:,} = {tokens:,} tokens, {tokens / n["layers"]:.2f} a parameter
-peak    {f"{peak / 1e12:.0f} TFLOP/s a device" if peak else "n/a"}"""
+step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cfg.block_size} tokens"""
     if cfg.ffn_match != "hidden":
         target = {"params": 3, "flops": 6}[cfg.ffn_match] * cfg.n_embd * cfg.ffn_hidden
         text += f"\nmatch   {cost[cfg.ffn_match] - target:+,} {cfg.ffn_match} to SwiGLU's {target:,}"
@@ -590,21 +593,8 @@ def connect(device: torch.device, step: int, shards: dict) -> None:
     found = [(step, shards)] * world
     dist.all_gather_object(found, (step, shards))
     if any(other != found[0] for other in found):
-        cure = "--out_dir must be one folder that all machines share, --data_dir have the same shards"
-        steps = [other[0] for other in found]
-        raise UserError(f"the ranks found different shards or checkpoints (of steps {steps}): {cure}")
-
-
-def progress(row: dict, cfg: Config) -> str:
-    """The line that is printed of a training row."""
-    aux = f" | aux {row['aux_loss']:.4f}" if "aux_loss" in row else ""
-    text = f"step {row['step']:>6}/{cfg.max_iters} | loss {row['train_loss']:.4f}{aux}"
-    text += f" | lr {row['lr']:.2e} | norm {row['grad_norm']:6.2f}"
-    if row["step_ms"] is None:
-        return text
-    mfu = f"{row['mfu']:.1%}" if row["mfu"] else "n/a"
-    eta = timedelta(seconds=round((cfg.max_iters - row["step"]) * row["step_ms"] / 1000))
-    return f"{text} | {row['step_ms']:8.1f} ms | {row['tok_per_s']:>9,.0f} tok/s | mfu {mfu} | eta {eta}"
+        wrong = f"the ranks have different shards or checkpoints (of steps {[f[0] for f in found]})"
+        raise UserError(f"{wrong}: all machines need one --out_dir and the same shards in --data_dir")
 
 
 def catch_signals() -> list[float]:
@@ -632,8 +622,7 @@ def find_data(cfg: Config, local_rank: int, checkpoint: dict | None) -> tuple[Da
         time.sleep(0.5)  # the launcher ends this rank if rank 0 fails
     if cfg.prepare and not has_shards(cfg.data_dir):
         folder, script = os.path.abspath(cfg.data_dir), prepare_fineweb.__file__
-        what = f"no data by --prepare={cfg.prepare} in {cfg.data_dir}"
-        with user_error(what, "change one of the two", (OSError, ValueError)):
+        with user_error(f"--prepare={cfg.prepare}", f"no {cfg.data_dir} made", (OSError, ValueError)):
             command = [sys.executable, script, *shlex.split(cfg.prepare), f"--out_dir={cfg.data_dir}"]
             os.makedirs(os.path.dirname(folder), exist_ok=True)
             with FileLock(folder + ".lock"):
@@ -690,8 +679,9 @@ def main() -> None:
     check_model(raw_model, optimizers, autocast)
     peak = peak_flops(device) if bf16 else None
     flops, per_step = raw_model.flops_per_token(), cfg.batch_size * cfg.block_size
-    print0(f"device  {device} x {world}, {'bfloat16' if bf16 else 'float32'}")
-    print0(describe(raw_model, cfg, data, world, peak))
+    known = f"{peak / 1e12:.0f} TFLOP/s each" if peak else "n/a"
+    print0(f"device  {device} x {world}, {'bfloat16' if bf16 else 'float32'}, peak {known}")
+    print0(describe(raw_model, cfg, data, world))
     if resumed:
         print0(f"resumed at step {step} of {cfg.max_iters}")
     cfg.compile = cfg.compile and training and device.type != "mps"  # there it is a prototype
@@ -723,8 +713,7 @@ def main() -> None:
             save_checkpoint(ckpt_path, state | {"step": step, "flags": asdict(cfg), "shards": shards})
         saved_step = step
 
-    # -- the loop. Its clock stands still during the first step, which compiles, and during evaluation
-    # and saving.
+    # -- the loop. Its clock leaves out the first step, which compiles, evaluation and saving
     first_step, mark, window_steps = step, time.perf_counter(), 0
     with compile_errors():
         while True:
@@ -747,10 +736,7 @@ def main() -> None:
                         continue
                     row = {"step": step, "tokens": step * per_step, "val_loss": val_loss}
                     row |= {} if active is None else {"active": active}
-                    if rank == 0 and training:
-                        write_row(log_path, row, wandb)
-                    note = "" if active is None else f" | active {active:.1%}"
-                    print0(f"step {step:>6}/{cfg.max_iters} | val  {val_loss:.4f}{note}")
+                    report(row, cfg, wandb)
                 mark += time.perf_counter() - paused
             if last:
                 break
@@ -775,9 +761,7 @@ def main() -> None:
                 mfu = flops * speed / (peak * world) if peak else None
                 clock = {"step_ms": 1000 * per_step / speed, "tok_per_s": speed, "mfu": mfu}
                 row |= dict.fromkeys(clock) if first else clock
-                if rank == 0:
-                    write_row(log_path, row, wandb)
-                print0(progress(row, cfg))
+                report(row, cfg, wandb)
                 if first:
                     print0(f"first   {seconds:.1f} s{' with compiling' * cfg.compile}, not counted")
                     # Python's garbage collector can take half a second: from now on at evaluations.
