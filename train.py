@@ -374,10 +374,10 @@ def user_error(what: str, cure: str, errors: type | tuple = Exception) -> Iterat
 def save_checkpoint(path: str, checkpoint: dict) -> None:
     """Replace the checkpoint at path: there is a whole one at every moment."""
     kept = "the last one is intact" if os.path.exists(path) else "there is none yet"
-    what = f"cannot save {path} at step {checkpoint['step']}, {kept}"
-    cure = "make room, then go on with --init_from=auto"
-    # torch.save turns a full disk into a RuntimeError
-    with user_error(what, cure, (OSError, RuntimeError)), whole_file(path) as f:
+    what = f"cannot save {path} at step {checkpoint['step']}"
+    cure = f"{kept}: make room, then go on with --init_from=auto"
+    errors = (OSError, RuntimeError)  # torch.save turns a full disk into a RuntimeError
+    with user_error(what, cure, errors), whole_file(path) as f:
         torch.save(checkpoint, f)
 
 
@@ -516,6 +516,7 @@ def start_wandb(cfg: Config, run_id: str):
     cure = "pip install wandb and wandb login, or leave it out"
     with user_error(f"--wandb_project={cfg.wandb_project}", cure):  # not installed, no login, no network
         import wandb
+
         return wandb.init(project=cfg.wandb_project, config=asdict(cfg), dir=cfg.out_dir, **name)
 
 
@@ -574,8 +575,8 @@ step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cf
     if not (has(ffn, "init_weights") or any(map(is_residual, dict(ffn.named_parameters())))):
         text += "\nnote    no matrix of the FFN is named down_proj: none is scaled for the depth"
     if cfg.max_iters > cfg.lr_decay_iters:
-        text += f"\nwarning: the schedule ends at step {cfg.lr_decay_iters}, later steps use min_lr: "
-        text += "for a longer schedule start a new run with --lr_decay_iters"
+        end = f"the schedule ends at step {cfg.lr_decay_iters}, later steps use min_lr"
+        text += f"\nwarning: {end}: a new run with --lr_decay_iters can have a longer one"
     return text
 
 
