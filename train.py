@@ -246,15 +246,16 @@ def train_step(
         both = torch.stack((loss, torch.zeros_like(loss) if aux is None else aux)) / len(batches)
         both.sum().backward()
         total += both.detach()
-    for name, p in model.named_parameters():
-        if p.requires_grad and p.grad is None:
-            name = re.sub(r"^module\.|_orig_mod\.", "", name)
-            cure = "use it in every pass of forward, or freeze it with requires_grad_(False)"
-            raise UserError(f"step {step + 1}: {name} received no gradient: {cure}")
+    params = [p for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]]
+    if any(p.grad is None for p in params):
+        name = next(n for n, p in model.named_parameters() if p.requires_grad and p.grad is None)
+        name = re.sub(r"^module\.|_orig_mod\.", "", name)
+        cure = "use it in every pass of forward, or freeze it with requires_grad_(False)"
+        raise UserError(f"step {step + 1}: {name} received no gradient: {cure}")
     if isinstance(model, DDP):
         dist.all_reduce(total)
         total /= dist.get_world_size()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
     finite = torch.isfinite(total.sum() + norm)
     failed.copy_(torch.where((failed == 0) & ~finite, step + 1, failed))
     for optimizer in optimizers:
