@@ -624,7 +624,7 @@ def find_data(cfg: Config, local_rank: int, checkpoint: dict | None) -> tuple[Da
         time.sleep(0.5)  # the launcher ends this rank if rank 0 fails
     if cfg.prepare and not has_shards(cfg.data_dir):
         folder, script = os.path.abspath(cfg.data_dir), prepare_fineweb.__file__
-        with user_error(f"--prepare={cfg.prepare}", f"no {cfg.data_dir} made", (OSError, ValueError)):
+        with user_error(f"--prepare={cfg.prepare} for {folder}", "change one", (OSError, ValueError)):
             command = [sys.executable, script, *shlex.split(cfg.prepare), f"--out_dir={cfg.data_dir}"]
             os.makedirs(os.path.dirname(folder), exist_ok=True)
             with FileLock(folder + ".lock"):
