@@ -12,9 +12,9 @@ of GPUs, resumed or not.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import gc
-import io
 import json
 import math
 import os
@@ -26,10 +26,9 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 
@@ -41,24 +40,23 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import model as model_file
+import prepare_fineweb
 from configurator import UserError, configure, print0, read_launcher, reason, run, suggest
-from model import FFNS, GPT, GPTConfig, check_ffns, compile_errors, compiled, ffn_code, ffn_cost
-from model import has, is_matrix, is_residual, parse_spec, set_up
+from model import FFNS, GPT, GPTConfig, check_ffns, compile_errors, compiled, evaluating
+from model import ffn_code, ffn_cost, has, is_matrix, is_residual, parse_spec, set_up
 from prepare_fineweb import Data, has_shards, load_encoding, locate, open_data, read_windows
 from prepare_fineweb import whole_file, window_counts
 
-# ------------------------------------------------------------------------------------------------
-# Flags
+# ---- Flags --------------------------------------------------------------------------------------
 
 
-def resumable(default: object):
-    """A flag that a resumed run may change."""
-    return field(default=default, metadata={"neutral": False})
+def resumable(default: object, neutral: bool = False):
+    """A flag that a resumed run may change. A neutral one cannot change a loss: compared runs may
+    differ in it, too."""
+    return field(default=default, metadata={"neutral": neutral})
 
 
-def neutral(default: object):
-    """A flag that cannot change a loss: it may change on resume, and compared runs may differ in it."""
-    return field(default=default, metadata={"neutral": True})
+neutral = functools.partial(resumable, neutral=True)
 
 
 @dataclass
@@ -98,7 +96,7 @@ class Config:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    optimizer: str = "adamw"  # adamw, or muon for the matrices inside layers
+    optimizer: str = "adamw"  # adamw, or muon for the matrices inside layers that are not stacked
     seed: int = 0  # of the initial weights
     data_seed: int = 0  # of the order of the data
     # machine
@@ -133,10 +131,8 @@ def check_flags(cfg: Config, world: int) -> None:
     per_pass = world * cfg.micro_batch_size
     if cfg.batch_size % per_pass and not cfg.eval_only:
         near = max(1, cfg.batch_size // per_pass) * per_pass
-        raise UserError(
-            f"--batch_size={cfg.batch_size} is not a multiple of ranks x micro_batch_size = {world} x "
-            f"{cfg.micro_batch_size}: try --batch_size={near} or another --micro_batch_size"
-        )
+        parts = f"ranks x micro_batch_size = {world} x {cfg.micro_batch_size}: try --batch_size={near}"
+        raise UserError(f"--batch_size={cfg.batch_size} is not a multiple of {parts}")
 
 
 def saved_flags(saved: dict) -> dict:
@@ -160,19 +156,17 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         name = "cuda" if n_cuda else "mps" if mps else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device={name} is unknown: auto, cpu, cuda, cuda:N or mps")
-    if name == "mps" and not mps:
-        raise UserError("--device=mps needs macOS on Apple silicon: try --device=auto")
     # Attention and norms on MPS were silently wrong (pytorch issues 195910, 181133, 183825).
-    if name == "mps" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-        raise UserError("torch before 2.13 computes wrong numbers on MPS: install 2.13, or --device=cpu")
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+    if name == "mps" and (old or not mps):
+        needs = "macOS on Apple silicon, and torch 2.13, before which it computes wrong numbers on MPS"
+        raise UserError(f"--device=mps needs {needs}: install that, or use --device=cpu")
     if not name.startswith("cuda"):
         return torch.device(name)
     index = local_rank if "RANK" in os.environ else int(name[5:] or 0)
     if index >= n_cuda:
-        raise UserError(
-            f"--device={name} needs GPU {index}, and this process sees {n_cuda}: start fewer processes "
-            "on a machine, let each see all of its GPUs, or use --device=cpu"
-        )
+        cure = "start fewer processes on a machine, let each see all of its GPUs, or use --device=cpu"
+        raise UserError(f"--device={name} needs GPU {index}, and this process sees {n_cuda}: {cure}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -187,26 +181,7 @@ def use_bfloat16(dtype: str, device: torch.device) -> bool:
     return False
 
 
-def prepare_data(cfg: Config, local_rank: int) -> None:
-    """Run prepare_fineweb.py if data_dir has no finished shards; the other local ranks wait for it."""
-    from filelock import FileLock  # torch depends on it
-
-    while local_rank and not has_shards(cfg.data_dir):
-        time.sleep(0.5)  # the launcher ends this rank if rank 0 fails
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_fineweb.py")
-    try:
-        command = [sys.executable, script, *shlex.split(cfg.prepare), f"--out_dir={cfg.data_dir}"]
-        os.makedirs(os.path.dirname(os.path.abspath(cfg.data_dir)), exist_ok=True)
-        with FileLock(os.path.abspath(cfg.data_dir) + ".lock"):
-            failed = not has_shards(cfg.data_dir) and subprocess.run(command).returncode
-    except (OSError, ValueError) as e:
-        raise UserError(f"--prepare={cfg.prepare} for {cfg.data_dir}: {reason(e)}") from None
-    if failed or not has_shards(cfg.data_dir):
-        raise UserError(f"--prepare={cfg.prepare} made no shards in {cfg.data_dir}, see above")
-
-
-# ------------------------------------------------------------------------------------------------
-# Schedule and optimizer
+# ---- Schedule and optimizer ---------------------------------------------------------------------
 
 
 def schedule(step: int, cfg: Config) -> float:
@@ -228,32 +203,23 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
     """Fused AdamW; with --optimizer=muon the two-dimensional matrices inside layers go to Muon. Weight
     decay is for matrices only. Each group keeps its own `initial_lr`, which the schedule multiplies."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    muon = {
-        name: p
-        for name, p in params.items()
-        if cfg.optimizer == "muon" and name.startswith("model.layers.") and p.ndim == 2 and is_matrix(p)
-    }
-    rest = [p for name, p in params.items() if name not in muon]
+    inside = [name for name, p in params.items() if "layers." in name and p.ndim == 2 and is_matrix(p)]
+    muon = [params.pop(name) for name in inside if cfg.optimizer == "muon"]
     groups = [
-        {"params": [p for p in rest if is_matrix(p)], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in rest if not is_matrix(p)], "weight_decay": 0.0},
+        {"params": [p for p in params.values() if is_matrix(p)], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in params.values() if not is_matrix(p)], "weight_decay": 0.0},
     ]
     lr, betas = cfg.learning_rate, (cfg.beta1, cfg.beta2)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr, betas, fused=True)]
     if muon:
         scale = {"adjust_lr_fn": "match_rms_adamw"}  # so that AdamW's learning rate suits it
-        optimizers.append(torch.optim.Muon(muon.values(), lr, cfg.weight_decay, **scale))
-    for group in all_groups(optimizers):
+        optimizers.append(torch.optim.Muon(muon, lr, cfg.weight_decay, **scale))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group.setdefault("initial_lr", group["lr"])
     return optimizers
 
 
-def all_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
-
-
-# ------------------------------------------------------------------------------------------------
-# One step
+# ---- One step -----------------------------------------------------------------------------------
 
 
 def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,21 +230,13 @@ def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_step(
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    batches: list[Tensor],
-    cfg: Config,
-    step: int,
-    failed: Tensor,
-    autocast: Callable = nullcontext,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """
-    One update of model (DDP, compiled or plain) on this rank's batches, (micro, T + 1) each.
-
-    Returns the loss and the FFNs' auxiliary loss (means over all ranks; None if no FFN has one) and the
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], batches: list[Tensor], cfg: Config,
+    step: int, failed: Tensor, autocast: Callable = nullcontext,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """One update of model (DDP, compiled or plain) on this rank's batches, (micro, T + 1) each. Returns
+    the loss and the FFNs' auxiliary loss (means over all ranks; None if no FFN has one) and the
     gradient's norm before clipping, as scalars on the device. `failed`, a scalar there too, remembers
-    the first step whose loss or norm was not finite (0: none). Nothing here waits for the device.
-    """
+    the first step whose loss or norm was not finite (0: none). Nothing here waits for the device."""
     total = torch.zeros(2, device=failed.device)  # the loss and the auxiliary loss
     for i, batch in enumerate(batches):
         if isinstance(model, DDP):
@@ -288,7 +246,7 @@ def train_step(
         both = torch.stack((loss, torch.zeros_like(loss) if aux is None else aux)) / len(batches)
         both.sum().backward()
         total += both.detach()
-    params = [p for group in all_groups(optimizers) for p in group["params"]]
+    params = [p for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]]
     if any(p.grad is None for p in params):
         name = next(n for n, p in model.named_parameters() if p.requires_grad and p.grad is None)
         name = re.sub(r"^module\.|_orig_mod\.", "", name)
@@ -300,9 +258,9 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
     finite = torch.isfinite(total.sum() + norm)
     failed.copy_(torch.where((failed == 0) & ~finite, step + 1, failed))
-    for group in all_groups(optimizers):
-        group["lr"] = group["initial_lr"] * schedule(step, cfg)
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * schedule(step, cfg)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return total[0], None if aux is None else total[1], norm
@@ -323,8 +281,7 @@ def peak_flops(device: torch.device) -> float | None:
     return next(known, None) if "MIG" not in name else None  # a part of a GPU
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation
+# ---- Evaluation ---------------------------------------------------------------------------------
 
 
 def any_rank(flag: bool) -> bool:
@@ -359,8 +316,7 @@ def evaluate(
             losses.append(model(x.clamp(min=0), y)[1])
         weights.append(len(mine) * T)
     weight = torch.tensor(weights, dtype=torch.float64)
-    total = (torch.stack(losses).cpu().double() * weight).sum()
-    sums = torch.stack((total, weight.sum()))
+    sums = torch.stack(((torch.stack(losses).cpu() * weight).sum(), weight.sum()))
     if dist.is_initialized():
         dist.all_reduce(sums)
     return float(sums[0] / sums[1])
@@ -397,50 +353,46 @@ def sample(model: GPT, cfg: Config, data: Data, device: torch.device, autocast: 
         return f"no sample: {e}"
     idx = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(cfg.prompt)]], device=device)
     torch.manual_seed(cfg.seed)
-    start = time.perf_counter()
+    n, start = cfg.sample_tokens, time.perf_counter()
     with autocast():
-        how = {"temperature": cfg.temperature, "top_k": cfg.top_k, "n_vocab": data.n_vocab}
-        out = model.generate(idx, cfg.sample_tokens, **how)
+        out = model.generate(idx, n, cfg.temperature, cfg.top_k, n_vocab=data.n_vocab)
     text = encoding.decode(out[0, 1:].tolist())
-    speed = cfg.sample_tokens / (time.perf_counter() - start)
-    return f"sample ({cfg.sample_tokens} tokens, {speed:,.0f} tokens/s):\n{text}"
+    return f"sample ({n} tokens, {n / (time.perf_counter() - start):,.0f} tokens/s):\n{text}"
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoint and log
+# ---- Checkpoint and log -------------------------------------------------------------------------
+
+
+@contextmanager
+def user_error(what: str, cure: str, errors: type | tuple = Exception) -> Iterator[None]:
+    """Turn an error of these types into a UserError: what went wrong, why, the cure."""
+    try:
+        yield
+    except errors as e:
+        raise UserError(f"{what} ({reason(e)}): {cure}") from None
 
 
 def save_checkpoint(path: str, checkpoint: dict) -> None:
     """Replace the checkpoint at path: there is a whole one at every moment."""
-    try:
-        with whole_file(path) as f:
-            torch.save(checkpoint, f)
-    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-        kept = "the last one is intact" if os.path.exists(path) else "there is none yet"
-        raise UserError(
-            f"cannot save {path} at step {checkpoint['step']} ({reason(e)}); {kept}: "
-            "make room, then go on with --init_from=auto"
-        ) from None
+    kept = "the last one is intact" if os.path.exists(path) else "there is none yet"
+    what = f"cannot save {path} at step {checkpoint['step']}"
+    cure = f"{kept}: make room, then go on with --init_from=auto"
+    errors = (OSError, RuntimeError)  # torch.save turns a full disk into a RuntimeError
+    with user_error(what, cure, errors), whole_file(path) as f:
+        torch.save(checkpoint, f)
 
 
 def load_checkpoint(path: str) -> dict:
     """Raises UserError for a file that is not a checkpoint of this program. Runs no code in it."""
-    try:
-        with warnings.catch_warnings():  # about a file that is no zip archive
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"model", "optimizers", "step", "flags", "shards"} <= checkpoint.keys():
+    cure = "check --out_dir, or start anew with --init_from=scratch"
+    with user_error(f"no checkpoint can be loaded from {path}", cure), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a file that is no zip archive
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        step, needed = checkpoint["step"], {"model", "optimizers", "flags", "shards"}
+        if not needed <= checkpoint.keys() or type(step) is not int or step < 0:
             raise ValueError("not a checkpoint of train.py")
         checkpoint["flags"] = saved_flags(checkpoint["flags"])
-        if type(checkpoint["step"]) is not int or checkpoint["step"] < 0:
-            raise ValueError(f"its step is {checkpoint['step']!r}")
         return checkpoint
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}: check --out_dir, or --init_from=scratch") from None
-    except Exception as e:  # whatever a damaged or hostile file makes torch.load raise
-        raise UserError(
-            f"{path} cannot be loaded ({reason(e)}): --init_from=scratch starts anew"
-        ) from None
 
 
 def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
@@ -449,9 +401,9 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
+            for p, tensors in optimizer.state.items():
                 # Fused AdamW takes shapes on trust and would write beyond a smaller tensor.
-                if any(t.ndim and t.shape != p.shape for t in optimizer.state.get(p, {}).values()):
+                if any(t.ndim and t.shape != p.shape for t in tensors.values()):
                     raise ValueError("an optimizer state of another shape")
     except Exception as e:  # another vocabulary, or whatever is in a file made elsewhere
         why = " ".join(str(e).split())[:300]
@@ -462,75 +414,72 @@ def check_model(model: GPT, optimizers: list, autocast: Callable) -> None:
     """Raise UserError for a model that would train and be wrong: an FFN that sees the future, a
     parameter that no optimizer has, a checkpoint that could be saved and never be loaded."""
     check_ffns(model, autocast)
-    optimized = {id(p) for group in all_groups(optimizers) for p in group["params"]}
+    optimized = {p for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
-        if p.requires_grad and id(p) not in optimized:
+        if p.requires_grad and p not in optimized:
             raise UserError(f"{name} is in no optimizer: add it in make_optimizers")
-    extra = {k: v for k, v in model.state_dict().items() if not isinstance(v, Tensor)}
-    try:
-        buffer = io.BytesIO()
-        torch.save(extra, buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True)
-    except Exception as e:
-        cure = "let get_extra_state return tensors, numbers, strings, lists and dicts only"
-        raise UserError(f"{next(iter(extra))} could not be loaded again ({reason(e)}): {cure}") from None
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{name} is not a tensor: let get_extra_state return one, or use buffers")
 
 
-def write_row(path: str, row: dict) -> None:
-    """Append to log.jsonl. A full disk is a warning: the run is worth more than the row."""
+# How the rows of log.jsonl are printed: each of these numbers that a row has.
+SHOWN = {"val_loss": "val  {:.4f}", "active": "active {:.1%}", "train_loss": "loss {:.4f}"}
+SHOWN |= {"aux_loss": "aux {:.4f}", "lr": "lr {:.2e}", "grad_norm": "norm {:6.2f}"}
+SHOWN |= {"step_ms": "{:8.1f} ms", "tok_per_s": "{:>9,.0f} tok/s", "mfu": "mfu {:.1%}"}
+
+
+def report(row: dict, cfg: Config, wandb) -> None:
+    """On rank 0 print a row and, while training, append it to log.jsonl and send it to Weights & Biases
+    if there is a run. A full disk is a warning: the run is worth more than the row."""
+    shown = [form.format(row[key]) for key, form in SHOWN.items() if row.get(key) is not None]
+    if row.get("step_ms"):
+        left = (cfg.max_iters - row["step"]) * row["step_ms"] / 1000
+        shown.append(f"eta {timedelta(seconds=round(left))}")
+    print0(" | ".join([f"step {row['step']:>6}/{cfg.max_iters}", *shown]))
+    if read_launcher()[0] != 0 or cfg.eval_only:
+        return
+    path = os.path.join(cfg.out_dir, "log.jsonl")
     try:
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
     except OSError as e:
         print0(f"warning: cannot write {path} ({e.strerror}): going on without this row")
+    if wandb:
+        wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
 
 def read_log(path: str) -> list[dict]:
     """The rows of log.jsonl, without what a killed run left half written; none if there is no log."""
     rows = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as f:
-            for line in f:
-                try:
-                    row = json.loads(line)
-                    rows += [row] if type(row["step"]) is int else []
-                except (ValueError, KeyError, TypeError):
-                    continue
+    with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                rows += [row] if type(row["step"]) is int else []
     return rows
 
 
 def about(cfg: Config, data: Data, config: GPTConfig, device: torch.device, world: int) -> dict:
     """What config.json says besides the flags: versions, the FFN's code, the data."""
-    command, git = ["git", "describe", "--always", "--dirty"], ""
-    here = os.path.dirname(os.path.abspath(__file__))
-    if shutil.which("git"):
-        git = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    train_tokens, val_tokens = (sum(shard.tokens for shard in s) for s in (data.train, data.val))
-    tokens = {"train_tokens": train_tokens, "val_tokens": val_tokens}
+    tokens = {f"{k}_tokens": sum(s.tokens for s in getattr(data, k)) for k in ("train", "val")}
     return {
-        "run_id": uuid.uuid4().hex[:8],
-        "ffn_code": ffn_code(cfg.ffn),
+        "run_id": os.urandom(4).hex(), "ffn_code": ffn_code(cfg.ffn), "git_commit": commit or "unknown",
         "data": {"dir": cfg.data_dir, "encoding": data.encoding, "source": data.source, **tokens},
-        "encoding": data.encoding,
-        "vocab_size": config.vocab_size,
-        "world": world,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "git_commit": git or "unknown",
-        "device": f"{device.type} {name}".strip(),
-    }
+        "vocab_size": config.vocab_size, "world": world, "device": f"{device.type} {name}".strip(),
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+    }  # fmt: skip
 
 
-def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> None:
-    """Make the run's folder with config.json and model.py, or fail now and not at the first save. A run
-    from scratch renames what an earlier one left to *.prev; a resumed one cuts the log at its step."""
-    import fcntl  # not on Windows
-
+def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> None:
+    """Make the run's folder with config.json, log.jsonl and model.py, or fail now and not at the first
+    save. A run from scratch (resumed_step: -1) renames what an earlier one left to *.prev; a resumed
+    one cuts the log at its step."""
     path = functools.partial(os.path.join, cfg.out_dir)
-    try:
+    with user_error(f"cannot write to --out_dir={cfg.out_dir}", "name another", OSError):
         os.makedirs(cfg.out_dir, exist_ok=True)
         folder = os.open(cfg.out_dir, os.O_RDONLY)  # open, and so locked, until the process ends
         try:
@@ -539,10 +488,8 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
             raise UserError(f"another run writes to --out_dir={cfg.out_dir}: name another") from None
         except OSError:
             print0(f"note: {cfg.out_dir} cannot be locked: start no second run there")
-        if resumed_step is not None:
-            rows = [row for row in read_log(path("log.jsonl")) if row["step"] <= resumed_step]
-            with whole_file(path("log.jsonl")) as f:
-                f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        log = read_log(path("log.jsonl"))
+        if resumed_step >= 0:
             with suppress(OSError, ValueError, KeyError):
                 with open(path("config.json"), encoding="utf-8") as f:
                     began = json.load(f)
@@ -550,34 +497,31 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int | None) -> Non
                     print0(f"warning: the code of {cfg.ffn} is not what it was when this run began")
                 # The old code's hash stays, so that compare.py refuses a run of two codes.
                 made_with |= {"run_id": began["run_id"], "ffn_code": began["ffn_code"]}
-        elif os.path.exists(path("ckpt.pt")) or any(row["step"] for row in read_log(path("log.jsonl"))):
+        elif os.path.exists(path("ckpt.pt")) or any(row["step"] for row in log):
             older = ", in place of an older one" if os.path.exists(path("log.jsonl.prev")) else ""
             print0(f"note: the run that was in {cfg.out_dir} is kept there as *.prev{older}")
             for name in ("log.jsonl", "ckpt.pt", "config.json", "model.py"):
-                if os.path.exists(path(name)):
+                with suppress(FileNotFoundError):
                     os.replace(path(name), path(name + ".prev"))
+        with whole_file(path("log.jsonl")) as f:
+            f.writelines(f"{json.dumps(row)}\n".encode() for row in log if row["step"] <= resumed_step)
         with whole_file(path("config.json")) as f:
             f.write(json.dumps({"flags": asdict(cfg), **made_with}, indent=2).encode())
-        if resumed_step is None:
+        if resumed_step < 0:
             shutil.copyfile(model_file.__file__, path("model.py"))  # so that another can repeat the run
-    except OSError as e:
-        raise UserError(f"cannot write to --out_dir={cfg.out_dir} ({reason(e)}): name another") from None
 
 
 def start_wandb(cfg: Config, run_id: str):
     """A Weights & Biases run named after out_dir; a resumed run goes on with its own."""
     name = {"name": os.path.basename(os.path.normpath(cfg.out_dir)), "id": run_id, "resume": "allow"}
-    try:
+    cure = "pip install wandb and wandb login, or leave it out"
+    with user_error(f"--wandb_project={cfg.wandb_project}", cure):  # not installed, no login, no network
         import wandb
 
         return wandb.init(project=cfg.wandb_project, config=asdict(cfg), dir=cfg.out_dir, **name)
-    except Exception as e:  # not installed, no login, no network, no such project
-        cure = "pip install wandb and wandb login, or leave it out"
-        raise UserError(f"--wandb_project={cfg.wandb_project}: {reason(e)}: {cure}") from None
 
 
-# ------------------------------------------------------------------------------------------------
-# The run
+# ---- The run ------------------------------------------------------------------------------------
 
 
 def resolve_flags(argv: list[str], world: int) -> tuple[Config, dict | None]:
@@ -588,14 +532,14 @@ def resolve_flags(argv: list[str], world: int) -> tuple[Config, dict | None]:
     path, checkpoint = os.path.join(out_dir, "ckpt.pt"), None
     if cfg.init_from == "resume" or (cfg.init_from == "auto" and os.path.exists(path)):
         checkpoint = load_checkpoint(path)
-        saved, resumable = checkpoint["flags"], {f.name for f in fields(Config) if f.metadata}
-        same = given if cfg.lr_decay_iters else given - {"lr_decay_iters"}  # 0 stands for max_iters
-        for name in sorted(same - resumable if not cfg.eval_only else ()):
-            if getattr(cfg, name) != saved[name]:
-                cure = "leave it out to go on, or start another run with another --out_dir"
-                was = f"the checkpoint's {saved[name]}"
-                raise UserError(f"--{name}={getattr(cfg, name)} differs from {was}: {cure}")
-        cfg = Config(**saved | {name: getattr(cfg, name) for name in given & resumable})
+        flags, saved = asdict(cfg), checkpoint["flags"]
+        resumable = {f.name for f in fields(Config) if f.metadata}
+        flags["lr_decay_iters"] = cfg.lr_decay_iters or saved["lr_decay_iters"]  # 0: max_iters, as then
+        for name in sorted(given - resumable):
+            if flags[name] != saved[name] and not cfg.eval_only:
+                cure = "leave it out to go on, or name another --out_dir"
+                raise UserError(f"--{name}={flags[name]}, the checkpoint has {saved[name]}: {cure}")
+        cfg = Config(**saved | {name: flags[name] for name in given & resumable})
     check_flags(cfg, world)
     cfg.out_dir, cfg.lr_decay_iters = out_dir, cfg.lr_decay_iters or cfg.max_iters
     typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
@@ -604,40 +548,36 @@ def resolve_flags(argv: list[str], world: int) -> tuple[Config, dict | None]:
     return cfg, checkpoint
 
 
-def describe(model: GPT, cfg: Config, data: Data, world: int, peak: float | None) -> str:
+def describe(model: GPT, cfg: Config, data: Data, world: int) -> str:
     """The derived arithmetic of the run, and what a reader should know of its FFN."""
     n, ffn, flops = model.param_counts(), model.model.layers[0].mlp, model.flops_per_token()
-    cost, hidden, per_step = ffn_cost(ffn), model.config.hidden, cfg.batch_size * cfg.block_size
+    cost, per_step = ffn_cost(ffn), cfg.batch_size * cfg.block_size
     passes, tokens = cfg.batch_size // (world * cfg.micro_batch_size), cfg.max_iters * per_step
     epochs = cfg.max_iters * cfg.batch_size / window_counts(data.train, cfg.block_size).sum()
-    train_tokens, val_tokens = (sum(shard.tokens for shard in s) for s in (data.train, data.val))
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    stacked = [name for name, p in model.model.layers.named_parameters() if p.ndim > 2 and is_matrix(p)]
+    notes = {
+        "have no gradient, by design": [n for n, p in model.named_parameters() if not p.requires_grad],
+        "were constants and are drawn at random, which init_weights can change": model.overwritten,
+    }
     text = f"""\
 data    {cfg.data_dir}: {data.source or "source unknown"}, encoding {data.encoding}
-data    {train_tokens:,} training tokens ({epochs:.2f} epochs in this run), {val_tokens:,} for validation
+data    {sum(s.tokens for s in data.train):,} training tokens, {epochs:.2f} epochs in this run
+data    {sum(s.tokens for s in data.val):,} validation tokens
 model   {n["layers"]:,} parameters in the layers' matrices, {n["total"]:,} in all
-ffn     {cfg.ffn}, hidden {hidden}: {cost["params"]:,} parameters a layer
+ffn     {cfg.ffn}, hidden {model.config.hidden}: {cost["params"]:,} parameters a layer
 flops   {cost["flops"]:,} a token in an FFN, forward, as executed; {cost["ideal_flops"]:,} ideal
 flops   {flops:,} a token to train, {flops * tokens:.3g} in all
-step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cfg.block_size} tokens
 run     {cfg.max_iters} steps x {per_step:,} = {tokens:,} tokens, {tokens / n["layers"]:.2f} a parameter
-peak    {f"{peak / 1e12:.0f} TFLOP/s a device" if peak else "n/a"}"""
+step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cfg.block_size} tokens"""
     if cfg.ffn_match != "hidden":
         target = {"params": 3, "flops": 6}[cfg.ffn_match] * cfg.n_embd * cfg.ffn_hidden
         text += f"\nmatch   {cost[cfg.ffn_match] - target:+,} {cfg.ffn_match} to SwiGLU's {target:,}"
-    if frozen:
-        text += f"\nfrozen  {len(frozen)} parameters get no gradient by design, e.g. {frozen[0]}"
-    if stacked and cfg.optimizer == "muon":
-        text += f"\nmuon    AdamW takes what is stacked, e.g. {stacked[0]}"
+    for note, names in notes.items():
+        text += f"\nnote    {len(names)} parameters {note}, e.g. {names[0]}" if names else ""
     if not (has(ffn, "init_weights") or any(map(is_residual, dict(ffn.named_parameters())))):
-        text += "\ninit    no matrix of the FFN is named down_proj: none is scaled for the depth"
-    if model.overwritten:
-        text += f"\ninit    {model.overwritten[0]} was set by its class and is drawn anew as all "
-        text += "matrices are: an init_weights method of the class would keep it"
+        text += "\nnote    no matrix of the FFN is named down_proj: none is scaled for the depth"
     if cfg.max_iters > cfg.lr_decay_iters:
-        text += f"\nwarning: the schedule ends at step {cfg.lr_decay_iters}, later steps use min_lr: "
-        text += "for a longer schedule start a new run with --lr_decay_iters"
+        end = f"the schedule ends at step {cfg.lr_decay_iters}, later steps use min_lr"
+        text += f"\nwarning: {end}: a new run with --lr_decay_iters can have a longer one"
     return text
 
 
@@ -655,22 +595,8 @@ def connect(device: torch.device, step: int, shards: dict) -> None:
     found = [(step, shards)] * world
     dist.all_gather_object(found, (step, shards))
     if any(other != found[0] for other in found):
-        raise UserError(
-            f"the ranks found different shards or checkpoints (of steps {[f[0] for f in found]}): "
-            "--out_dir must be one folder that all machines share, --data_dir have the same shards"
-        )
-
-
-def progress(row: dict, cfg: Config) -> str:
-    """The line that is printed of a training row."""
-    aux = f" | aux {row['aux_loss']:.4f}" if "aux_loss" in row else ""
-    text = f"step {row['step']:>6}/{cfg.max_iters} | loss {row['train_loss']:.4f}{aux}"
-    text += f" | lr {row['lr']:.2e} | norm {row['grad_norm']:6.2f}"
-    if row["step_ms"] is None:
-        return text
-    mfu = f"{row['mfu']:.1%}" if row["mfu"] else "n/a"
-    eta = timedelta(seconds=round((cfg.max_iters - row["step"]) * row["step_ms"] / 1000))
-    return f"{text} | {row['step_ms']:8.1f} ms | {row['tok_per_s']:>9,.0f} tok/s | mfu {mfu} | eta {eta}"
+        wrong = f"the ranks have different shards or checkpoints (of steps {[f[0] for f in found]})"
+        raise UserError(f"{wrong}: all machines need one --out_dir and the same shards in --data_dir")
 
 
 def catch_signals() -> list[float]:
@@ -690,20 +616,30 @@ def catch_signals() -> list[float]:
 
 
 def find_data(cfg: Config, local_rank: int, checkpoint: dict | None) -> tuple[Data, dict]:
-    """The checked shards, made first where --prepare says how, and their names and sizes."""
+    """The checked shards, and their names and sizes. Where there are none, prepare_fineweb.py makes
+    them with the arguments of --prepare on local rank 0, and the others wait."""
+    from filelock import FileLock  # torch depends on it
+
+    while local_rank and cfg.prepare and not has_shards(cfg.data_dir):
+        time.sleep(0.5)  # the launcher ends this rank if rank 0 fails
     if cfg.prepare and not has_shards(cfg.data_dir):
-        prepare_data(cfg, local_rank)
+        folder, script = os.path.abspath(cfg.data_dir), prepare_fineweb.__file__
+        with user_error(f"--prepare={cfg.prepare} for {folder}", "change one", (OSError, ValueError)):
+            command = [sys.executable, script, *shlex.split(cfg.prepare), f"--out_dir={cfg.data_dir}"]
+            os.makedirs(os.path.dirname(folder), exist_ok=True)
+            with FileLock(folder + ".lock"):
+                failed = not has_shards(cfg.data_dir) and subprocess.run(command).returncode
+        if failed or not has_shards(cfg.data_dir):
+            raise UserError(f"--prepare={cfg.prepare} made no shards in {cfg.data_dir}, see above")
     data = open_data(cfg.data_dir, cfg.block_size)
-    found = {"train": data.train, "val": data.val}
-    shards = {split: [[os.path.basename(s.path), s.tokens] for s in found[split]] for split in found}
+    splits = {"train": data.train, "val": data.val}
+    shards = {k: [[os.path.basename(s.path), s.tokens] for s in split] for k, split in splits.items()}
     windows = window_counts(data.train, cfg.block_size).sum()
     if checkpoint and checkpoint["shards"] != shards and not cfg.eval_only:
         raise UserError(f"{cfg.data_dir} has other shards than the checkpoint's run: restore them")
     if windows < cfg.batch_size and not cfg.eval_only:
-        raise UserError(
-            f"{cfg.data_dir} has {windows:,} windows of {cfg.block_size} tokens, fewer than one batch "
-            f"of {cfg.batch_size}: lower --batch_size or prepare more data"
-        )
+        has = f"{windows:,} windows of {cfg.block_size} tokens, fewer than one batch of {cfg.batch_size}"
+        raise UserError(f"{cfg.data_dir} has {has}: lower --batch_size or prepare more data")
     return data, shards
 
 
@@ -714,9 +650,9 @@ def main() -> None:
     ckpt_path, log_path = (os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "log.jsonl"))
     training, step = not cfg.eval_only, checkpoint["step"] if checkpoint else 0
     resumed = training and checkpoint is not None
+    saved_step = step if resumed else -1
     # A run that was stopped while it evaluated has saved before, and evaluates when it is resumed.
-    logged = read_log(log_path) if resumed else []
-    evaluated = any("val_loss" in row and row["step"] == step for row in logged)
+    evaluated = resumed and any("val_loss" in row for row in read_log(log_path) if row["step"] == step)
     if evaluated and step >= cfg.max_iters:
         print0(f"finished: {ckpt_path} is at step {step} of {cfg.max_iters}")
         return
@@ -733,7 +669,7 @@ def main() -> None:
     wandb = None
     if rank == 0 and training:
         made_with = about(cfg, data, config, device, world)
-        claim_out_dir(cfg, made_with, step if resumed else None)
+        claim_out_dir(cfg, made_with, saved_step)
         wandb = start_wandb(cfg, made_with["run_id"]) if cfg.wandb_project else None
     if ddp:
         connect(device, step, shards)
@@ -745,8 +681,9 @@ def main() -> None:
     check_model(raw_model, optimizers, autocast)
     peak = peak_flops(device) if bf16 else None
     flops, per_step = raw_model.flops_per_token(), cfg.batch_size * cfg.block_size
-    print0(f"device  {device} x {world}, {'bfloat16' if bf16 else 'float32'}")
-    print0(describe(raw_model, cfg, data, world, peak))
+    known = f"{peak / 1e12:.0f} TFLOP/s each" if peak else "n/a"
+    print0(f"device  {device} x {world}, {'bfloat16' if bf16 else 'float32'}, peak {known}")
+    print0(describe(raw_model, cfg, data, world))
     if resumed:
         print0(f"resumed at step {step} of {cfg.max_iters}")
     cfg.compile = cfg.compile and training and device.type != "mps"  # there it is a prototype
@@ -759,23 +696,16 @@ def main() -> None:
     # -- how to log and save
     signals = catch_signals()
     failed = torch.zeros((), device=device)  # the first step whose loss or gradient was not finite
-    saved_step = step if resumed else None
-
-    def log(row: dict) -> None:
-        if rank == 0 and training:
-            write_row(log_path, row)
-            if wandb:
-                wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def check_finite(weights: bool = False) -> None:
         """Raise UserError if a number went bad. This waits for the device."""
-        bad = f"step {int(failed)}: loss or gradient is not finite" if failed else ""
+        bad = f"step {int(failed)}: loss or gradient" if failed else ""
         if weights and not torch.stack([p.isfinite().all() for p in raw_model.parameters()]).all():
-            bad = bad or f"step {step}: a weight is not finite"
+            bad = bad or f"step {step}: a weight"
         if bad:
             kept = f"the last good checkpoint is {ckpt_path} at step {saved_step}"
-            kept = "no checkpoint was saved yet" if saved_step is None else kept
-            raise UserError(f"{bad}; {kept}: lower --learning_rate or look at the FFN")
+            kept = "no checkpoint was saved yet" if saved_step < 0 else kept
+            raise UserError(f"{bad} is not finite; {kept}: lower --learning_rate or look at the FFN")
 
     def save() -> None:
         nonlocal saved_step
@@ -785,43 +715,36 @@ def main() -> None:
             save_checkpoint(ckpt_path, state | {"step": step, "flags": asdict(cfg), "shards": shards})
         saved_step = step
 
-    # -- the loop. Its clock stands still during the first step, which compiles, and during evaluation
-    # and saving.
-    first_step, val_loss, mark = step, math.nan, time.perf_counter()
-    total_time = window_time = window_steps = 0
-    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    # -- the loop. Its clock leaves out the first step, which compiles, evaluation and saving
+    first_step, mark, window_steps = step, time.perf_counter(), 0
     with compile_errors():
         while True:
-            last = step >= cfg.max_iters or not training
+            stopped = any_rank(bool(signals))
+            last = stopped or step >= cfg.max_iters or not training
             save_now = last or (step > 0 and step % cfg.save_interval == 0)
             save_now = save_now and training and step != saved_step
-            evaluate_now = not evaluated and (last or step % cfg.eval_interval == 0)
+            evaluate_now = not (evaluated or stopped) and (last or step % cfg.eval_interval == 0)
             if save_now or evaluate_now:
                 check_finite()
-                window_time += time.perf_counter() - mark
+                paused = time.perf_counter()
                 if save_now:  # first, as a signal may not leave the time for both
                     save()
                 if evaluate_now:
-                    raw_model.eval()
-                    val_loss = evaluate(fast_model, data, cfg, device, autocast, signals)
-                    active = active_fraction(raw_model, data, device, autocast)
-                    raw_model.train()
+                    with evaluating(raw_model):
+                        val_loss = evaluate(fast_model, data, cfg, device, autocast, signals)
+                        active = active_fraction(raw_model, data, device, autocast)
                     gc.collect()
-                if evaluate_now and val_loss is not None:
+                    if val_loss is None:  # a signal came: save and stop
+                        continue
                     row = {"step": step, "tokens": step * per_step, "val_loss": val_loss}
-                    log(row if active is None else row | {"active": active})
-                    note = "" if active is None else f" | active {active:.1%}"
-                    print0(f"{bold}step {step:>6}/{cfg.max_iters} | val  {val_loss:.4f}{note}{plain}")
-                mark = time.perf_counter()
-            stopped = any_rank(bool(signals)) and not (last and val_loss is not None)
-            if stopped and step != saved_step and training:
-                save()
-            if stopped or last:
+                    row |= {} if active is None else {"active": active}
+                    report(row, cfg, wandb)
+                mark += time.perf_counter() - paused
+            if last:
                 break
 
-            mine = step * cfg.batch_size + cfg.batch_size // world * rank
-            samples = np.arange(mine, mine + cfg.batch_size // world)
-            places = locate(counts, samples, cfg.data_seed)
+            samples = np.arange(step * cfg.batch_size, (step + 1) * cfg.batch_size)
+            places = locate(counts, samples.reshape(world, -1)[rank], cfg.data_seed)
             batch = torch.from_numpy(read_windows(data.train, places, cfg.block_size, data.n_vocab))
             batches = to_device(batch, device).split(cfg.micro_batch_size)
             # For an FFN that draws noise: other noise each step and rank, the same when resumed.
@@ -832,38 +755,31 @@ def main() -> None:
             first = step == first_step + 1
             if first or step % cfg.log_interval == 0:
                 check_finite()
-                window_time += time.perf_counter() - mark
+                seconds = time.perf_counter() - mark
                 row = {"step": step, "tokens": step * per_step, "train_loss": float(loss)}
                 row |= {} if aux is None else {"aux_loss": float(aux)}
                 row |= {"lr": cfg.learning_rate * schedule(step - 1, cfg), "grad_norm": float(norm)}
-                speed = per_step * window_steps / window_time
+                speed = per_step * window_steps / seconds
                 mfu = flops * speed / (peak * world) if peak else None
                 clock = {"step_ms": 1000 * per_step / speed, "tok_per_s": speed, "mfu": mfu}
                 row |= dict.fromkeys(clock) if first else clock
-                log(row)
-                print0(progress(row, cfg))
+                report(row, cfg, wandb)
                 if first:
-                    print0(f"first   {window_time:.1f} s{' with compiling' * cfg.compile}, not counted")
+                    print0(f"first   {seconds:.1f} s{' with compiling' * cfg.compile}, not counted")
                     # Python's garbage collector can take half a second: from now on at evaluations.
                     gc.collect()
                     gc.freeze()
                     gc.disable()
-                else:
-                    total_time += window_time
-                window_time, window_steps, mark = 0, 0, time.perf_counter()
+                window_steps, mark = 0, time.perf_counter()
 
     # -- the end
-    out_dir, total_time = shlex.quote(cfg.out_dir), total_time + window_time
+    out_dir = shlex.quote(cfg.out_dir)
     if stopped:
         print0(f"stopped at step {step} of {cfg.max_iters}" + f", saved {ckpt_path}" * training)
         print0(f"go on with: the same command and --init_from=resume --out_dir={out_dir}")
     else:
         print0(f"\nvalidation loss  {val_loss:.4f} nats per token at step {step}")
-        if step > first_step + 1:
-            speed = (step - first_step - 1) * per_step / total_time
-            print0(f"speed            {speed:,.0f} tokens/s after the first step")
         if training:
-            print0(f"log              {log_path}")
             print0(f"checkpoint       {ckpt_path}")
             print0(f"plot             python experiments/compare.py --report {out_dir}")
         if cfg.sample_tokens and rank == 0:

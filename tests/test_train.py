@@ -630,6 +630,8 @@ def test_failed_starts_leave_the_run_before_them(here: Path):
         done = train_with(here, code, *flags(out_dir="o", max_iters=2, ffn="mine"))
         one_line(done.returncode, done.stderr, "mlp.w received no gradient")
     assert {name: (here / "o" / f"{name}.prev").read_bytes() for name in good} == good
+    train(here, out_dir="o", max_iters=2)
+    assert list(losses(here / "o", "val_loss")) == [0, 2]  # without the rows of the failed starts
 
 
 def test_buffers_are_those_of_the_steps(here: Path):
