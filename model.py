@@ -189,9 +189,9 @@ class ASG(SwiGLU):
                 tau = torch.sigmoid(upcast(x) @ self.w + self.b)[..., None]
             else:
                 tau = self.tau if self.threshold == "fixed" else torch.sigmoid(self.t)
-            over = upcast(z).abs() - tau
-            mask = above_zero(over.detach())
-            return mask if self.grad == "hard" else straight_through(mask, torch.sigmoid(over / 0.1))
+            excess = upcast(z).abs() - tau
+            mask = above_zero(excess.detach())
+            return mask if self.grad == "hard" else straight_through(mask, torch.sigmoid(excess / 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
@@ -243,7 +243,7 @@ class SparseGated(nn.Module):
     def mask(self, key: Tensor) -> Tensor:
         if self.select == "topk":
             return top_k_mask(key, self.k)
-        return above_zero(upcast(key.detach()) - self.theta)
+        return over(upcast(key.detach()), self.theta)
 
     def forward(self, x: Tensor) -> Tensor:
         key = F.gelu(self.key_proj(x))
@@ -492,9 +492,10 @@ class MoE(nn.Module):
     def after(self, s: Tensor, taken: Tensor, count: Tensor) -> Tensor | None:
         """Balance the experts after a training pass, or return the aux that does. s: scores (N, n),
         taken: those of the rows that the experts got."""
+        part = count.to(s.dtype) / count.sum()
         if self.balance == "loss":
-            return 0.01 * self.n * (count / count.sum() * s.softmax(-1).mean(0)).sum()
-        self.bias += self.speed * (count.sum() / self.n - count).sign()
+            return 0.01 * self.n * (part * s.softmax(-1).mean(0)).sum()
+        self.bias += self.speed * (1 / self.n - part).sign()
         return None
 
     def experts_per_token(self, x: Tensor) -> Tensor:
@@ -530,14 +531,15 @@ class ThresholdMoE(MoE):
         self.register_buffer("cut", torch.zeros(n))
 
     def route(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | list[int]]:
-        over = s > self.cut
+        chosen = over(s.detach(), self.cut).bool()
         if not self.training:
-            expert, token = over.t().nonzero(as_tuple=True)
-            return expert, token, 2 * torch.sigmoid(s[token, expert]), over.sum(0)
+            expert, token = chosen.t().nonzero(as_tuple=True)
+            return expert, token, 2 * torch.sigmoid(s[token, expert]), chosen.sum(0)
         room = s.size(0) * self.k // self.n
         token = s.topk(room, dim=0).indices.t().flatten()
         expert = torch.arange(self.n, device=s.device).repeat_interleave(room)
-        return expert, token, 2 * torch.sigmoid(s[token, expert]) * over[token, expert], [room] * self.n
+        gate = 2 * torch.sigmoid(s[token, expert]) * chosen[token, expert]
+        return expert, token, gate, [room] * self.n
 
     def after(self, s: Tensor, taken: Tensor, count: list[int]) -> None:
         if count[0]:
@@ -610,6 +612,16 @@ def above_zero(x: Tensor) -> Tensor:
     return F.relu(x).sign() if on_cpu(x) else x > 0
 
 
+@torch.library.custom_op("ffn::over", mutates_args=(), schema="(Tensor x, Tensor limit) -> Tensor")
+def over(x: Tensor, limit: Tensor) -> Tensor:
+    """Return above_zero(x - limit), for a limit that moves in the same pass. It is an operator, so that a
+    compiled backward pass keeps the mask and does not compute it again from the limit moved."""
+    return above_zero(x - limit)
+
+
+over.register_fake(lambda x, limit: above_zero(x - limit))
+
+
 def top_k_mask(score: Tensor, k: int | Tensor) -> Tensor:
     """Return a mask that is 1 on k of the largest scores along the last dimension, else 0. The units are
     taken by index, so that a tie never adds one. k may be a tensor, whose changes compile nothing."""
@@ -633,10 +645,10 @@ def over_mean(score: Tensor, z: float | Tensor) -> Tensor:
 def sparsemax(z: Tensor) -> Tensor:
     """Return the point of the probability simplex that is nearest to z, along the last dimension."""
     falling = z.sort(dim=-1, descending=True).values
-    over = falling.cumsum(-1) - 1
+    excess = falling.cumsum(-1) - 1
     rank = torch.arange(1, z.size(-1) + 1, device=z.device)
-    size = (rank * falling > over).sum(-1, keepdim=True)
-    return F.relu(z - over.gather(-1, size - 1) / size)
+    size = (rank * falling > excess).sum(-1, keepdim=True)
+    return F.relu(z - excess.gather(-1, size - 1) / size)
 
 
 def kept_units(name: str, k: float, h: int) -> int:
