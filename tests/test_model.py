@@ -1240,14 +1240,26 @@ def test_the_same_model_is_compiled_once(monkeypatch, tmp_path):
 def test_compiling_without_private_names(monkeypatch, lacks):
     """A PyTorch that has moved one of the private names that `compiled` uses gives the same numbers by
     its own products; recompute, which needs one, is refused."""
+    import torch._dynamo
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
 
     class Lacks:
-        """A module of settings without any of these names."""
+        """A module of settings without those that `compiled` sets; of none, without any name."""
+
+        def __init__(self, config=None):
+            self.config = config
+
+        def __getattr__(self, name):
+            ours = "capture_|unsafe_marked|autograd_cache_allow|ban_recompute_materialized|post_grad"
+            if re.match(ours, name):
+                raise AttributeError(name)
+            return getattr(self.config, name)
 
     torch.compiler.reset()
+    model_module.compiled(torch.sin, CPU)(torch.ones(3))  # imports all that it takes
     model_module.onednn_pass.cache_clear()
+    a, b, c = torch.randn(6, 40), torch.randn(40, 24), torch.randn(24)
     try:
         with monkeypatch.context() as patch:
             if lacks == "pass":
@@ -1255,20 +1267,18 @@ def test_compiling_without_private_names(monkeypatch, lacks):
             if lacks == "operator":
                 patch.setattr(torch.ops, "mkldnn", Lacks())
             if lacks == "settings":
-                set_private = model_module.set_private
-                patch.setattr(model_module, "set_private", lambda _, *a: set_private(Lacks(), *a))
-            assert model_module.has_onednn(CPU) == (lacks == "settings" and HAS_MKL)
-            leaves = [torch.randn(6, 40), torch.randn(40, 24), torch.randn(24)]
-            with torch.profiler.profile() as profile:
-                got = model_module.compiled(torch.addmm, CPU)(leaves[2], *leaves[:2])
-            torch.testing.assert_close(got, torch.addmm(leaves[2], *leaves[:2]))
-            called = "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
-            assert called == (lacks == "settings" and HAS_MKL)
-            if lacks == "settings":
+                for package in (torch._dynamo, torch._functorch, torch._inductor):
+                    patch.setattr(package, "config", Lacks(package.config))
                 with pytest.raises(UserError, match="--recompute=False"):
                     model_module.compiled(torch.addmm, CPU, recompute=True)
+            assert not model_module.has_onednn(CPU)
+            ready = model_module.compiled(torch.addmm, CPU)
+        with torch.profiler.profile() as profile:
+            torch.testing.assert_close(ready(c, a, b), torch.addmm(c, a, b))
+        assert "mkldnn::_linear_pointwise" not in {event.key for event in profile.key_averages()}
     finally:
         model_module.onednn_pass.cache_clear()
+    assert model_module.has_onednn(CPU) == HAS_MKL
     assert functorch.ban_recompute_materialized_backward
     assert inductor.unsafe_marked_cacheable_functions
 
@@ -1587,11 +1597,11 @@ def unused(x):
 }
 
 
-def hashes(folder: Path, **sources: str) -> dict[str, str]:
-    """ffn_code of every FFN, with these sources in the folder, which are read at each call."""
+def hashes(folder: Path, ffns=FFNS, **sources: str) -> dict[str, str]:
+    """ffn_code of these FFNs, with these sources in the folder, which are read at each call."""
     for name, text in sources.items():
         (folder / f"{name}.py").write_text(text)
-    return {ffn: model_module.ffn_code(ffn) for ffn in FFNS}
+    return {ffn: model_module.ffn_code(ffn) for ffn in ffns}
 
 
 def test_the_hash_sees_what_a_class_refers_to(tmp_path, monkeypatch):
@@ -1601,14 +1611,15 @@ def test_the_hash_sees_what_a_class_refers_to(tmp_path, monkeypatch):
     hashes(tmp_path, **IDEAS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    for name in ("mine", "other", "made", "typed"):
+    ffns = ["gelu", "mine", "other", "made", "typed"]
+    for name in ffns[1:]:
         monkeypatch.setitem(FFNS, name, None)  # and so it is gone afterwards
     for name in IDEAS:
         monkeypatch.setitem(sys.modules, name, None)
         del sys.modules[name]
     for name in IDEAS:
         importlib.import_module(name)
-    was = hashes(tmp_path)
+    was = hashes(tmp_path, ffns)
     assert len(set(was.values())) == len(was) - 1  # made and typed: of all of their module
     assert all(len(code) == 16 for code in was.values())
     mine, made = {"mine", "made", "typed"}, {"made", "typed"}
@@ -1637,7 +1648,7 @@ def test_the_hash_sees_what_a_class_refers_to(tmp_path, monkeypatch):
         for name, old, new in edits:
             assert sources[name].count(old) == 1
             sources[name] = sources[name].replace(old, new)
-        now = hashes(tmp_path, **sources)
+        now = hashes(tmp_path, ffns, **sources)
         assert {name for name in was if was[name] != now[name]} == changed, edits
 
 
@@ -1653,7 +1664,7 @@ def test_an_edit_of_model_py_changes_the_hash_of_what_it_concerns(tmp_path, monk
     }
     for some, (old, new) in zip(["multiscale", "dsg", "sparsegated"], edits.items(), strict=True):
         assert old in source
-        now = hashes(tmp_path, model=source.replace(old, new))
+        now = hashes(tmp_path, [some, "gelu"], model=source.replace(old, new))
         assert was[some] != now[some]
         assert was["gelu"] == now["gelu"]
     new = source.replace("class GELU(", "class New(nn.Module):\n    pass\n\n\nclass GELU(")
