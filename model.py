@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from types import ModuleType
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -189,9 +188,9 @@ class ASG(SwiGLU):
                 tau = torch.sigmoid(upcast(x) @ self.w + self.b)[..., None]
             else:
                 tau = self.tau if self.threshold == "fixed" else torch.sigmoid(self.t)
-            over = upcast(z).abs() - tau
-            mask = above_zero(over.detach())
-            return mask if self.grad == "hard" else straight_through(mask, torch.sigmoid(over / 0.1))
+            excess = upcast(z).abs() - tau
+            mask = above_zero(excess.detach())
+            return mask if self.grad == "hard" else straight_through(mask, torch.sigmoid(excess / 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
@@ -243,7 +242,7 @@ class SparseGated(nn.Module):
     def mask(self, key: Tensor) -> Tensor:
         if self.select == "topk":
             return top_k_mask(key, self.k)
-        return above_zero(upcast(key.detach()) - self.theta)
+        return over(upcast(key.detach()), self.theta)
 
     def forward(self, x: Tensor) -> Tensor:
         key = F.gelu(self.key_proj(x))
@@ -461,13 +460,19 @@ class MoE(nn.Module):
             raise UserError(f"experts need 1 <= k <= n, n >= 2, 0 <= share < 1: {k=} {n=} {share=}")
         if shared >= h or (h - shared) % k:
             raise UserError(f"{h - shared} of h = {h} units do not split over k = {k} experts: change h")
+        self.h, self.width, self.n, self.k = h, (h - shared) // k, n, k
+        self.balance, self.speed = balance, speed
         self.shared = ReLU2(d, shared) if shared else None
-        self.experts = nn.ModuleList(ReLU2(d, (h - shared) // k) for _ in range(n))
+        self.experts = nn.ModuleList(ReLU2(d, self.width) for _ in range(n))
         self.router = linear(d, n)
-        self.n, self.k, self.balance, self.speed = n, k, balance, speed
         self.register_buffer("bias", torch.zeros(n))
 
-    def route(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def scores(self, x: Tensor) -> Tensor:
+        """x: (..., d) -> (N, n), in at least float32, for the N tokens of x."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(upcast(x.reshape(-1, x.size(-1))), upcast(self.router.weight))
+
+    def route(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | list[int]]:
         """From scores s (N, n) return what the experts get, in the order of the experts: the expert, the
         token and the gate of each row, and for each expert its number of rows."""
         choice = (torch.sigmoid(s) + self.bias).topk(self.k).indices  # (N, k)
@@ -477,10 +482,8 @@ class MoE(nn.Module):
         return expert, token, 2 * torch.sigmoid(s[token, expert]), count
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        flat = x.reshape(-1, x.size(-1))  # (N, d)
-        with torch.autocast(x.device.type, enabled=False):
-            s = F.linear(upcast(flat), upcast(self.router.weight))
-            expert, token, gate, count = self.route(s)
+        flat, s = x.reshape(-1, x.size(-1)), self.scores(x)
+        expert, token, gate, count = self.route(s)
         out = run_experts(self.experts, flat[token], count)
         out = (gate[:, None] * out).to(out.dtype)
         y = torch.zeros_like(flat, dtype=out.dtype).index_add(0, token, out).view(x.shape)
@@ -492,27 +495,22 @@ class MoE(nn.Module):
     def after(self, s: Tensor, taken: Tensor, count: Tensor) -> Tensor | None:
         """Balance the experts after a training pass, or return the aux that does. s: scores (N, n),
         taken: those of the rows that the experts got."""
+        part = count.to(s.dtype) / count.sum()
         if self.balance == "loss":
-            return 0.01 * self.n * (count / count.sum() * s.softmax(-1).mean(0)).sum()
-        self.bias += self.speed * (count.sum() / self.n - count).sign()
+            return 0.01 * self.n * (part * s.softmax(-1).mean(0)).sum()
+        self.bias += self.speed * (1 / self.n - part).sign()
         return None
 
     def experts_per_token(self, x: Tensor) -> Tensor:
         """Return the mean number of experts that the tokens x (..., d) use."""
-        with torch.autocast(x.device.type, enabled=False):
-            s = F.linear(upcast(x.reshape(-1, x.size(-1))), upcast(self.router.weight))
-            return self.route(s)[3].sum() / s.size(0)
+        return self.route(self.scores(x))[3].sum() * x.size(-1) / x.numel()
 
     def active(self, x: Tensor) -> Tensor:
-        one = self.experts[0].up_proj.out_features
-        shared = self.shared.up_proj.out_features if self.shared else 0
+        shared, one = self.h - self.k * self.width, self.width
         return (shared + self.experts_per_token(x) * one) / (shared + self.n * one)
 
     def flops(self) -> int:
-        """Return those of the router, of shared and of k experts: what a token costs in training."""
-        matrices = {name: p.numel() for name, p in self.named_parameters()}
-        experts = sum(size for name, size in matrices.items() if name.startswith("experts."))
-        return 2 * (sum(matrices.values()) - experts + experts * self.k // self.n)
+        return 2 * self.router.in_features * (2 * self.h + self.n)  # of h units and the router
 
 
 class ThresholdMoE(MoE):
@@ -530,14 +528,15 @@ class ThresholdMoE(MoE):
         self.register_buffer("cut", torch.zeros(n))
 
     def route(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | list[int]]:
-        over = s > self.cut
+        chosen = over(s.detach(), self.cut).bool()
         if not self.training:
-            expert, token = over.t().nonzero(as_tuple=True)
-            return expert, token, 2 * torch.sigmoid(s[token, expert]), over.sum(0)
+            expert, token = chosen.t().nonzero(as_tuple=True)
+            return expert, token, 2 * torch.sigmoid(s[token, expert]), chosen.sum(0)
         room = s.size(0) * self.k // self.n
         token = s.topk(room, dim=0).indices.t().flatten()
         expert = torch.arange(self.n, device=s.device).repeat_interleave(room)
-        return expert, token, 2 * torch.sigmoid(s[token, expert]) * over[token, expert], [room] * self.n
+        gate = 2 * torch.sigmoid(s[token, expert]) * chosen[token, expert]
+        return expert, token, gate, [room] * self.n
 
     def after(self, s: Tensor, taken: Tensor, count: list[int]) -> None:
         if count[0]:
@@ -551,15 +550,15 @@ def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) ->
     if on_cpu(x) or x.dtype == torch.float64:
         parts = x.split(count if isinstance(count, list) else count.tolist())
         return torch.cat([expert(part) for expert, part in zip(experts, parts)])
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    up, down = (
-        torch.stack([expert.get_parameter(f"{name}_proj.weight") for expert in experts]).to(dtype).mT
-        for name in ("up", "down")
-    )
-    ends = torch.as_tensor(count, device=x.device).cumsum(0, dtype=torch.int32)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    up = torch.stack([expert.up_proj.weight for expert in experts]).to(dtype).mT
+    down = torch.stack([expert.down_proj.weight for expert in experts]).to(dtype).mT
+    ends = torch.as_tensor(count, device=device).cumsum(0, dtype=torch.int32)
     hidden = F.relu(F.grouped_mm(x.to(dtype), up, offs=ends)).square()
     return F.grouped_mm(hidden, down, offs=ends)
+
+
 
 
 # ------------------------------------------------------------------------------------------------
@@ -610,6 +609,16 @@ def above_zero(x: Tensor) -> Tensor:
     return F.relu(x).sign() if on_cpu(x) else x > 0
 
 
+@torch.library.custom_op("ffn::over", mutates_args=(), schema="(Tensor x, Tensor limit) -> Tensor")
+def over(x: Tensor, limit: Tensor) -> Tensor:
+    """Return above_zero(x - limit), for a limit that moves in the same pass. It is an operator, so that
+    a compiled backward pass keeps the mask and does not compute it again from the limit moved."""
+    return above_zero(x - limit)
+
+
+over.register_fake(lambda x, limit: above_zero(x - limit))
+
+
 def top_k_mask(score: Tensor, k: int | Tensor) -> Tensor:
     """Return a mask that is 1 on k of the largest scores along the last dimension, else 0. The units are
     taken by index, so that a tie never adds one. k may be a tensor, whose changes compile nothing."""
@@ -633,10 +642,10 @@ def over_mean(score: Tensor, z: float | Tensor) -> Tensor:
 def sparsemax(z: Tensor) -> Tensor:
     """Return the point of the probability simplex that is nearest to z, along the last dimension."""
     falling = z.sort(dim=-1, descending=True).values
-    over = falling.cumsum(-1) - 1
+    excess = falling.cumsum(-1) - 1
     rank = torch.arange(1, z.size(-1) + 1, device=z.device)
-    size = (rank * falling > over).sum(-1, keepdim=True)
-    return F.relu(z - over.gather(-1, size - 1) / size)
+    size = (rank * falling > excess).sum(-1, keepdim=True)
+    return F.relu(z - excess.gather(-1, size - 1) / size)
 
 
 def kept_units(name: str, k: float, h: int) -> int:
@@ -716,14 +725,13 @@ FFNS: dict[str, type[nn.Module]] = {
 }
 
 
-# The methods that a class may have besides forward, with their parameters.
-METHODS = {
-    "active": "self, x",  # share of the units in use for the tokens x, logged at each validation
-    "decode": "self, x",  # forward for a few tokens, used when sampling
-    "flops": "self",  # FLOPs per token of its matrix products
-    "ideal_flops": "self",  # FLOPs per token that an ideal implementation would execute
-    "init_weights": "self",  # called last of all that draws weights
-    "set_progress": "self, step, max_iters",  # called before each training step
+METHODS = {  # what a class may have besides forward, and the parameters
+    "active": "self, x",
+    "decode": "self, x",
+    "flops": "self",
+    "ideal_flops": "self",
+    "init_weights": "self",
+    "set_progress": "self, step, max_iters",
 }
 
 
@@ -732,33 +740,25 @@ def has(ffn: nn.Module, method: str) -> bool:
     return hasattr(type(ffn), method)
 
 
-def check_class(name: str) -> type[nn.Module]:
-    """Return the class of a line of FFNS. Raises UserError where it is none that this file can use."""
-    if name not in FFNS:
-        raise UserError(f"unknown ffn {name!r}: is its line in FFNS? {suggest(name, FFNS)}")
-    cls = FFNS[name]
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        kind = type(cls).__name__
-        raise UserError(f"{name} in FFNS is not a class but {kind}: write one that extends nn.Module")
-    for method, params in METHODS.items():
-        if hasattr(cls, method) and not accepts(getattr(cls, method), *params.split(", ")):
-            raise UserError(f"{name}: write its {method} as a method, def {method}({params})")
-    return cls
-
-
 def accepts(f: object, *args: object, **kwargs: object) -> bool:
     """Whether f is a function that can be called with these arguments."""
     try:
-        inspect.signature(f).bind(*args, **kwargs)
+        return bool(inspect.signature(f).bind(*args, **kwargs))
     except (TypeError, ValueError):
         return False
-    return True
 
 
 def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
     """Turn `name:option=value:...` into the class and its keyword arguments. Raises UserError."""
     name, *settings = spec.split(":")
-    cls = check_class(name)
+    if name not in FFNS:
+        raise UserError(f"unknown ffn {name!r}: is its line in FFNS? {suggest(name, FFNS)}")
+    cls = FFNS[name]
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise UserError(f"{name} in FFNS is not a class: write one that extends nn.Module")
+    for method, args in METHODS.items():
+        if hasattr(cls, method) and not accepts(getattr(cls, method), *args.split(", ")):
+            raise UserError(f"{name}: write its {method} as a method, def {method}({args})")
     params = inspect.signature(cls.__init__).parameters.values()
     hints = get_type_hints(cls.__init__)
     kinds = {p.name: hints.get(p.name, type(p.default)) for p in params if p.kind is p.KEYWORD_ONLY}
@@ -1170,7 +1170,7 @@ class GPT(nn.Module):
         start, caches = max(0, idx.size(1) - size), None
         with evaluating(self):
             if self.mixes_tokens is None:
-                x = torch.ones(1, min(size, 64), self.config.n_embd, device=idx.device)
+                x = torch.empty(1, min(size, 64), self.config.n_embd, device=idx.device)
                 self.mixes_tokens = any(influences(layer.mlp, x)[1] for layer in self.model.layers)
             use_cache = use_cache and not self.mixes_tokens
             for _ in range(max_new_tokens):
@@ -1233,64 +1233,49 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def influences(ffn: nn.Module, x: Tensor) -> tuple[bool, bool]:
-    """
-    Whether later tokens of x (1, T, d) change an FFN's outputs at earlier ones, and earlier tokens those
-    at later ones. Noise is added to the parameters, so that a matrix of zeros does not hide it.
-    """
-    half = x.size(1) // 2
-    with torch.random.fork_rng(), torch.autocast(x.device.type, enabled=False):
+    """Whether, for inputs like x (1, T, d), later tokens change an FFN's outputs at earlier ones, and
+    earlier tokens those at later ones. Noise is added to the parameters, so that zeros hide nothing."""
+    half, devices = x.size(1) // 2, [x.device] if x.is_cuda else []
+    with torch.random.fork_rng(devices), torch.autocast(x.device.type, enabled=False):
         torch.manual_seed(0)
         params = {name: p for name, p in ffn.named_parameters() if p.is_floating_point()}
         params = {name: p + 0.02 * torch.randn_like(p) for name, p in params.items()}
-        noise = torch.randn_like(upcast(x))
+        x, other = torch.randn_like(x), torch.randn_like(x)
 
-        def output(changed: slice) -> Tensor:
-            y = upcast(x).clone()
-            y[:, changed] += noise[:, changed]
+        def output(*parts: Tensor) -> Tensor:
             torch.manual_seed(1)  # for an FFN that draws numbers
-            return split_aux(torch.func.functional_call(ffn, params, (y,)))[0]
+            return split_aux(torch.func.functional_call(ffn, params, (torch.cat(parts, 1),)))[0]
 
-        y = output(slice(0, 0))
-        later, earlier = output(slice(half, None)), output(slice(half))
+        y = output(x)
+        later = output(x[:, :half], other[:, half:]) - y
+        earlier = output(other[:, :half], x[:, half:]) - y
         close = 1e-4 * y.abs().max()
-        return (
-            bool(((later - y)[:, :half].abs() > close).any()),
-            bool(((earlier - y)[:, half:].abs() > close).any()),
-        )
+        return bool((later[:, :half].abs() > close).any()), bool((earlier[:, half:].abs() > close).any())
 
 
 @torch.no_grad()
 def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
     """
-    Check the FFNs of a model, in evaluation mode and on their inputs for one sequence of tokens; set
-    model.mixes_tokens. Raises a UserError that names the layer whose FFN returns something else than a
-    tensor like its input, or lets later tokens change the outputs at earlier ones.
+    Check what the FFNs of a model do in evaluation mode with block_size tokens, and set
+    model.mixes_tokens. Raises a UserError that names the layer whose FFN returns anything but floating
+    point numbers of its input's shape, or lets later tokens change its output at earlier ones.
     """
-    size, device = model.config.block_size, model.lm_head.weight.device
-    inputs: dict[str, Tensor] = {}
-
-    def check(ffn: nn.Module, args: tuple, y: object) -> None:
-        name, x = f"model.layers.{len(inputs)}.mlp", args[0]
-        y, _ = split_aux(y)
-        if y.shape != x.shape or not y.is_floating_point():
-            was = f"{y.dtype} {tuple(y.shape)}"
-            raise UserError(f"{name} returns {was} for an input of {tuple(x.shape)}: return its shape")
-        inputs[name] = x
-
-    ffns = [layer.mlp for layer in model.model.layers]
+    c, found = model.config, []
+    x = torch.ones(1, c.block_size, c.n_embd, device=model.lm_head.weight.device)
     with evaluating(model):
-        hooks = [ffn.register_forward_hook(check) for ffn in ffns]
-        try:
+        for i, layer in enumerate(model.model.layers):
+            name = f"model.layers.{i}.mlp"
             with autocast():
-                model.model(torch.arange(size, device=device)[None] % model.config.vocab_size)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        found = [influences(ffn, x) for ffn, x in zip(ffns, inputs.values())]
-    for name, (leaks, _) in zip(inputs, found):
-        if leaks:
-            raise UserError(f"{name} sees the future: later tokens change its output at earlier ones")
-    model.mixes_tokens = any(mixes for _, mixes in found)
+                y, _ = split_aux(layer.mlp(x))
+            if y.shape != x.shape or not y.is_floating_point():
+                raise UserError(f"{name} returns {y.dtype} {tuple(y.shape)} for {tuple(x.shape)}")
+            leaks, mixes = influences(layer.mlp, x)
+            if leaks:
+                raise UserError(f"{name} sees the future: its output at a token depends on later tokens")
+            found.append(mixes)
+    model.mixes_tokens = any(found)
+
+
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1327,28 +1312,24 @@ def compiled(
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
-    # How many rows an expert gets is a dynamic shape inside one graph, not the end of it.
-    set_private(dynamo, "capture_scalar_outputs", True)
-    set_private(dynamo, "capture_dynamic_output_shape_ops", True)
-    # PyTorch traces anew at each start what has an autograd.Function (our loss) or an autocast inside,
-    # though both are in its cache's key. Allowed, a second start of 32 layers takes 5 s instead of 17.
-    set_private(functorch, "autograd_cache_allow_custom_autograd_functions", True)
     cacheable = dict(getattr(inductor, "unsafe_marked_cacheable_functions", {}))
     cacheable |= {f"torch.amp.autocast_mode.{name}_autocast": "1" for name in ("_enter", "_exit")}
-    set_private(inductor, "unsafe_marked_cacheable_functions", cacheable)
-    known = set_private(functorch, "ban_recompute_materialized_backward", not recompute)
-    if recompute and not known:
-        raise UserError(f"torch {torch.__version__} cannot recompute: --recompute=False")
+    for config, name, value in [
+        # How many rows an expert gets is a dynamic shape inside one graph, not the end of it.
+        (dynamo, "capture_scalar_outputs", True),
+        (dynamo, "capture_dynamic_output_shape_ops", True),
+        # PyTorch traces anew at each start what has an autograd.Function (our loss) or an autocast
+        # inside, though its cache's key has both. Allowed, 32 layers start again in 5 s, not in 17.
+        (functorch, "autograd_cache_allow_custom_autograd_functions", True),
+        (inductor, "unsafe_marked_cacheable_functions", cacheable),
+        (functorch, "ban_recompute_materialized_backward", not recompute),
+    ]:
+        if hasattr(config, name):
+            setattr(config, name, value)
+        elif recompute and name.startswith("ban_recompute"):
+            raise UserError(f"torch {torch.__version__} cannot recompute: --recompute=False")
     options = {"post_grad_custom_pre_pass": onednn_pass()} if has_onednn(device) else None
     return torch.compile(f, mode=None if options else mode, dynamic=False, options=options)
-
-
-def set_private(config: ModuleType, name: str, value: object) -> bool:
-    """Set one of PyTorch's private settings and return True; where it has none of this name, False."""
-    known = hasattr(config, name)
-    if known:
-        setattr(config, name, value)
-    return known
 
 
 @contextlib.contextmanager
