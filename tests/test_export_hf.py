@@ -1,135 +1,411 @@
 """
-experiments/export_hf.py: what it writes is loaded by transformers alone, and gives model.py's logits.
+experiments/export_hf.py: what it writes is opened by transformers, in a process that knows nothing of
+this project, and computes what model.py computes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
-from test_compare import call
 from trainer import ROOT, make_data, one_line, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SCRIPT = str(ROOT / "experiments" / "export_hf.py")
 CACHE = ROOT.parent / "shared" / "tiktoken_cache"
+if CACHE.is_dir():
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(CACHE)
 
 
-def export(cwd: Path, *argv: str, **env: str) -> subprocess.CompletedProcess:
+def start(cwd: Path, *argv: str, **env: str) -> subprocess.CompletedProcess:
+    """Run Python in a new process without network."""
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "no_hub")} | env
-    command = [sys.executable, SCRIPT, *argv]
+    command = [sys.executable, *argv]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
 
 
-def our_logits(run_dir: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """By model.py, from the checkpoint."""
-    from model import GPT, GPTConfig
+def python(cwd: Path, *argv: str, **env: str) -> str:
+    """The same, which must go well: return what it prints."""
+    done = start(cwd, *argv, **env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
-    checkpoint = torch.load(run_dir / "ckpt.pt", weights_only=True)
-    flags = {k: v for k, v in checkpoint["flags"].items() if hasattr(GPTConfig, k)}
-    vocab_size = len(checkpoint["model"]["model.embed_tokens.weight"])
-    model = GPT(GPTConfig(**flags, vocab_size=vocab_size))
-    model.load_state_dict(checkpoint["model"])
+
+# Make a run of each FFN, and of some models that are not in model.py, with weights that no layer starts
+# from; export each; keep our logits and our greedy text.
+MAKE = '''
+import functools, importlib.util, json, sys
+from dataclasses import asdict
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+import export_hf, train
+
+TINY = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "block_size": 32, "ffn_hidden": 64}
+usual = Path(export_hf.model_file.__file__).read_text()
+DATA = {"source": "test", "encoding": "bytes", "train_tokens": 1000}
+
+@functools.cache
+def module_of(source):
+    path = Path("code", f"{len(source)}.py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("model", path)
+    code = sys.modules["model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(code)
+    return code
+
+def make(name, source=usual, **flags):
+    run, flags = Path("runs", name), asdict(train.Config(**TINY | flags))
+    run.mkdir(parents=True)
+    (run / "model.py").write_text(source)
+    code = sys.modules["model"] = module_of(source)
+    fields = {k: v for k, v in flags.items() if hasattr(code.GPTConfig, k)}
+    gpt = code.GPT(code.GPTConfig(**fields, vocab_size=384)).eval()
+    seed = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        return model(tokens)[0]
-
-
-CASES = {
-    "tied": {"n_head": 2, "n_kv_head": 2},
-    "untied, grouped-query": {"n_head": 4, "n_kv_head": 2, "tie_embeddings": False},
-    # computes SwiGLU under another name; here also of another width than ffn_hidden
-    "asg:sparse=False": {"ffn": "asg:sparse=False", "ffn_hidden": 60, "ffn_match": "params"},
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(tmp_path, case):
-    """AutoModelForCausalLM.from_pretrained(DIR) computes what model.py computes, after training has
-    moved norms and scales from where both start."""
-    from transformers import AutoModelForCausalLM
-
-    make_data(tmp_path / "data")
-    train(tmp_path, data_dir="data", out_dir="run", max_iters=8, learning_rate=3e-2, **CASES[case])
-    done = export(tmp_path, "run", "hf/model")
-    assert done.returncode == 0, done.stderr
-    assert "step 8" in done.stdout
-    assert "no tokenizer" in done.stdout
-    assert "bytes" in done.stdout
-    folder = tmp_path / "hf" / "model"
-    assert sorted(os.listdir(folder.parent)) == ["model"]
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
-
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    assert type(model).__name__ == "Qwen3ForCausalLM"
-    assert all(p.dtype == torch.float32 for p in model.parameters())
-    tokens = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(0))
+        for p in gpt.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=seed)
+    state = {"model": gpt.state_dict(), "optimizers": [], "step": 8, "flags": flags, "shards": {}}
+    torch.save(state, run / "ckpt.pt")
+    about = {"ffn_code": code.ffn_code(flags["ffn"]), "encoding": "bytes", "data": DATA}
+    about |= {"world": 1, "git_commit": "abc", "flags": flags}
+    (run / "config.json").write_text(json.dumps(about))
+    said = export_hf.export(run, Path("hf", name))
+    tokens = torch.randint(0, 257, (2, 20), generator=seed)
     with torch.no_grad():
-        theirs = model.eval()(tokens).logits
-    ours = our_logits(tmp_path / "run", tokens)
+        logits, text = gpt(tokens)[0], gpt.generate(tokens[:1], 12, temperature=0, n_vocab=257)
+    torch.save({"tokens": tokens, "logits": logits, "text": text}, Path("hf", name, "ours.pt"))
+    return said
+
+Path("hf").mkdir()
+for i, ffn in enumerate(export_hf.model_file.FFNS):
+    said = make(f"{ffn}-{i % 2}", ffn=ffn, tie_embeddings=i % 2 == 0)
+    assert ("as Qwen3" in said) == (ffn == "swiglu"), said
+
+OWN = """
+class Own(SwiGLU):
+    def __init__(self, d: int, h: int):
+        super().__init__(d, h)
+        self.register_buffer("weights", torch.tensor([0.5, 0.25]), persistent=False)
+        self.register_buffer("shift", torch.tensor([1]))
+        self.half = torch.tensor(0.5)  # what a class keeps of tensors must be real numbers too
+    def forward(self, x: Tensor) -> Tensor:
+        earlier = F.pad(x, (0, 0, int(self.shift), 0))[:, :-1]
+        return super().forward(self.weights[0] * x + self.weights[1] * earlier) * self.half
+FFNS["own"] = Own
+"""
+make("own class that reads the token before", usual + OWN, ffn="own")
+edited = usual.replace("F.silu(self.gate_proj(x))", "F.silu(1.01 * self.gate_proj(x))")
+assert edited != usual
+assert "trust_remote_code" in make("edited swiglu", edited, ffn="swiglu")
+same = {"ffn": "asg:sparse=False", "ffn_match": "params", "ffn_hidden": 60}
+assert "as Qwen3" in make("asg that is swiglu", **same)
+'''
+
+# Open them all in one process, as a stranger's would.
+OPEN = '''
+import json, sys, warnings
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, logging
+
+assert not any(name in sys.modules for name in ("model", "train", "configurator"))
+logging.disable_progress_bar()
+everything = {}
+for folder in sorted(Path("hf").iterdir()):
+    ours = torch.load(folder / "ours.pt")
+    load = lambda folder, **how: AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=(folder / "modeling_ffn.py").exists(), output_loading_info=True, **how
+    )
+    model, info = load(folder)
+    found = {"class": type(model).__name__, "problems": sum(map(len, info.values()))}
+    found["tied"] = model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(f"again/{folder.name}")
+    again, _ = load(Path("again", folder.name))
+    tokens, mask = ours["tokens"], torch.ones(2, 20)
+    mask[1, 10:] = 0  # padding after a text
+    with torch.no_grad():
+        for name, out in {
+            "logits": model(tokens).logits,
+            "again": again(tokens).logits,
+        }.items():
+            found[name] = float((out - ours["logits"]).abs().max())
+        padded = model(tokens, attention_mask=mask).logits - ours["logits"]
+        found["padded"] = float(padded[mask.bool()].abs().max())
+        last = model(tokens, logits_to_keep=1).logits - ours["logits"][:, -1:]
+        found["last"] = float(last.abs().max())
+        labels = tokens.clone()
+        labels[:, :5] = -100
+        right, target = ours["logits"][:, 4:-1].flatten(0, 1), tokens[:, 5:].flatten()
+        loss = torch.nn.functional.cross_entropy(right, target)
+        found["loss"] = float((model(tokens, labels=labels).loss - loss).abs())
+        half, _ = load(folder, dtype=torch.bfloat16)
+        found["bfloat16"] = float((half(tokens).logits.float() - ours["logits"]).abs().mean())
+    found["spread"] = float(ours["logits"].std())
+    end = [*ours["text"][0].tolist()[20:], 256].index(256) + 20
+    for use_cache in (None, True, False):
+        how = {} if use_cache is None else {"use_cache": use_cache}
+        try:
+            text = model.generate(tokens[:1], max_new_tokens=12, do_sample=False, **how)[0].tolist()
+        except ValueError as e:
+            found[f"cache {use_cache}"] = str(e)
+        else:
+            found[f"cache {use_cache}"] = text[:end] == ours["text"][0].tolist()[:end]
+    if folder.name.startswith("relu2"):
+        bad = {"long": (torch.zeros(1, 33, dtype=torch.long), None), "left": (tokens, mask.flip(1))}
+        for name, (ids, padding) in bad.items():
+            try:
+                model(ids, attention_mask=padding)
+            except ValueError as e:
+                found[name] = str(e)
+        # several tokens after a cache, and a beam search, which reorders it
+        first = model(tokens[:, :8], use_cache=True)
+        kept = first["cache" if "cache" in first else "past_key_values"]
+        name = "cache" if "cache" in first else "past_key_values"
+        second = model(tokens[:, 8:], **{name: kept}).logits
+        found["continued"] = float((second - ours["logits"][:, 8:]).abs().max())
+        how = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+        beams = [model.generate(tokens[:1], use_cache=c, **how) for c in (True, False)]
+        found["beams"] = bool((beams[0] == beams[1]).all())
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        found["ids"] = tokenizer.encode("naïve <|endoftext|>\\n\\0")
+        write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        found["pipeline"] = write("Once", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+        expected = model.generate(torch.tensor([list(b"Once")]), max_new_tokens=5, do_sample=False)
+        found["expected"] = tokenizer.decode(expected[0], skip_special_tokens=True)
+    everything[folder.name] = found
+Path("found.json").write_text(json.dumps(everything))
+'''
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory) -> dict[str, dict]:
+    """What a stranger's process finds in an export of each FFN, by name of the model."""
+    cwd = tmp_path_factory.mktemp("exports")
+    (cwd / "make.py").write_text(MAKE)
+    (cwd / "open.py").write_text(OPEN)
+    python(cwd, "make.py", str(ROOT / "experiments"))
+    (cwd / "runs").rename(cwd / "moved")
+    python(cwd, "-I", "open.py")
+    return json.loads((cwd / "found.json").read_text())
+
+
+def test_every_ffn_opens_with_our_logits(opened):
+    """Each row of FFNS, tied and untied in turn, with grouped-query attention, as it is and saved once
+    more; a class of the reader's own, and a SwiGLU that was edited and so is not Qwen3's."""
+    from model import FFNS
+
+    names = {f"{ffn}-{i % 2}" for i, ffn in enumerate(FFNS)}
+    own = {"own class that reads the token before", "edited swiglu"}
+    assert opened.keys() == names | own | {"asg that is swiglu"}
+    for name, found in opened.items():
+        is_qwen3 = name.startswith(("swiglu", "asg that"))
+        assert found["class"] == ("Qwen3ForCausalLM" if is_qwen3 else "FFNForCausalLM"), name
+        assert found["problems"] == 0, name
+        assert found["tied"] == (not name.endswith("-1")), name
+        assert found["spread"] > 0.5  # or anything would be near
+        for what in ("logits", "padded", "again", "last", "loss"):
+            assert found[what] <= 1e-5, (name, what, found)
+        assert found["bfloat16"] < 0.1 * found["spread"], (name, found)
+
+
+def test_generate_gives_our_greedy_text(opened):
+    """With a cache and without; one that an FFN cannot use is refused, and not used by default."""
+    for name, found in opened.items():
+        assert found["cache None"] is found["cache False"] is True, (name, found)
+        if name.startswith("own class"):
+            assert "use_cache=False" in found["cache True"]
+        else:
+            assert found["cache True"] is True, (name, found)
+
+
+def test_the_wrapper_refuses_or_computes(opened):
+    """A text longer than the model's, padding before a text; several tokens after a cache; beams; the
+    pipeline, with the tokenizer that went along."""
+    found = next(found for name, found in opened.items() if name.startswith("relu2"))
+    assert "33 tokens" in found["long"]
+    assert "padding" in found["left"]
+    assert found["continued"] <= 1e-5
+    assert found["beams"]
+    assert found["ids"] == [*"naïve ".encode(), 256, 10, 0]
+    assert found["pipeline"] == found["expected"]
+    assert found["pipeline"].startswith("Once")
+
+
+# Each command line of export_hf.py in a process of its own, forked from one that has imported the rest.
+CALLS = """
+import json, os, sys
+from safetensors import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM
+sys.path.insert(0, sys.argv[1])
+import export_hf
+for i, (argv, env) in enumerate(json.loads(sys.argv[2])):
+    if not os.fork():
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(f"{i}.{name}", os.O_WRONLY | os.O_CREAT), number)
+        os.environ.update(env)
+        sys.argv = ["export_hf.py", *argv]
+        sys.exit(export_hf.run(export_hf.main))
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def calls(cwd: Path, *commands: list[str], **env: str) -> list[tuple[int, str, str]]:
+    """The exit code, stdout and stderr of each command line, run in cwd."""
+    argv = json.dumps([(command, env if command[-1] == "offline" else {}) for command in commands])
+    codes = python(cwd, "-c", CALLS, str(ROOT / "experiments"), argv).split()
+    assert len(codes) == len(commands)
+    return [
+        (int(code), *((cwd / f"{i}.{name}").read_text() for name in ("stdout", "stderr")))
+        for i, code in enumerate(codes)
+    ]
+
+
+DSG = {"ffn": "dsg", "ffn_hidden": 60, "ffn_match": "params", "n_head": 4, "tie_embeddings": False}
+REFUSED = [
+    (["nowhere", "new"], ["nowhere"]),
+    (["bare", "new"], ["no bare/model.py"]),
+    (["older", "new"], ["older/config.json", "ffn_code"]),
+    (["changed", "new"], ["the code of dsg", "commit"]),
+    (["a run", "used"], ["used", "new folder"]),
+    (["a run", "file"], ["file", "new folder"]),
+    (["a run", "file/below"], ["cannot write"]),
+    (["a run"], ["usage"]),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, list[tuple[int, str, str]]]:
+    """Real runs of train.py, exported; and what cannot be exported."""
+    cwd = tmp_path_factory.mktemp("trained")
+    make_data(cwd / "data")
+    train(cwd, data_dir="data", out_dir="a run", max_iters=8, learning_rate=3e-2, **DSG)
+    make_data(cwd / "words", encoding="gpt2", vocab_size=50257, eot=50256)
+    small = {"n_embd": 16, "n_layer": 1, "learning_rate": 3e-2}
+    train(cwd, data_dir="words", out_dir="gpt2", max_iters=8, **small)
+    for name in ("bare", "older", "changed"):
+        shutil.copytree(cwd / "a run", cwd / name)
+    (cwd / "bare" / "model.py").unlink()
+    (cwd / "older" / "config.json").write_text("{}")
+    # A helper of the class: its own text is as it was.
+    source = (ROOT / "model.py").read_text()
+    changed = source.replace("torch.sigmoid(s * norm(", "torch.sigmoid(2 * s * norm(")
+    assert changed != source
+    (cwd / "changed" / "model.py").write_text(changed)
+    (cwd / "used").mkdir()
+    (cwd / "used" / "precious").write_text("mine")
+    (cwd / "file").write_text("mine")
+    before = {path.relative_to(cwd) for path in cwd.rglob("*")}
+    commands = [["a run", "hf/dsg"], ["gpt2", "hf/gpt2"], ["gpt2", "offline"]]
+    closed = {"TIKTOKEN_CACHE_DIR": str(cwd / "empty"), "https_proxy": "http://127.0.0.1:9"}
+    done = calls(cwd, *commands, *(argv for argv, _ in REFUSED), **closed)
+    (cwd / "before").write_text("\n".join(sorted(map(str, before))))
+    return cwd, done
+
+
+def test_a_trained_run_and_its_card(trained):
+    """What train.py has left can be exported: norms that training has moved, another width by ffn_match,
+    the log. The card says what the run was and by which command."""
+    from huggingface_hub import ModelCard
+
+    cwd, done = trained
+    assert done[0][0] == 0, done[0][2]
+    assert "step 8" in done[0][1]
+    folder, run = cwd / "hf" / "dsg", cwd / "a run"
+    code = sorted(path.name.partition("_")[0] for path in folder.glob("*.py"))
+    assert code == ["configurator", "model", "modeling"]
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    loss = next(row["val_loss"] for row in reversed(log) if "val_loss" in row)
+    about = json.loads((run / "config.json").read_text())
+    n_tokens = about["data"]["train_tokens"]
+    needles = ["`dsg`", "8 of 8 steps", "1,024 tokens", f"{loss:.4f} nats", about["git_commit"]]
+    needles += [f"test, encoding bytes, {n_tokens:,} tokens", "trust_remote_code=True"]
+    for needle in needles:
+        assert needle in card.text, needle
+    command = next(line.strip() for line in card.text.splitlines() if "train.py" in line)
+    assert command.startswith("python train.py '--out_dir=a run'")
+    assert set(shlex.split(command)[2:]) >= {f"--{name}={about['flags'][name]}" for name in DSG}
+
+
+def test_a_run_in_a_script(trained):
+    """Three lines of Python give logits, the same as the export's, and text; where the FFN's code is not
+    the run's, one line says so."""
+    cwd, _ = trained
+    (cwd / "script.py").write_text(LOAD)
+    out = python(cwd, "script.py", "a run", PYTHONPATH=str(ROOT))
+    assert out.startswith("<|endoftext|>")
+    assert len(out) > 20
+    ours, tokens = torch.load(cwd / "logits.pt"), torch.tensor([[256, *b"Once"]])
+    model = AutoModelForCausalLM.from_pretrained(cwd / "hf" / "dsg", trust_remote_code=True)
+    with torch.no_grad():
+        theirs = model(tokens).logits
     assert ours.std() > 0.1  # or anything would be near
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
-
-    tied = CASES[case].get("tie_embeddings", True)
-    same = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    assert same == tied
-    assert model.generation_config.eos_token_id == model.config.eos_token_id == 256
-    assert model.config.max_position_embeddings == 32
-
-
-def test_refusals_leave_nothing(tmp_path):
-    """Another FFN, no run, a folder in use, a file in the way: one line, exit 1, nothing written.
-    GEGLU is the trap: its weights have SwiGLU's names and would load."""
-    make_data(tmp_path / "data")
-    for name, ffn in (("run", "geglu"), ("good", "swiglu")):
-        train(tmp_path, data_dir="data", out_dir=name, max_iters=1, ffn=ffn)
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "precious").write_text("mine")
-    (tmp_path / "file").write_text("mine")
-    before = sorted(p for p in tmp_path.rglob("*"))
-    for argv, needles in [
-        (["run", "new"], ["geglu", "SwiGLU"]),
-        (["nowhere", "new"], ["nowhere", "no checkpoint"]),
-        (["good", "used"], ["used", "new folder"]),
-        (["good", "file"], ["file", "new folder"]),
-        (["good", "file/below"], ["cannot write"]),
-        (["good"], ["usage"]),
-    ]:
-        code, _, err = call(tmp_path, *argv, script=SCRIPT)
-        one_line(code, err, *needles)
-        assert sorted(p for p in tmp_path.rglob("*")) == before, argv
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    about = json.loads((cwd / "changed" / "config.json").read_text())
+    (cwd / "changed" / "config.json").write_text(json.dumps(about | {"ffn_code": "0" * 16}))
+    done = start(cwd, "script.py", "changed", PYTHONPATH=str(ROOT))
+    assert done.returncode == 1
+    assert "UserError: the code of dsg is not what it was" in done.stderr.splitlines()[-1]
 
 
-def test_gpt2_tokenizer_goes_along(tmp_path):
-    """With the gpt2 encoding: AutoTokenizer.from_pretrained(DIR) gives tiktoken's ids and its text
-    back, and the end-of-text id of the model's config."""
+# The three lines of the README.
+LOAD = '''
+import sys, torch
+from experiments.export_hf import load_run
+model, encoding = load_run(sys.argv[1])
+text = model.generate(torch.tensor([[encoding.eot_token]]), 20, temperature=0)
+print(encoding.decode(text[0].tolist()))
+torch.save(model(torch.tensor([[256, *b"Once"]]))[0].detach(), "logits.pt")
+'''
+
+
+def test_swiglu_is_qwen3_with_gpt2s_tokenizer(trained):
+    """AutoModelForCausalLM needs no code of ours, and AutoTokenizer gives tiktoken's ids and its text
+    back."""
     if not CACHE.is_dir():
         pytest.skip("needs GPT-2's tokenizer: ../shared/tiktoken_cache is not there")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(CACHE)
-    import tiktoken
-    from transformers import AutoTokenizer
-
-    make_data(tmp_path / "data", encoding="gpt2", vocab_size=50257, eot=50256)
-    train(tmp_path, data_dir="data", out_dir="run", max_iters=1, n_embd=16, n_layer=1)
-    done = export(tmp_path, "run", "hf", TIKTOKEN_CACHE_DIR=str(CACHE))
-    assert done.returncode == 0, done.stderr
-    assert "tokenizer: GPT-2's" in done.stdout
-    ours, theirs = tiktoken.get_encoding("gpt2"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    cwd, done = trained
+    assert done[1][0] == 0, done[1][2]
+    assert "tokenizer: gpt2" in done[1][1]
+    folder = cwd / "hf" / "gpt2"
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert not any(info.values()), info
+    assert not list(folder.glob("*.py"))
+    assert model.config.vocab_size == 50304
+    assert model.config.max_position_embeddings == 32
+    ours, theirs = tiktoken.get_encoding("gpt2"), AutoTokenizer.from_pretrained(folder)
     text = "Hello, world!  It's 12345 — naïve 日本語 🙂\n\n\tdef f(x):\n    return x  # don't"
     assert theirs.encode(text) == ours.encode(text)
     assert theirs.decode(ours.encode(text)) == text
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert theirs.eos_token_id == config["eos_token_id"] == 50256
+    assert theirs.eos_token_id == model.generation_config.eos_token_id == 50256
     assert theirs.encode("a<|endoftext|>b") == [64, 50256, 65]
-    assert config["vocab_size"] == 50304
 
-    # no cache and no network: the model is exported, and a line says what lacks
-    closed = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "https_proxy": "http://127.0.0.1:9"}
-    done = export(tmp_path, "run", "hf2", **closed)
-    assert done.returncode == 0, done.stderr
-    assert "no tokenizer" in done.stdout
-    assert sorted(os.listdir(tmp_path / "hf2")) == ["config.json", "model.safetensors"]
+
+def test_refusals_leave_nothing(trained):
+    """No run, code that is gone or changed, a folder in use, a file in the way: one line, exit code 1,
+    nothing written. Without a tokenizer the model is exported, and a line says what lacks."""
+    cwd, done = trained
+    assert done[2][0] == 0, done[2][2]
+    assert "no tokenizer" in done[2][1]
+    files = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(os.listdir(cwd / "offline")) == files
+    for (argv, needles), (code, _, err) in zip(REFUSED, done[3:], strict=True):
+        assert one_line(code, err, *needles), argv
+    before = set((cwd / "before").read_text().splitlines())
+    after = {str(path.relative_to(cwd)) for path in cwd.rglob("*")}
+    mine = re.compile(r"hf|offline|no_hub|before$|\d+\.std|script.py|logits.pt")
+    assert {name for name in after - before if not mine.match(name)} == set()
+    assert before <= after
