@@ -41,7 +41,7 @@ def load_run(folder: str) -> tuple[GPT, tiktoken.Encoding]:
     """Return the trained model of a run's folder, on the CPU and in evaluation mode, and its encoding.
     Raises UserError where that is not possible, or the code of the FFN has changed since."""
     gpt, _, about = open_run(Path(folder), model_file)
-    return gpt, load_encoding(about["encoding"])
+    return gpt, load_encoding(about["data"]["encoding"])
 
 
 def open_run(folder: Path, code: ModuleType) -> tuple[GPT, dict, dict]:
@@ -178,7 +178,7 @@ def export(source: Path, target: Path) -> str:
     del sys.modules["model"]
     gpt, checkpoint, about = open_run(source, importlib.import_module("model"))
     try:
-        encoding = load_encoding(about["encoding"])
+        encoding = load_encoding(about["data"]["encoding"])
         ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), encoding.eot_token)
         padding = range(encoding.n_vocab, gpt.config.vocab_size)  # rows that are no token's
         ids["suppress_tokens"], note = list(padding), f"tokenizer: {encoding.name}"
