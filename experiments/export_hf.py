@@ -2,10 +2,10 @@
 A trained model for Hugging Face: weights, config, tokenizer, model card and, where it is needed, code.
 
     python experiments/export_hf.py out/RUN DIR
-    AutoModelForCausalLM.from_pretrained(DIR)    # an FFN other than SwiGLU: trust_remote_code=True
 
-SwiGLU becomes transformers' Qwen3; any other FFN takes along modeling_ffn.py and the run's model.py. DIR
-appears once transformers has opened it and has computed our logits. Scripts have `load_run`.
+SwiGLU becomes transformers' Qwen3. Any other FFN takes along modeling_ffn.py and the run's model.py, and
+opens with trust_remote_code=True. DIR appears once transformers has opened it and has computed our
+logits. For scripts there is `load_run`.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_run(folder: str) -> tuple[GPT, tiktoken.Encoding]:
-    """Return the trained model of a run's folder, on the CPU and in evaluation mode, and its encoding.
-    Raises UserError where that is not possible, or the code of the FFN has changed since."""
+    """Return the trained model of a run, in evaluation mode on the CPU, and its encoding."""
     gpt, _, about = open_run(Path(folder), model_file)
     return gpt, load_encoding(about["data"]["encoding"])
 
 
 def open_run(folder: Path, code: ModuleType) -> tuple[GPT, dict, dict]:
-    """Return the model as `code`, a model.py, builds it, and what is in ckpt.pt and config.json."""
+    """Return the model as `code`, a model.py, builds it, and what is in ckpt.pt and config.json. Raises
+    UserError where one is missing, or the code of the FFN is not what it was."""
     checkpoint = train.load_checkpoint(str(folder / "ckpt.pt"))
     flags, weights = checkpoint["flags"], checkpoint["model"]
     try:
@@ -80,7 +80,6 @@ def config_and_code(gpt: GPT, code: Path | None, folder: Path) -> dict:
         "rope_theta": 1e6,  # transformers 4
         "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},  # transformers 5
         "tie_word_embeddings": c.tie_embeddings,
-        "use_cache": True,
     }
     if code is None:
         return config
@@ -101,11 +100,10 @@ def config_and_code(gpt: GPT, code: Path | None, folder: Path) -> dict:
     return config | ours | {"gpt": asdict(c)}
 
 
-def save_tokenizer(encoding: tiktoken.Encoding, block_size: int, folder: Path) -> None:
-    """Write an encoding as a tokenizer of transformers."""
-    from transformers import PreTrainedTokenizerFast
+def save_tokenizer(encoding: tiktoken.Encoding, size: int, folder: Path) -> None:
+    """Write an encoding as a tokenizer of transformers, for texts of at most `size` tokens."""
+    from transformers import GPT2TokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
-
     ranks, file = encoding._mergeable_ranks.items(), folder / "ranks.txt"
     file.write_bytes(b"".join(b64encode(token) + f" {rank}\n".encode() for token, rank in ranks))
     # The pattern of "bytes" takes any characters, in a syntax that tokenizers does not know.
@@ -114,8 +112,7 @@ def save_tokenizer(encoding: tiktoken.Encoding, block_size: int, folder: Path) -
     bpe = TikTokenConverter(str(file), pattern=pattern, extra_special_tokens=special).converted()
     file.unlink()
     how = dict.fromkeys(("bos_token", "eos_token", "unk_token"), encoding.decode([encoding.eot_token]))
-    how |= {"tokenizer_object": bpe, "model_max_length": block_size}
-    PreTrainedTokenizerFast(**how).save_pretrained(folder)
+    GPT2TokenizerFast(tokenizer_object=bpe, model_max_length=size, **how).save_pretrained(folder)
 
 
 def card(gpt: GPT, checkpoint: dict, about: dict, source: Path, own_code: bool) -> str:
@@ -152,26 +149,27 @@ of a folder: read them before.) A text has at most {T} tokens; documents began w
 
 
 @torch.no_grad()
-def difference(gpt: GPT, folder: Path) -> float:
+def difference(gpt: GPT, folder: Path, dtype: torch.dtype = torch.float64) -> float:
     """Open an export with transformers and return how far its logits are from ours, as a share of the
     largest. In float64, because a rounding error can decide which units a sparse FFN keeps."""
     from transformers import AutoModelForCausalLM
-
     how = {"trust_remote_code": True, "ignore_mismatched_sizes": True}
-    theirs = AutoModelForCausalLM.from_pretrained(folder, **how).double()
-    gpt, tokens, off = copy.deepcopy(gpt).double(), torch.arange(min(64, gpt.config.block_size))[None], 0
+    theirs = AutoModelForCausalLM.from_pretrained(folder, **how).to(dtype)
+    ours, off, tokens = copy.deepcopy(gpt).to(dtype), 0, torch.arange(min(64, gpt.config.block_size))
     for scale in (1, 8):  # Near zero GEGLU, whose weights have the same names, is close to SwiGLU.
-        for p in (p for x in [*gpt.model.layers, *theirs.model.layers] for p in x.mlp.parameters()):
+        for p in (p for x in [*ours.model.layers, *theirs.model.layers] for p in x.mlp.parameters()):
             p.mul_(scale)
-        ours = gpt(tokens)[0]
-        off += float((theirs(tokens).logits - ours).abs().max() / ours.abs().max())
+        try:
+            a, b = ours(tokens[None])[0], theirs(tokens[None]).logits
+        except RuntimeError:  # an FFN that computes in float32 only
+            return difference(gpt, folder, torch.float32) if dtype == torch.float64 else float("nan")
+        off += float((a - b).abs().max() / a.abs().max())
     return off
 
 
 def export(source: Path, target: Path) -> str:
     """Write the model of the run in the folder source to the new folder target. Return what was done."""
     from safetensors.torch import save
-
     if not (source / "model.py").exists():
         raise UserError(f"no {source}/model.py: an export needs the code that made the run")
     sys.path.insert(0, str(source))
@@ -196,7 +194,7 @@ def export(source: Path, target: Path) -> str:
             state = {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
             (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
             (folder / "config.json").write_text(json.dumps(config, indent=2))
-            ids["use_cache"] = config["use_cache"]
+            ids["use_cache"] = config.get("use_cache", True)
             (folder / "generation_config.json").write_text(json.dumps(ids, indent=2))
             if (off := difference(gpt, folder)) < 1e-5:
                 break
@@ -222,7 +220,6 @@ def main() -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         import transformers
-
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         print(export(Path(sys.argv[1]), target))

@@ -34,9 +34,6 @@ class FFNForCausalLM(PreTrainedModel, GenerationMixin):
         self.autocast_dtype = config.dtype or torch.float32
         self.post_init()
 
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        """Do nothing, because GPT has set the weights."""
-
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: DynamicCache | None = None,
         past_key_values: DynamicCache | None = None, use_cache: bool | None = None,
@@ -67,6 +64,4 @@ class FFNForCausalLM(PreTrainedModel, GenerationMixin):
                 start += ids.size(1)
             logits = self.lm_head(torch.cat(hidden, dim=1)[:, -logits_to_keep:])
         loss = None if labels is None else self.loss_function(logits, labels, logits.size(-1), **kwargs)
-        # The cache's name among the outputs changed within transformers 5.
-        name = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{name: cache})
+        return CausalLMOutputWithPast(loss, logits, cache)  # by place: the name differs by version

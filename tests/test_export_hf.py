@@ -100,7 +100,8 @@ class Own(SwiGLU):
         self.half = torch.tensor(0.5)  # what a class keeps of tensors must be real numbers too
     def forward(self, x: Tensor) -> Tensor:
         earlier = F.pad(x, (0, 0, int(self.shift), 0))[:, :-1]
-        return super().forward(self.weights[0] * x + self.weights[1] * earlier) * self.half
+        scale = F.linear(x.float(), self.up_proj.weight[:1])  # not in float64
+        return super().forward(self.weights[0] * x + self.weights[1] * earlier) * self.half * scale
 FFNS["own"] = Own
 """
 make("own class that reads the token before", usual + OWN, ffn="own")
@@ -245,7 +246,7 @@ def test_the_wrapper_refuses_or_computes(opened):
 CALLS = """
 import json, os, sys
 from safetensors import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, GPT2TokenizerFast, Qwen3ForCausalLM
 sys.path.insert(0, sys.argv[1])
 import export_hf
 for i, (argv, env) in enumerate(json.loads(sys.argv[2])):
@@ -406,6 +407,48 @@ def test_refusals_leave_nothing(trained):
         assert one_line(code, err, *needles), argv
     before = set((cwd / "before").read_text().splitlines())
     after = {str(path.relative_to(cwd)) for path in cwd.rglob("*")}
-    mine = re.compile(r"hf|offline|no_hub|before$|\d+\.std|script.py|logits.pt")
+    mine = re.compile(r"hf|offline|no_hub|before$|\d+\.std|script.py|logits.pt|task|tiny|scores")
     assert {name for name in after - before if not mine.match(name)} == set()
     assert before <= after
+
+
+TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: tiny.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+metric_list: [{metric: acc}]
+"""
+
+
+def test_lm_evaluation_harness(trained):
+    """The accuracy on a small task is what our logits give. requirements-dev.txt leaves lm-eval out,
+    because it and accelerate take more than a minute to install."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
+    cwd, folder = trained[0], trained[0] / "hf" / "dsg"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    choices, rows, right = [" one", " twice"], [], 0
+    for i in range(8):
+        question, scores = f"{i} times", []
+        for choice in choices:
+            ids = torch.tensor([[*(question + choice).encode()]])
+            with torch.no_grad():
+                log_p = model(ids).logits[0, :-1].log_softmax(-1)
+            scores.append(log_p.gather(-1, ids[0, 1:, None])[-len(choice) :].sum())
+        best = int(scores[1] > scores[0])
+        label = best if i % 4 else 1 - best  # so that six of eight are right
+        right += label == best
+        rows.append({"question": question, "choices": choices, "label": label})
+    (cwd / "task").mkdir()
+    (cwd / "task" / "tiny.yaml").write_text(TASK)
+    (cwd / "tiny.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["-m", "lm_eval", "--model=hf", "--tasks=tiny", "--include_path=task", "--device=cpu"]
+    options = f"--model_args=pretrained={folder},trust_remote_code=True"
+    python(cwd, *command, options, "--batch_size=4", "--output_path=scores")
+    [path] = (cwd / "scores").rglob("results*.json")
+    assert json.loads(path.read_text())["results"]["tiny"]["acc,none"] == right / 8 == 0.75
