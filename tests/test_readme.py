@@ -68,6 +68,6 @@ def test_every_other_command_runs(project):
         assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         assert "Traceback" not in done.stderr
         ran += 1
-    assert ran >= 7
+    assert ran == len([block for block in SHELL[2:] if not block.startswith('# needs')]) >= 5
     log = (project / "out/slope/log.jsonl").read_text()
     assert '"val_loss"' in log

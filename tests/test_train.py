@@ -48,7 +48,7 @@ from trainer import (
 sys.path.insert(0, str(ROOT))
 
 import train as train_py
-from model import FFNS, GPT, GPTConfig
+from model import FFNS, GPT, GPTConfig, make_ffn
 
 SHARED = ROOT.parent / "shared"
 
@@ -178,7 +178,10 @@ def test_validation_loss(here: Path, val_tokens: int, windows: int, ranks: int, 
 
 @pytest.mark.parametrize("ffn", sorted(FFNS))
 def test_two_ranks_train_as_one_process(here: Path, ffn: str):
-    """Same losses over 20 steps and same validation loss, for every FFN."""
+    """Same losses over 20 steps and same validation loss, for every FFN whose training does not depend on
+    which tokens share a pass, as that of balanced experts does."""
+    if list(make_ffn(ffn, 32, 64).buffers()):
+        pytest.skip("its buffers follow the tokens of one pass on one rank")
     values = {"ffn": ffn, "n_layer": 1, "max_iters": 20, "eval_interval": 10, "learning_rate": 3e-3}
     one = start(here, out_dir="one", **values)
     two = start_ranks(here, 2, out_dir="two", micro_batch_size=1, **values)
