@@ -178,8 +178,8 @@ def test_validation_loss(here: Path, val_tokens: int, windows: int, ranks: int, 
 
 @pytest.mark.parametrize("ffn", sorted(FFNS))
 def test_two_ranks_train_as_one_process(here: Path, ffn: str):
-    """Same losses over 20 steps and same validation loss, for every FFN whose training does not depend on
-    which tokens share a pass, as that of balanced experts does."""
+    """Same losses over 20 steps and same validation loss, for every FFN but those whose training depends
+    on which tokens share a pass, as balanced experts do."""
     if list(make_ffn(ffn, 32, 64).buffers()):
         pytest.skip("its buffers follow the tokens of one pass on one rank")
     values = {"ffn": ffn, "n_layer": 1, "max_iters": 20, "eval_interval": 10, "learning_rate": 3e-3}
