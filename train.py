@@ -306,7 +306,7 @@ def evaluate(
     for first in range(0, len(places), world * micro):
         if any_rank(bool(signals)):
             return None
-        mine = places[first + rank * micro : min(first + (rank + 1) * micro, len(places))]
+        mine = places[first + rank * micro :][:micro]
         # One shape for all batches, so that torch.compile sees one: rows of padding, not counted.
         batch = torch.full((micro, T + 1), -100)
         if mine:
@@ -332,6 +332,8 @@ def active_fraction(model: GPT, data: Data, device: torch.device, autocast: Call
     """Share of hidden units that a sparse FFN uses, over all layers, on the first validation
     window; None for a dense FFN."""
     sparse = [layer.mlp for layer in model.model.layers if has(layer.mlp, "active")]
+    if not sparse:
+        return None
     active: list[Tensor] = []
     hooks = [f.register_forward_pre_hook(lambda f, x: active.append(f.active(x[0]))) for f in sparse]
     T = model.config.block_size
@@ -342,7 +344,7 @@ def active_fraction(model: GPT, data: Data, device: torch.device, autocast: Call
     for hook in hooks:
         hook.remove()
     shares = [float(torch.as_tensor(a, dtype=torch.float32).mean()) for a in active]
-    return sum(shares) / len(shares) if shares else None
+    return sum(shares) / len(shares)
 
 
 def sample(model: GPT, cfg: Config, data: Data, device: torch.device, autocast: Callable) -> str:
