@@ -91,6 +91,8 @@ def _child(argv: list[str], env: dict, cwd: str, out: str, err: str, file_limit:
     torch.set_num_threads(1)
     try:
         runpy.run_path(TRAIN, run_name="__main__")
+    except KeyboardInterrupt:  # only from an import: main turns it into 130 itself
+        sys.exit(130)
     finally:
         sys.stdout.flush()
 
