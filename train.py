@@ -253,8 +253,11 @@ def train_step(
         cure = "use it in every pass of forward, or freeze it with requires_grad_(False)"
         raise UserError(f"step {step + 1}: {name} received no gradient: {cure}")
     if isinstance(model, DDP):
-        dist.all_reduce(total)
-        total /= dist.get_world_size()
+        # A running threshold or an expert's bias has followed this rank's tokens: take the ranks' mean.
+        moving = [b for name, b in model.named_buffers() if ".mlp." in name and b.is_floating_point()]
+        for tensor in (total, *moving):
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
     norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
     finite = torch.isfinite(total.sum() + norm)
     failed.copy_(torch.where((failed == 0) & ~finite, step + 1, failed))

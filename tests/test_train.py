@@ -195,6 +195,23 @@ def test_two_ranks_train_as_one_process(here: Path, ffn: str):
     assert losses(here / "one")[20] < losses(here / "one")[1] - 0.1
 
 
+@pytest.mark.parametrize("ffn", ["moe", "thresholdmoe", "sparsegated:select=adaptive"])
+def test_ranks_share_what_an_ffn_remembers_of_its_tokens(here: Path, ffn: str):
+    """Two ranks see different tokens. The validation loss that they log together is the one that a
+    single process finds with the checkpoint of rank 0, and resumed ranks repeat the run to the bit."""
+    values = {"ffn": ffn, "micro_batch_size": 1, "max_iters": 12, "eval_interval": 4, "val_tokens": 960}
+    train_ranks(here, 2, out_dir="two", **values)
+    alone = train(here, "--eval_only", init_from="resume", out_dir="two")
+    logged = losses(here / "two", "val_loss")[12]
+    assert f"validation loss  {logged:.4f}" in alone.out
+    remembered = {name: b for name, b in load(here / "two")["model"].items() if ".mlp." in name}
+    remembered = {name: b for name, b in remembered.items() if name.endswith(("bias", "cut", "theta"))}
+    assert remembered and all(b.count_nonzero() for b in remembered.values())
+    train_ranks(here, 2, out_dir="parts", **{**values, "max_iters": 5, "lr_decay_iters": 12})
+    train_ranks(here, 2, out_dir="parts", **{**values, "lr_decay_iters": 12}, init_from="resume")
+    assert same_bits(load(here / "parts")["model"], load(here / "two")["model"])
+
+
 # ---- resuming -----------------------------------------------------------------------------------
 
 RESUMED = {
