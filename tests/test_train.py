@@ -195,6 +195,19 @@ def test_two_ranks_train_as_one_process(here: Path, ffn: str):
     assert losses(here / "one")[20] < losses(here / "one")[1] - 0.1
 
 
+def test_two_compiled_ranks_train_as_one_process(here: Path):
+    """The README's main command, on CPUs: DDP around the compiled model, accumulation and evaluation
+    included, has the losses of one plain process."""
+    values = {"n_layer": 1, "max_iters": 6, "eval_interval": 3, "micro_batch_size": 1}
+    train(here, out_dir="one", **values)
+    command = [*TORCHRUN, TRAIN, *flags(out_dir="two", compile=True, **values)]
+    two = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr
+    assert "with compiling" in two.stdout
+    for key in ("train_loss", "val_loss"):
+        assert losses(here / "two", key) == pytest.approx(losses(here / "one", key), abs=1e-5)
+
+
 @pytest.mark.parametrize("ffn", ["moe", "thresholdmoe", "sparsegated:select=adaptive"])
 def test_ranks_share_what_an_ffn_remembers_of_its_tokens(here: Path, ffn: str):
     """Two ranks see different tokens. The validation loss that they log together is the one that a
