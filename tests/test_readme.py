@@ -27,7 +27,7 @@ def project(tmp_path_factory):
             target.parent.mkdir(exist_ok=True)
             shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
     model = (copy / "model.py").read_text()
-    cls, line = PYTHON
+    cls, line, _ = PYTHON
     assert model.count("class SparseGLU") == 1
     assert model.count('    "swiglu": SwiGLU,\n') == 1
     model = model.replace("class SparseGLU", cls + "\n\nclass SparseGLU")
@@ -71,3 +71,7 @@ def test_every_other_command_runs(project):
     assert ran == len([block for block in SHELL[2:] if not block.startswith('# needs')]) >= 5
     log = (project / "out/slope/log.jsonl").read_text()
     assert '"val_loss"' in log
+    code = PYTHON[2] + "assert logits.shape == (1, 7, 384)\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("import ")
