@@ -87,9 +87,10 @@ def make(name, source=usual, **flags):
     return said
 
 Path("hf").mkdir()
-for i, ffn in enumerate(export_hf.model_file.FFNS):
-    said = make(f"{ffn}-{i % 2}", ffn=ffn, tie_embeddings=i % 2 == 0)
-    assert ("as Qwen3" in said) == (ffn == "swiglu"), said
+for ffn in export_hf.model_file.FFNS:
+    for tied in (True, False):
+        said = make(f"{ffn}-{'tied' if tied else 'untied'}", ffn=ffn, tie_embeddings=tied)
+        assert ("as Qwen3" in said) == (ffn == "swiglu"), said
 
 OWN = """
 class Own(SwiGLU):
@@ -201,18 +202,18 @@ def opened(tmp_path_factory) -> dict[str, dict]:
 
 
 def test_every_ffn_opens_with_our_logits(opened):
-    """Each row of FFNS, tied and untied in turn, with grouped-query attention, as it is and saved once
-    more; a class of the reader's own, and a SwiGLU that was edited and so is not Qwen3's."""
+    """Each row of FFNS, tied and untied, with grouped-query attention, as it is and saved once more; a
+    class of the reader's own, and a SwiGLU that was edited and so is not Qwen3's."""
     from model import FFNS
 
-    names = {f"{ffn}-{i % 2}" for i, ffn in enumerate(FFNS)}
+    names = {f"{ffn}-{tied}" for ffn in FFNS for tied in ("tied", "untied")}
     own = {"own class that reads the token before", "edited swiglu"}
     assert opened.keys() == names | own | {"asg that is swiglu"}
     for name, found in opened.items():
         is_qwen3 = name.startswith(("swiglu", "asg that"))
         assert found["class"] == ("Qwen3ForCausalLM" if is_qwen3 else "FFNForCausalLM"), name
         assert found["problems"] == 0, name
-        assert found["tied"] == (not name.endswith("-1")), name
+        assert found["tied"] == (not name.endswith("-untied")), name
         assert found["spread"] > 0.5  # or anything would be near
         for what in ("logits", "padded", "again", "last", "loss"):
             assert found[what] <= 1e-5, (name, what, found)

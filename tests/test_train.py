@@ -521,12 +521,17 @@ def wandb_history(path: Path) -> list[dict]:
 
 
 def test_wandb_says_the_same_as_the_log(here: Path):
-    """--wandb_project, offline: what Weights & Biases keeps of each step is what log.jsonl has."""
+    """--wandb_project, offline: what Weights & Biases keeps of each step is what log.jsonl has, and a
+    resumed run goes on in the run of the same id."""
     pytest.importorskip("wandb")
     env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    train(here, out_dir="o", ffn="asg", max_iters=6, eval_interval=3, wandb_project="p", env=env)
-    (path,) = (here / "o").glob("wandb/offline-run-*/*.wandb")
-    kept = wandb_history(path)
+    values = {"out_dir": "o", "ffn": "asg", "lr_decay_iters": 6, "wandb_project": "p", "env": env}
+    train(here, max_iters=4, eval_interval=3, **values)
+    train(here, max_iters=6, eval_interval=3, init_from="resume", **values)
+    paths = sorted((here / "o").glob("wandb/offline-run-*/*.wandb"))
+    assert len(paths) == 2
+    assert len({path.name for path in paths}) == 1, "the resumed run has another id"
+    kept = [row for path in paths for row in wandb_history(path)]
     steps: dict[int, dict] = {}
     for line in (here / "o" / "log.jsonl").read_text().splitlines():
         row = json.loads(line)
