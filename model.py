@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import copy
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import inspect
 import math
-import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -833,71 +831,46 @@ def ffn_cost(ffn: nn.Module) -> dict[str, int]:
     return {"params": params, "flops": int(flops), "ideal_flops": int(ideal)}
 
 
+DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 def ffn_code(spec: str) -> str:
     """
-    Return a hash of the code behind an FFN: its class, and the classes, functions and constants that
-    this refers to, directly or not, in modules that are no library's. Docstrings, comments and layout
-    do not count. Where it differs, two runs of one spec are not of one function. It is empty where
-    Python does not have the source.
+    Return a hash of the code behind an FFN: its class, the classes that this extends, and the functions,
+    classes and constants of their modules that they refer to, directly or not. Comments and docstrings
+    do not count. All of its module counts for a class that a function made. Where the hash differs, two
+    runs of one spec are not of one function. It is empty where Python does not have the source.
     """
-    read, code = functools.cache(statements), set()
-
-    @functools.cache
-    def visit(module: str, name: str) -> None:
-        """Add the statements that bind a name, any name if it is "*", and what these refer to."""
-        for bound, statement in read(module):
-            if name not in (bound, "*") or (text := f"{module}: {ast.unparse(statement)}") in code:
-                continue
-            code.add(text)
-            for node in ast.walk(statement):
-                if isinstance(node, ast.Name):
-                    visit(module, node.id)
-                elif isinstance(node, ast.Import):
-                    for alias in node.names:
-                        visit(alias.name, "*")
-                elif isinstance(node, ast.ImportFrom):
-                    here = sys.modules[module].__package__
-                    source = importlib.util.resolve_name("." * node.level + (node.module or ""), here)
-                    for alias in node.names:
-                        visit(source, alias.name)
-                        visit(f"{source}.{alias.name}", "*")
-
-    cls = parse_spec(spec)[0]
-    root = cls.__qualname__.partition(".")[0]
-    if "<locals>" not in cls.__qualname__ and root in dict(read(cls.__module__)):
-        visit(cls.__module__, root)
-    else:  # A function made the class, of what it was given here or there.
-        visit(cls.__module__, "*")
-        visit(__name__, "*")
+    code: set[str] = set()
+    for cls in parse_spec(spec)[0].__mro__:
+        file = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
+        library = cls.__module__.partition(".")[0] in ("torch", *sys.stdlib_module_names)
+        if library or not file.endswith(".py"):
+            continue
+        tree, binding = ast.parse(Path(file).read_bytes()), defaultdict(list)
+        for node in ast.walk(tree):
+            if isinstance(node, DEFINITIONS) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        for statement in tree.body:
+            for name in names_bound(statement):
+                binding[name].append(statement)
+        root = cls.__qualname__.partition(".")[0]
+        made = "<locals>" in cls.__qualname__ or root not in binding
+        names = list(binding) if made else [root]
+        while names:
+            for statement in binding.pop(names.pop(), ()):
+                code.add(ast.unparse(statement))
+                names += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
     return hashlib.sha256("\n".join(sorted(code)).encode()).hexdigest()[:16] if code else ""
 
 
-def statements(module: str) -> list[tuple[str, ast.stmt]]:
-    """Return the top-level statements of a module without docstrings, once for each name that they bind
-    or change; none for a module of a library or without a file."""
-    file = getattr(sys.modules.get(module), "__file__", None) or ""
-    standard = module.partition(".")[0] in sys.stdlib_module_names
-    if standard or not file.endswith(".py") or re.search("(site|dist)-packages", file):
-        return []
-    found = []
-    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    imports = (ast.Import, ast.ImportFrom)
-    tree = ast.parse(Path(file).read_bytes())
-    for node in ast.walk(tree):
-        if isinstance(node, definitions) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    for statement in tree.body:
-        for node in [statement] if isinstance(statement, definitions) else ast.walk(statement):
-            if isinstance(node, definitions):
-                found.append((node.name, statement))
-            elif isinstance(node, imports):
-                for alias in node.names:
-                    one = copy.copy(node)
-                    one.names = [alias]
-                    found.append(((alias.asname or alias.name).partition(".")[0], one))
-            elif isinstance(getattr(node, "ctx", None), ast.Store):  # x = ..., x[0] = ..., x.y = ...
-                found += [(n.id, statement) for n in ast.walk(node) if isinstance(n, ast.Name)]
-    return found
+def names_bound(statement: ast.stmt) -> Iterator[str]:
+    """Yield the names that a top-level statement defines, imports, assigns to or changes."""
+    for node in [statement] if isinstance(statement, DEFINITIONS) else ast.walk(statement):
+        if isinstance(getattr(node, "ctx", None), ast.Store):  # x = ..., x[0] = ..., x.y = ...
+            yield from (n.id for n in ast.walk(node) if isinstance(n, ast.Name))
+        elif name := getattr(node, "asname", None) or getattr(node, "name", None):
+            yield name.partition(".")[0]
 
 
 @functools.cache
