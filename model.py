@@ -12,6 +12,7 @@ GELU is the exact one (erf). Papers are the five by "Aardvark" (2025) where no o
 from __future__ import annotations
 
 import ast
+import bisect
 import contextlib
 import ctypes
 import functools
@@ -723,7 +724,8 @@ FFNS: dict[str, type[nn.Module]] = {
 }
 
 
-METHODS = {  # what a class may have besides forward, and the parameters
+METHODS = {  # what a class may have besides forward, with the arguments it is called with
+    "__init__": "self, d, h, *, option=default",
     "active": "self, x",
     "decode": "self, x",
     "flops": "self",
@@ -738,14 +740,6 @@ def has(ffn: nn.Module, method: str) -> bool:
     return hasattr(type(ffn), method)
 
 
-def accepts(f: object, *args: object, **kwargs: object) -> bool:
-    """Whether f is a function that can be called with these arguments."""
-    try:
-        return bool(inspect.signature(f).bind(*args, **kwargs))
-    except (TypeError, ValueError):
-        return False
-
-
 def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
     """Turn `name:option=value:...` into the class and its keyword arguments. Raises UserError."""
     name, *settings = spec.split(":")
@@ -754,36 +748,35 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
     cls = FFNS[name]
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise UserError(f"{name} in FFNS is not a class: write one that extends nn.Module")
-    for method, args in METHODS.items():
-        if hasattr(cls, method) and not accepts(getattr(cls, method), *args.split(", ")):
-            raise UserError(f"{name}: write its {method} as a method, def {method}({args})")
     params = inspect.signature(cls.__init__).parameters.values()
     hints = get_type_hints(cls.__init__)
     kinds = {p.name: hints.get(p.name, type(p.default)) for p in params if p.kind is p.KEYWORD_ONLY}
     options: dict[str, object] = {}
-    for setting in settings:
-        option, equals, text = setting.partition("=")
+    for option, equals, text in (setting.partition("=") for setting in settings):
+        if option in [p.name for p in params][3:] and option not in kinds:
+            cure = "put * before it in __init__(self, d, h, *, ...), in a dataclass _: KW_ONLY"
+            raise UserError(f"{name} has no option {option!r}: {cure}")
         if option not in kinds:
             known = suggest(option, kinds) if kinds else "it has none"
-            if option in [p.name for p in params][3:]:
-                known = "put * before it in __init__(self, d, h, *, ...), in a dataclass _: KW_ONLY"
             raise UserError(f"{name} has no option {option!r}: {known}")
         if option in options or not equals:
             raise UserError(f"{spec!r}: write each option once, as option=value")
-        if get_origin(kinds[option]) is Literal:
-            choices = {str(choice): choice for choice in get_args(kinds[option])}
-            if text not in choices:
-                raise UserError(f"{name}:{option} cannot be {text!r}: {suggest(text, choices)}")
+        kind, choices = kinds[option], {str(choice): choice for choice in get_args(kinds[option])}
+        if get_origin(kind) is Literal and text in choices:
             options[option] = choices[text]
-        elif kinds[option] in (bool, int, float, str):
-            options[option] = parse_value(f"{name}:{option}", text, kinds[option])
+        elif get_origin(kind) is Literal:
+            raise UserError(f"{name}:{option} cannot be {text!r}: {suggest(text, choices)}")
+        elif kind in (bool, int, float, str):
+            options[option] = parse_value(f"{name}:{option}", text, kind)
         else:
             raise UserError(f"{name}:{option} is no bool, int, float, str or Literal by its type hint")
-    for p in params:
-        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in options:
-            raise UserError(f"{name} needs its option {p.name}: write {name}:{p.name}=VALUE")
-    if not accepts(cls.__init__, "self", "d", "h", **options):
-        raise UserError(f"{name}: write its __init__ as __init__(self, d, h, *, options with defaults)")
+    for method, args in METHODS.items():
+        try:
+            if hasattr(cls, method):
+                given = options if method == "__init__" else {}
+                inspect.signature(getattr(cls, method)).bind(*args.split(", *")[0].split(", "), **given)
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{name}: write def {method}({args}) ({reason(e)})") from None
     return cls, options
 
 
@@ -875,32 +868,27 @@ def names_bound(statement: ast.stmt) -> Iterator[str]:
 
 @functools.cache
 def match_hidden(spec: str, d: int, hidden: int, by: str = "params") -> int:
-    """Return the width, a multiple of 8, at which the FFN's parameters (by="params") or executed FLOPs
-    (by="flops") come closest to SwiGLU's at `hidden`; among equals, the one nearest to hidden.
-
-    A bisection, then the two neighbours. Widths that the class refuses are skipped. The cost is taken
-    to rise with the width: where it falls in places, the result is near one crossing of SwiGLU's; where
-    it is constant, the result is hidden. The result is remembered by name: cache_clear() after changing
-    a class."""
+    """
+    Return the width, a multiple of 8, at which the FFN's parameters (by="params") or executed FLOPs
+    (by="flops") come closest to SwiGLU's at `hidden`; among equals, the one nearest to hidden. It is
+    found by bisection, which takes the cost to rise with the width, and skips widths that the class
+    refuses. The result is remembered by name: call cache_clear() after changing a class.
+    """
 
     @functools.cache
-    def first_from(h: int) -> tuple[float, int]:
-        """The cost of the first width from h on that the class accepts, and that width."""
+    def cost(h: int) -> tuple[float, int]:
+        """Return the cost of the first width from h on that the class accepts, and that width."""
         for width in range(h, h + 1024, 8):
-            try:
-                return ffn_cost(sketch(lambda width=width: make_ffn(spec, d, width)))[by], width
-            except UserError:
-                continue
+            with contextlib.suppress(UserError):
+                return ffn_cost(sketch(functools.partial(make_ffn, spec, d, width)))[by], width
         return math.inf, h
 
-    target = ffn_cost(sketch(lambda: make_ffn("swiglu", d, hidden)))[by]
-    low, high = 0, 8
-    while first_from(high)[0] < target and high < 64 * hidden:
-        low, high = high, 2 * high
-    while high - low > 8:
-        middle = (low + high) // 16 * 8
-        low, high = (middle, high) if first_from(middle)[0] < target else (low, middle)
-    near = [first_from(h) for h in (max(low, 8), high, math.ceil(hidden / 8) * 8)]
+    target, high = ffn_cost(sketch(lambda: make_ffn("swiglu", d, hidden)))[by], 16
+    while cost(high)[0] < target and high < 64 * hidden:
+        high *= 2
+    widths = range(high // 2, high + 8, 8)
+    i = bisect.bisect_left(widths, target, key=lambda h: cost(h)[0])
+    near = map(cost, [*widths[max(i - 1, 0) : i + 1], math.ceil(hidden / 8) * 8])
     return min(near, key=lambda found: (abs(found[0] - target), abs(found[1] - hidden)))[1]
 
 
@@ -1213,28 +1201,23 @@ def influences(ffn: nn.Module, x: Tensor) -> tuple[bool, bool]:
         torch.manual_seed(0)
         params = {name: p for name, p in ffn.named_parameters() if p.is_floating_point()}
         params = {name: p + 0.02 * torch.randn_like(p) for name, p in params.items()}
-        x, other = torch.randn_like(x), torch.randn_like(x)
-
-        def output(*parts: Tensor) -> Tensor:
+        a, b = torch.randn_like(x), torch.randn_like(x)
+        y = []
+        for first, second in ((a, a), (a, b), (b, a)):
             torch.manual_seed(1)  # for an FFN that draws numbers
-            return split_aux(torch.func.functional_call(ffn, params, (torch.cat(parts, 1),)))[0]
-
-        y = output(x)
-        later = output(x[:, :half], other[:, half:]) - y
-        earlier = output(other[:, :half], x[:, half:]) - y
-        close = 1e-4 * y.abs().max()
-        return bool((later[:, :half].abs() > close).any()), bool((earlier[:, half:].abs() > close).any())
+            mixed = torch.cat((first[:, :half], second[:, half:]), 1)
+            y.append(split_aux(torch.func.functional_call(ffn, params, (mixed,)))[0])
+    later, earlier = (y[1] - y[0])[:, :half], (y[2] - y[0])[:, half:]
+    close = 1e-4 * y[0].abs().max()
+    return bool((later.abs() > close).any()), bool((earlier.abs() > close).any())
 
 
 @torch.no_grad()
 def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
-    """
-    Check what the FFNs of a model do in evaluation mode with block_size tokens, and set
-    model.mixes_tokens. Raises a UserError that names the layer whose FFN returns anything but floating
-    point numbers of its input's shape, or lets later tokens change its output at earlier ones.
-    """
-    c, found = model.config, []
-    x = torch.ones(1, c.block_size, c.n_embd, device=model.lm_head.weight.device)
+    """Run each FFN on block_size tokens in evaluation mode, and set model.mixes_tokens. Raises UserError
+    for one whose output is unlike its input, or changes with later tokens."""
+    model.mixes_tokens = False
+    x = torch.ones(1, model.config.block_size, model.config.n_embd, device=model.lm_head.weight.device)
     with evaluating(model):
         for i, layer in enumerate(model.model.layers):
             name = f"model.layers.{i}.mlp"
@@ -1245,10 +1228,7 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
             leaks, mixes = influences(layer.mlp, x)
             if leaks:
                 raise UserError(f"{name} sees the future: its output at a token depends on later tokens")
-            found.append(mixes)
-    model.mixes_tokens = any(found)
-
-
+            model.mixes_tokens |= mixes
 
 
 # ------------------------------------------------------------------------------------------------
