@@ -1,12 +1,11 @@
 """
 A Qwen3-style decoder whose feed-forward layer (FFN) is picked by a spec string.
 
-In order: the FFNs, side by side, and the helpers they share; what turns `sparseglu:k=0.5` into one of
-them and says what it costs; the decoder around them; last, what makes it fast. A new idea is a class
-among the FFNs and a line in `FFNS`: training, bench, comparison and the generic tests pick it up.
+The file has the FFNs and the helpers they share, then what turns `sparseglu:k=0.5` into one of them,
+then the decoder, and last what makes it fast. A new idea is a class and its line in `FFNS`.
 
-Every FFN maps (..., d) -> (..., d) with hidden width h. Linear layers are bias-free unless noted,
-GELU is the exact one (erf). Papers are the five by "Aardvark" (2025) where no other is named.
+Every FFN maps (..., d) -> (..., d) with hidden width h. Linear layers have no bias unless noted, GELU
+is the exact one (erf). Papers are the five by "Aardvark" (2025) where no other is named.
 """
 
 from __future__ import annotations
@@ -125,11 +124,9 @@ class DualGated(nn.Module):
 
 class DSG(SwiGLU):
     """
-    Dynamic Sparse Gating: down(SiLU(gate x * g * m) * up x).
-
-    g = sigmoid(W_g x + b_g), per neuron or one per token; m = sigmoid(s * ||LN(x)||_2 + b), which
-    the paper leaves undefined and we take from Dynamic GEGLU. Both gates are soft: nothing is
-    skipped, so with g per neuron it costs 4/3 of SwiGLU.
+    Dynamic Sparse Gating: down(SiLU(gate x * g * m) * up x), g = sigmoid(W_g x + b_g), per neuron or one
+    per token. The paper does not define m; Dynamic GEGLU's alpha stands in. Both gates are soft and
+    skip nothing, so with g per neuron it costs 4/3 of SwiGLU.
     """
 
     def __init__(
@@ -158,8 +155,7 @@ class ASG(SwiGLU):
     tau = sigmoid(t) with one t, one per neuron, or a fixed tau; threshold=input, the paper's future
     work, takes sigmoid(w x + b). With grad=hard no gradient reaches t, so it is frozen at tau = 0.5 and
     d alone decides how much passes (at init about 27% at d=512, 3% at 128; the paper reports 35%).
-    grad=ste passes one: mask + p - p.detach() with p = sigmoid((|z| - tau) / 0.1). The added pathway is
-    dense in both its products: 4/3 of SwiGLU.
+    grad=ste uses mask + p - p.detach(), p = sigmoid((|z| - tau) / 0.1). It costs 4/3 of SwiGLU.
     """
 
     def __init__(
@@ -181,7 +177,7 @@ class ASG(SwiGLU):
             self.b = nn.Parameter(torch.tensor(0.0))
 
     def mask(self, x: Tensor, z: Tensor) -> Tensor:
-        """x: (..., d), z: (..., h) -> (..., h), 1 where |z| is over the threshold."""
+        """Return 1 where |z| is over the threshold. x: (..., d), z: (..., h) -> (..., h)"""
         with torch.autocast(z.device.type, enabled=False):
             if self.threshold == "input":
                 tau = torch.sigmoid(upcast(x) @ self.w + self.b)[..., None]
@@ -199,7 +195,6 @@ class ASG(SwiGLU):
         return self.down_proj(hidden)
 
     def active(self, x: Tensor) -> Tensor:
-        """Return the share of the sparse pathway's units that pass the threshold, 0 without one."""
         return self.mask(x, self.sparse_proj(x)).float().mean() if self.sparse else x.new_zeros(())
 
 
@@ -207,11 +202,11 @@ class SparseGated(nn.Module):
     """
     Sparse Gated FFN: G * down(topk(GELU(W_k x)) * W_v x) + (1 - G) * x, G = sigmoid(LN(W_g x)).
 
-    Of the keys only the round(k*h) largest are kept. Every key must be computed to know which, so
-    even ideally the cost is (1 + 2k)/3 + d/(3h) of SwiGLU's, never the paper's 0.15. The residual
-    is x as the FFN gets it, normed. grad=ste: the gradient of the keys passes as if none was cut.
-    select=adaptive, the paper's future work, keeps the keys over one running threshold, as many as a
-    token has; it moves 5% in each training pass towards mean + std * Phi^-1(1 - k) of all its keys.
+    The round(k*h) largest keys are kept. All must be computed to know which, so even ideally the cost is
+    (1 + 2k)/3 + d/(3h) of SwiGLU's, never the paper's 0.15. The residual is the FFN's normed input.
+    grad=ste: the gradient of the keys passes as if none was cut. select=adaptive, the paper's future
+    work, keeps the keys over one running threshold, which moves 5% in each training pass towards
+    mean + std * Phi^-1(1 - k) of all its keys.
     """
 
     def __init__(
@@ -279,9 +274,8 @@ class DynamicGEGLU(SwiGLU):
     """
     Dynamic GEGLU: down(alpha * GELU(gate x) * up x), alpha = sigmoid(s * ||LN(x)||_2 + b).
 
-    ||LN(x)||_2 is sqrt(d) for every token but for LN's gain and bias, so with affine=False alpha is
-    a constant and this is GEGLU, scaled. The paper announces, and does not show, what comes of no
-    normalization (norm=none) and of other start values of s and b.
+    ||LN(x)||_2 is sqrt(d) for every token but for LN's gain and bias, so affine=False makes alpha a
+    constant. The paper announces, but does not show, norm=none and other start values of s and b.
     """
 
     def __init__(
@@ -300,12 +294,12 @@ class DynamicGEGLU(SwiGLU):
 
 class SparseGLU(nn.Module):
     """
-    SparseGLU: down(SiLU(gate x) * up x * M), M = 1 on the round(k*h) largest scores of a predictor that
-    sees the first r channels of x, with r=0 all (two Linears with biases, p wide between them).
+    SparseGLU: down(SiLU(gate x) * up x * M), M = 1 on the round(k*h) largest scores of a predictor, two
+    Linears with p units between them, that sees the first r channels of x (r=0: all of them).
 
     With grad=hard no gradient reaches the predictor, so it is frozen: a random hash of x picks the
     neurons. grad=ste: M + p - p.detach(), p = sigmoid(score). grad=gate: M * p. select=stat takes the
-    scores over theta = mean + std * Phi^-1(1 - k): about k*h units, no sort. The paper's future work:
+    scores over theta = mean + std * Phi^-1(1 - k), about k*h units. The paper's future work:
     select=soft, M = relu(score - theta); select=sparsemax, M = round(k*h) * sparsemax(score) (arXiv
     1602.02068); ramp=N, the share kept falls from 1 to k over N steps (arXiv 1710.01878).
     """
@@ -328,13 +322,10 @@ class SparseGLU(nn.Module):
         self.predictor.requires_grad_(soft or grad != "hard")
         self.share, self.r, self.grad, self.select, self.ramp = k, r or d, grad, select, ramp
         self.k = kept_units("sparseglu", k, h)
-        limit = self.k  # how many units are kept, or how many deviations from the mean a score must be
+        limit = self.k  # how many units are kept, or the least score in deviations from the mean
         if select in ("stat", "soft"):
             limit = normal_quantile(f"sparseglu:select={select}", k)
-        if ramp:
-            self.register_buffer("limit", torch.tensor(float(limit)))
-        else:
-            self.limit = limit
+        self.limit = nn.Buffer(torch.tensor(float(limit))) if ramp else limit
 
     def set_progress(self, step: int, max_iters: int) -> None:
         if self.ramp > max_iters:
@@ -393,10 +384,9 @@ class SparseGLU(nn.Module):
 
 class Spark(nn.Module):
     """
-    Spark Transformer's FFN (arXiv 2506.06644): down(GELU(T(gate x[:r])) * up x[r:]).
-
-    T(z) = max(z - theta, 0), theta = mean(z) + std(z) * Phi^-1(1 - k) over h: about k*h units pass,
-    and the gate itself is the predictor. theta stays in the graph. r=0 means d // 2.
+    Spark Transformer's FFN (arXiv 2506.06644): down(GELU(T(gate x[:r])) * up x[r:]), r=0 means d // 2.
+    T(z) = max(z - theta, 0), theta = mean(z) + std(z) * Phi^-1(1 - k) over h, so about k*h units pass.
+    A gradient flows through theta.
     """
 
     def __init__(self, d: int, h: int, *, k: float = 0.08, r: int = 0):
@@ -442,11 +432,10 @@ class MoE(nn.Module):
     shared(x) + sum over the k of n experts with the largest sigmoid(s_e) + bias_e of
     2 sigmoid(s_e) expert_e(x), s = router(x): token choice as in DeepSeek-V3 (arXiv 2412.19437).
 
-    shared and the experts are ReLU2s, round(share*h) and (h - round(share*h)) / k wide, so that h units
-    work for each token, and no token is dropped. After each training pass bias_e, which is no part of
-    the gate, moves by `speed` towards equal numbers of tokens. balance=loss leaves it at 0 and returns
-    Switch's aux = 0.01 n sum_e f_e P_e (arXiv 2101.03961): f_e is the share of the tokens' choices that
-    fell on e, P_e the mean of softmax(s)_e.
+    shared and the experts are ReLU2s, round(share*h) and (h - round(share*h)) / k wide: h units work for
+    each token, and no token is dropped. After each training pass bias_e moves by `speed` towards equal
+    numbers of tokens. balance=loss leaves it at 0 and returns Switch's aux = 0.01 n sum_e f_e P_e (arXiv
+    2101.03961): f_e is the share of all choices that fell on e, P_e the mean of softmax(s)_e.
     """
 
     def __init__(
@@ -467,13 +456,13 @@ class MoE(nn.Module):
         self.register_buffer("bias", torch.zeros(n))
 
     def scores(self, x: Tensor) -> Tensor:
-        """x: (..., d) -> (N, n), in at least float32, for the N tokens of x."""
+        """Return the scores (N, n) of the N tokens of x (..., d), in at least float32."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(upcast(x.reshape(-1, x.size(-1))), upcast(self.router.weight))
 
     def route(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | list[int]]:
-        """From scores s (N, n) return what the experts get, in the order of the experts: the expert, the
-        token and the gate of each row, and for each expert its number of rows."""
+        """From scores s (N, n) return the rows that the experts get, in the experts' order: the expert,
+        the token and the gate of each row, and the number of rows of each expert."""
         choice = (torch.sigmoid(s) + self.bias).topk(self.k).indices  # (N, k)
         expert, order = choice.flatten().sort(stable=True)
         token = order // self.k
@@ -492,8 +481,8 @@ class MoE(nn.Module):
         return y if aux is None else (y, aux)
 
     def after(self, s: Tensor, taken: Tensor, count: Tensor) -> Tensor | None:
-        """Balance the experts after a training pass, or return the aux that does. s: scores (N, n),
-        taken: those of the rows that the experts got."""
+        """Balance the experts after a training pass, or return the aux that does. s: (N, n) scores,
+        taken: those of the rows."""
         part = count.to(s.dtype) / count.sum()
         if self.balance == "loss":
             return 0.01 * self.n * (part * s.softmax(-1).mean(0)).sum()
@@ -516,9 +505,9 @@ class ThresholdMoE(MoE):
     """
     MoE's experts, each of which takes the tokens with s_e > cut_e: 2 sigmoid(s_e) expert_e(x).
 
-    In training expert e takes the N k // n tokens of largest s_e in the pass of N tokens, of which only
-    those over cut_e count; then cut_e moves 5% towards the smallest s_e taken. In evaluation each token
-    is routed by itself, to all experts over their cut, so that it sees no other token.
+    In training expert e takes the N k // n of N tokens with the largest s_e, of which only those over
+    cut_e count; then cut_e moves 5% towards the smallest s_e taken. In evaluation each token goes to all
+    experts over their cut, whatever the other tokens are.
     """
 
     def __init__(self, d: int, h: int, *, n: int = 8, k: int = 1, share: float = 0.5):
@@ -543,9 +532,8 @@ class ThresholdMoE(MoE):
 
 
 def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) -> Tensor:
-    """Apply expert e to the next count[e] rows of x (M, d): (M, d). An expert without rows still gets a
-    gradient, of zeros. On a CPU slices of stacked weights would make the backward pass slow; on a GPU a
-    loop would wait for the counts."""
+    """Apply expert e to the next count[e] rows of x (M, d): (M, d). One without rows gets a gradient of
+    zeros. Stacked weights would be slow on a CPU; on a GPU a loop would wait for the counts."""
     if on_cpu(x) or x.dtype == torch.float64:
         parts = x.split(count if isinstance(count, list) else count.tolist())
         return torch.cat([expert(part) for expert, part in zip(experts, parts)])
@@ -558,8 +546,6 @@ def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) ->
     return F.grouped_mm(hidden, down, offs=ends)
 
 
-
-
 # ------------------------------------------------------------------------------------------------
 # What they share
 
@@ -570,8 +556,7 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 class ColumnLinear(nn.Linear):
-    """A bias-free Linear whose weight has contiguous columns in memory, because decode gathers columns
-    of down_proj. Shape, name and values are those of any other Linear."""
+    """A bias-free Linear whose weight has contiguous columns in memory, for decode gathers columns."""
 
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__(fan_in, fan_out, bias=False)
@@ -603,15 +588,15 @@ def on_cpu(x: Tensor) -> bool:
 
 
 def above_zero(x: Tensor) -> Tensor:
-    """Return a mask that is 1 where x > 0, else 0. The backward pass keeps it, so it is bool, a quarter
-    of the bytes; on a CPU it has x's type, because compiled code there is slow at writing bools."""
+    """Return a mask that is 1 where x > 0, else 0: bool, a quarter of the bytes for the backward pass,
+    but on a CPU of x's type, because compiled code there is slow at writing bools."""
     return F.relu(x).sign() if on_cpu(x) else x > 0
 
 
 @torch.library.custom_op("ffn::over", mutates_args=(), schema="(Tensor x, Tensor limit) -> Tensor")
 def over(x: Tensor, limit: Tensor) -> Tensor:
-    """Return above_zero(x - limit), for a limit that moves in the same pass. It is an operator, so that
-    a compiled backward pass keeps the mask and does not compute it again from the limit moved."""
+    """Return above_zero(x - limit), for a limit that moves in the same pass. As an operator, so that a
+    compiled backward pass keeps the mask and does not compute it again from the limit moved."""
     return above_zero(x - limit)
 
 
@@ -619,8 +604,8 @@ over.register_fake(lambda x, limit: above_zero(x - limit))
 
 
 def top_k_mask(score: Tensor, k: int | Tensor) -> Tensor:
-    """Return a mask that is 1 on k of the largest scores along the last dimension, else 0. The units are
-    taken by index, so that a tie never adds one. k may be a tensor, whose changes compile nothing."""
+    """Return a mask that is 1 on exactly k of the largest scores along the last dimension, whatever ties
+    there are. k may be a tensor, whose changes compile nothing anew."""
     score = score.detach()
     mask = torch.zeros_like(score, dtype=score.dtype if on_cpu(score) else torch.bool)
     if isinstance(k, Tensor):
@@ -667,18 +652,14 @@ def per_token(decode_one: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def matvec(weight: Tensor, x: Tensor) -> Tensor:
-    """Return weight @ x for one token x (fan_in,). Compiled, the sum becomes a loop that reads gathered
-    rows in place and, on a CPU, a dense matrix faster than BLAS does; eager, it would copy either."""
+    """Return weight @ x for one token x (fan_in,). Compiled, the sum is a loop that reads gathered rows
+    in place and is faster than BLAS on a CPU; eager, it would make a copy."""
     return (weight * x).sum(-1) if torch.compiler.is_compiling() else F.linear(x, weight)
 
 
 def selected(value: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Return the units whose value is not 0, and their values: (h,) -> (n,), (n,).
-
-    On a GPU n is h, so that nothing waits to learn a size: a unit of value 0 is replaced by unit 0 with
-    value 0, whose weights are read again and again and so come from the cache.
-    """
+    """Return the units whose value is not 0, and their values: (h,) -> (n,), (n,). On a GPU n is h, so
+    that nothing waits to learn a size: a unit of value 0 becomes unit 0, read from the cache."""
     if on_cpu(value):
         units = value.nonzero().squeeze(-1)
         return units, value[units]
@@ -691,15 +672,13 @@ def rows(layer: nn.Linear, units: Tensor, x: Tensor) -> Tensor:
 
 
 def down_rows(ffn: nn.Module, units: Tensor, hidden: Tensor) -> Tensor:
-    """Return the sum over i of hidden_i times column units_i of down_proj, reading those columns only.
-    units: (n,), hidden: (n,) -> (d,)"""
+    """Return down_proj of hidden (n,) in the units (n,) and 0 elsewhere, reading their columns only."""
     weight = ffn.down_proj.weight.t()  # (h, d), contiguous: see ColumnLinear
     hidden = hidden.to(weight.dtype)
     if not on_cpu(weight):
         return (weight[units] * hidden[:, None]).sum(0)
     starts = torch.arange(0, units.size(0), 64, device=units.device)  # each bag is one thread's work
     return F.embedding_bag(units, weight, starts, mode="sum", per_sample_weights=hidden).sum(0)
-
 
 
 # ------------------------------------------------------------------------------------------------
@@ -781,12 +760,8 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
 
 
 def make_ffn(spec: str, d: int, h: int) -> nn.Module:
-    """
-    Build the FFN of a spec, (..., d) -> (..., d) with hidden width h, with PyTorch's own init.
-
-    Raises UserError for an unknown name, option or value, for an h that does not divide as needed and
-    for parameters that the optimizers cannot train.
-    """
+    """Build the FFN of a spec with PyTorch's own init. Raises UserError for a bad spec, for an h that
+    does not divide as needed and for parameters that the optimizers cannot train."""
     cls, options = parse_spec(spec)
     if d < 1 or h < 1:
         raise UserError(f"an FFN needs d >= 1 and h >= 1, not d={d} h={h}")
@@ -798,8 +773,8 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
 
 
 def sketch(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a module for its shapes alone, without moving PyTorch's random state. It is a real one: what
-    a class keeps of tensors without data, in a cache say, would fail later."""
+    """Build a module for its shapes alone, without moving PyTorch's random state. It is real and not on
+    the meta device, because a class may keep tensors in a cache."""
     with torch.random.fork_rng(devices=[]):
         return build()
 
@@ -811,12 +786,9 @@ def is_matrix(p: Tensor) -> bool:
 
 
 def ffn_cost(ffn: nn.Module) -> dict[str, int]:
-    """
-    Return the number of parameters (`params`) and the FLOPs per token of the forward pass's matrix
-    products: `flops` as executed, `ideal_flops` as an ideal implementation would execute that skips what
-    is zero. A matrix that is used under two names is two products; a class whose products are others
-    says so in a method flops().
-    """
+    """Return the number of parameters, `params`, and the FLOPs per token of the forward pass's matrix
+    products: `flops` as executed, `ideal_flops` if what is zero was skipped. A matrix under two names is
+    two products; a class whose products are others has a method flops()."""
     params = sum(p.numel() for p in ffn.parameters())
     uses = ffn.named_parameters(remove_duplicate=False)
     flops = ffn.flops() if has(ffn, "flops") else sum(2 * p.numel() for _, p in uses if is_matrix(p))
@@ -1024,8 +996,8 @@ class Decoder(nn.Module):
     def forward(
         self, idx: Tensor, caches: list | None = None, start: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the hidden states (B, T, d) of tokens idx (B, T) at positions start, start + 1, ... and
-        the sum of the layers' aux, None if there is none. caches: a list per layer."""
+        """Return the hidden states (B, T, d) of tokens idx (B, T) at positions from start on, and the
+        sum of the layers' aux or None. caches: a list per layer."""
         cos, sin = (table[start : start + idx.size(1)] for table in (self.cos, self.sin))
         x = self.embed_tokens(idx)  # (B, T, d)
         if torch.is_autocast_enabled(x.device.type):
@@ -1045,10 +1017,9 @@ def is_residual(name: str) -> bool:
 
 class GPT(nn.Module):
     """
-    Qwen3-style decoder. Its initial weights are float32 on the CPU, the same bits for the same (seed,
-    parameter name, shape, n_layer) whatever the FFN and the state of PyTorch's generator.
-
-    `overwritten` lists the parameters that an FFN set to a constant and init_weights has changed.
+    Qwen3-style decoder. Its initial weights are float32 on the CPU, the same bits for the same seed,
+    parameter name, shape and n_layer. `overwritten` names the parameters that an FFN set to a constant
+    and init_weights changed; `mixes_tokens` is whether an FFN reads earlier tokens, None if not known.
     """
 
     def __init__(self, config: GPTConfig):
@@ -1056,7 +1027,7 @@ class GPT(nn.Module):
         config.check()
         self.config = config
         self.overwritten: list[str] = []
-        self.mixes_tokens: bool | None = None  # whether an FFN reads earlier tokens; None: not yet known
+        self.mixes_tokens: bool | None = None
         with torch.random.fork_rng(devices=[]):  # for what an FFN may draw by itself
             torch.default_generator.manual_seed(config.seed)
             self.model = Decoder(config)
@@ -1068,8 +1039,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw matrices from N(0, 0.02), those that write to the residual stream scaled by
-        1/sqrt(2 n_layer), and set biases to 0; gains and an FFN's scalars stay as their modules set
-        them. An FFN that needs another start has an init_weights of its own, which is called last."""
+        1/sqrt(2 n_layer), and set biases to 0. Vectors and scalars stay as they are. An init_weights of
+        an FFN's own is called last."""
         for name, p in self.named_parameters():  # a tied weight comes once, as embed_tokens
             constant = (p.numel() > 1 or p.ndim == 0) and not p.is_meta and bool((p == p.max()).all())
             before = p.clone() if constant else p
@@ -1091,11 +1062,9 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, with_aux: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
-        """
-        idx: (B, T) token ids, T <= block_size. Without targets: ((B, T, vocab) logits, None).
-        With targets (B, T): (None, mean cross-entropy in nats over the targets that are not -100).
-        With targets and with_aux: (sum of the FFNs' aux or None, that loss).
-        """
+        """From token ids (B, T) return (logits (B, T, vocab), None). With targets (B, T) return (None,
+        the mean cross-entropy in nats over those that are not -100), with_aux (sum of the FFNs' aux or
+        None, that loss)."""
         if idx.size(1) > self.config.block_size:
             raise UserError(f"{idx.size(1)} tokens are more than block_size={self.config.block_size}")
         x, aux = self.model(idx)
@@ -1105,8 +1074,7 @@ class GPT(nn.Module):
         return aux if with_aux else None, loss
 
     def set_progress(self, step: int, max_iters: int) -> None:
-        """Tell the FFNs that have a set_progress how many training steps are done. Call it outside of
-        compiled code."""
+        """Tell the FFNs how many training steps are done, outside of compiled code."""
         for i, layer in enumerate(self.model.layers):
             if has(layer.mlp, "set_progress"):
                 try:
@@ -1121,12 +1089,9 @@ class GPT(nn.Module):
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
         use_cache: bool = True, n_vocab: int = 0,
     ) -> Tensor:  # fmt: skip
-        """
-        Append max_new_tokens to idx (B, T), T >= 1, in evaluation mode. temperature 0 is greedy; top_k 0
-        keeps all ids; ids from n_vocab on (the vocabulary's padding) are never drawn. Sampling uses
-        PyTorch's global generator. The context is block_size at most: when full, its older half is
-        dropped. Where an FFN reads earlier tokens, which it does not get from a cache, none is used.
-        """
+        """Append max_new_tokens to idx (B, T), T >= 1, in evaluation mode. temperature 0 is greedy;
+        top_k 0 keeps all; ids from n_vocab on, the vocabulary's padding, are never drawn. A full context
+        drops its older half. Where an FFN reads earlier tokens, no cache is used."""
         size = self.config.block_size
         start, caches = max(0, idx.size(1) - size), None
         with evaluating(self):
@@ -1160,16 +1125,12 @@ class GPT(nn.Module):
         """Count parameters. `layers`: in matrices of the layers (the papers' "134M"); `matrices`: these
         and lm_head; `total`: all, a tied one once."""
         layers = sum(p.numel() for p in self.model.layers.parameters() if is_matrix(p))
-        return {
-            "layers": layers,
-            "matrices": layers + self.lm_head.weight.numel(),
-            "total": sum(p.numel() for p in self.parameters()),
-        }
+        total = sum(p.numel() for p in self.parameters())
+        return {"layers": layers, "matrices": layers + self.lm_head.weight.numel(), "total": total}
 
     def flops_per_token(self) -> int:
-        """Return the FLOPs of a training step per token, forward and backward: three times those of the
-        forward products (an FFN's as ffn_cost has them), and causal attention counted once (nanoGPT's
-        12 counts the masked half too)."""
+        """Return the FLOPs of a training step per token, three times those of the forward pass. Causal
+        attention is counted once (nanoGPT's 12 counts the masked half too)."""
         c = self.config
         ffn = sum(ffn_cost(layer.mlp)["flops"] for layer in self.model.layers)
         rest = [p for layer in self.model.layers for p in layer.self_attn.parameters() if is_matrix(p)]
