@@ -1199,16 +1199,15 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
 def set_up(device: torch.device) -> None:
     """Prepare this process for training on a device."""
     if device.type == "cuda":
-        # What is float32 on purpose, such as SparseGLU's predictor, multiplies in TF32.
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on purpose
     if device.type != "cpu":
         return
-    # Otherwise compiled code adds up an embedding's gradient in the order in which its threads arrive.
+    # Or compiled code adds up an embedding's gradient in the order in which its threads arrive.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would take time
     if sys.platform == "linux":
-        # glibc maps each tensor over 32 MB anew, and the kernel then pages it in 4 KB at a time: a tenth
-        # or more of a step with a large vocabulary (experiments/LOG.md). So let it keep freed memory.
+        # glibc maps each tensor over 32 MB anew, which takes a tenth or more of a step with a large
+        # vocabulary (experiments/LOG.md). So it keeps freed memory.
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # musl has none
         mallopt(-4, 0)  # M_MMAP_MAX: map nothing
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
@@ -1217,11 +1216,9 @@ def set_up(device: torch.device) -> None:
 def compiled(
     f: Callable, device: torch.device, mode: str = "default", recompute: bool = False
 ) -> Callable:
-    """
-    Return torch.compile(f) for inputs of one shape. `mode` is for GPUs. With `recompute` the backward
-    pass computes elementwise results again instead of keeping them. The private settings used here only
-    save time or memory: a PyTorch that lacks one of them compiles to the same numbers without it.
-    """
+    """Return torch.compile(f) for inputs of one shape. `mode` is for GPUs. With `recompute` the backward
+    pass computes elementwise results again. The private settings only save time or memory, so a PyTorch
+    without one of them gives the same numbers."""
     from torch._dynamo import config as dynamo
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
@@ -1232,8 +1229,8 @@ def compiled(
         # How many rows an expert gets is a dynamic shape inside one graph, not the end of it.
         (dynamo, "capture_scalar_outputs", True),
         (dynamo, "capture_dynamic_output_shape_ops", True),
-        # PyTorch traces anew at each start what has an autograd.Function (our loss) or an autocast
-        # inside, though its cache's key has both. Allowed, 32 layers start again in 5 s, not in 17.
+        # Without these two, what has an autograd.Function (our loss) or an autocast inside is traced
+        # anew at each start, though the cache's key has both: 32 layers take 17 s, not 5.
         (functorch, "autograd_cache_allow_custom_autograd_functions", True),
         (inductor, "unsafe_marked_cacheable_functions", cacheable),
         (functorch, "ban_recompute_materialized_backward", not recompute),
@@ -1286,8 +1283,8 @@ onednn_product.register_fake(lambda a, b, c=None: a.new_empty(a.size(0), b.size(
 
 @functools.cache
 def onednn_pass():
-    """The pass over a compiled graph that puts onednn_product in place of float32 products; None where
-    this PyTorch lacks one of the private names that it needs."""
+    """Return the pass over a compiled graph that puts onednn_product in place of float32 products, or
+    None where this PyTorch lacks one of the private names that it needs."""
     try:
         from torch._inductor import config
         from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -1303,14 +1300,11 @@ def onednn_pass():
                 if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
                     continue
                 *bias, a, b = node.args
-                out = node.meta["val"]
-                fits = all(c.meta["val"].shape == out.shape[1:] for c in bias)
-                if out.dtype == torch.float32 and fits:
-                    node.target = torch.ops.ffn.product.default
-                    node.args = (a, b, *bias)
+                out, first, *rest = (x.meta["val"] for x in (node, a, b, *bias))
+                if out.dtype == torch.float32 and all(c.shape == out.shape[1:] for c in rest[1:]):
+                    node.target, node.args = torch.ops.ffn.product.default, (a, b, *bias)
                     # The compiler must write `a` contiguous: oneDNN would copy it, and slowly.
-                    strides = [a.meta["val"].contiguous(), *(x.meta["val"] for x in (b, *bias))]
-                    node.meta["eager_input_vals"] = (tuple(strides), {})
+                    node.meta["eager_input_vals"] = ((first.contiguous(), *rest), {})
 
         def uuid(self) -> bytes:
             return get_hash_for_files((__file__,))
@@ -1322,19 +1316,13 @@ def onednn_pass():
 def top_k_by_counting(score: Tensor, k: int) -> Tensor:
     """Return top_k_mask(score, k) for float32 on a CPU, in a quarter of the time. It is an operator, so
     that it is compiled once for a shape and not once for each layer."""
-    mask, found = compiled_count()(score, torch.tensor(k))  # for an int it would compile anew
+    mask, found = compiled_count()(score, torch.tensor(k))  # an int would compile anew
     others = found != k  # where other scores equal the k-th largest
     mask[others] = top_k_mask(score[others], k)
     return mask
 
 
 top_k_by_counting.register_fake(lambda score, k: torch.empty_like(score))
-
-
-@functools.cache
-def compiled_count() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return at_least_kth compiled. It is not compiled at import, which would take seconds."""
-    return torch.compile(at_least_kth, dynamic=False)
 
 
 def at_least_kth(score: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -1354,9 +1342,8 @@ def at_least_kth(score: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return mask, mask.sum(-1)
 
 
-# Bytes of one chunk's float32 logits. Each chunk reads all of the weight and adds to all of its
-# gradient, so fewer chunks are faster; at these sizes the step is within a few percent of one chunk's.
-LOSS_CHUNK_BYTES = {"cpu": 2**27, "gpu": 2**30}
+# Cached, and not compiled at import, which would take seconds.
+compiled_count = functools.cache(lambda: torch.compile(at_least_kth, dynamic=False))
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -1364,32 +1351,24 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Return the mean of F.cross_entropy(x @ weight.T, targets, ignore_index=-100), 0 if all are ignored.
 
     x: (N, d), weight: (V, d), targets: (N,). The logits of 16k tokens and a vocabulary of 50k take
-    3.3 GB, and their gradient as much. This function makes both a chunk of tokens at a time, and
-    computes the gradients of x and weight in the forward pass while the chunk is there, as Liger and Cut
-    Cross-Entropy do.
+    3.3 GB, and their gradient as much. So this makes both for a chunk of tokens at a time, and computes
+    the gradients of x and weight in the forward pass, as Liger and Cut Cross-Entropy do.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    n = (targets != -100).sum().clamp(min=1)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return LinearCrossEntropy.apply(x, weight, targets)
-    return sum(loss for _, loss, _ in loss_chunks(x, weight, targets)) / n_targets(targets)
-
-
-def n_targets(targets: Tensor) -> Tensor:
-    """Return how many targets count, at least 1."""
-    return (targets != -100).sum().clamp(min=1)
+        return LinearCrossEntropy.apply(x, weight, targets, n)
+    return sum(loss for _, loss, _ in loss_chunks(x, weight, targets)) / n
 
 
 def loss_chunks(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each chunk of n tokens yield its slice, its summed loss and its log-probabilities (n, V), in
-    at least float32."""
-    limit = LOSS_CHUNK_BYTES["cpu" if on_cpu(x) else "gpu"]
-    at_least = math.ceil(4 * x.size(0) * weight.size(0) / limit)
-    # With a power of two the usual numbers of tokens split into chunks of one size: these share
-    # their compiled kernels, and a GPU's matrix products get sizes that fill its tiles.
-    chunks = 2 ** (at_least - 1).bit_length()
-    chunk = math.ceil(x.size(0) / chunks)
+    """For each chunk of n tokens yield its slice, summed loss and log-probabilities (n, V)."""
+    at_least = math.ceil(4 * x.size(0) * weight.size(0) / (2**27 if on_cpu(x) else 2**30))
+    # A power of two makes chunks of one size, which share compiled kernels and fill a GPU's tiles. Fewer
+    # are faster, as each reads all of the weight; with these bytes of logits it is a few percent.
+    chunk = math.ceil(x.size(0) / 2 ** (at_least - 1).bit_length())
     for i in range(0, x.size(0), chunk):
         part = slice(i, i + chunk)
         log_p = F.log_softmax(upcast(x[part] @ weight.t()), dim=-1)
@@ -1398,8 +1377,7 @@ def loss_chunks(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[sl
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        n = n_targets(targets)
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, n: Tensor) -> Tensor:
         total, grad_x, grad_w = 0, [], 0
         for part, loss, log_p in loss_chunks(x, weight, targets):
             total = total + loss
@@ -1416,4 +1394,4 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), grad_w * grad.to(grad_w.dtype), None
+        return grad_x * grad.to(grad_x.dtype), grad_w * grad.to(grad_w.dtype), None, None
