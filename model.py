@@ -33,6 +33,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import UserError, parse_value, reason, suggest
 
+Aux = Tensor | None  # a scalar that an FFN may return besides its output, and that the loss gets added
+
 # ------------------------------------------------------------------------------------------------
 # Dense FFNs
 
@@ -111,8 +113,7 @@ class DualGated(nn.Module):
         super().__init__()
         if h % 2:
             raise UserError(f"dualgated splits h into two halves: {h} is odd")
-        self.silu = SwiGLU(d, h // 2)
-        self.gelu = GEGLU(d, h // 2)
+        self.silu, self.gelu = SwiGLU(d, h // 2), GEGLU(d, h // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.silu(x) + self.gelu(x)
@@ -259,7 +260,7 @@ class SparseGated(nn.Module):
         else:
             units, kept = selected(key * self.mask(key))
         if self.split:
-            kept = kept * rows(self.value_proj, units, x)
+            kept = kept * matvec(self.value_proj.weight[units], x)
         return down_rows(self, units, kept)
 
     def active(self, x: Tensor) -> Tensor:
@@ -371,8 +372,8 @@ class SparseGLU(nn.Module):
             mask = torch.sigmoid(score[units]) if self.grad == "gate" else 1
         else:
             units, mask = selected(self.mask(score))
-        hidden = F.silu(rows(self.gate_proj, units, x)) * rows(self.up_proj, units, x) * mask
-        return down_rows(self, units, hidden)
+        gate, up = (matvec(layer.weight[units], x) for layer in (self.gate_proj, self.up_proj))
+        return down_rows(self, units, F.silu(gate) * up * mask)
 
     def active(self, x: Tensor) -> Tensor:
         return (self.mask(self.score(x)) > 0).float().mean()
@@ -413,7 +414,8 @@ class Spark(nn.Module):
     def decode_one(self, x: Tensor) -> Tensor:
         gate = self.threshold(matvec(self.gate_proj.weight, x[: self.r]))
         units, gate = selected(gate)  # GELU(0) = 0
-        return down_rows(self, units, F.gelu(gate) * rows(self.up_proj, units, x[self.r :]))
+        up = matvec(self.up_proj.weight[units], x[self.r :])
+        return down_rows(self, units, F.gelu(gate) * up)
 
     def active(self, x: Tensor) -> Tensor:
         return (self.threshold(self.gate_proj(x[..., : self.r])) > 0).float().mean()
@@ -664,11 +666,6 @@ def selected(value: Tensor) -> tuple[Tensor, Tensor]:
         units = value.nonzero().squeeze(-1)
         return units, value[units]
     return torch.where(value != 0, torch.arange(value.size(0), device=value.device), 0), value
-
-
-def rows(layer: nn.Linear, units: Tensor, x: Tensor) -> Tensor:
-    """Return layer(x)[units], reading those rows only. x: (fan_in,), units: (n,) -> (n,)"""
-    return matvec(layer.weight[units], x)
 
 
 def down_rows(ffn: nn.Module, units: Tensor, hidden: Tensor) -> Tensor:
@@ -961,9 +958,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd)
         self.mlp = make_ffn(config.ffn, config.n_embd, config.hidden)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: list | None) -> tuple[Tensor, Aux]:
         """Return x (B, T, d) with attention and FFN added, and the FFN's aux or None."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache).to(x.dtype)
         one_token = cache is not None and x.size(1) == 1 and has(self.mlp, "decode")
@@ -972,7 +967,7 @@ class Block(nn.Module):
         return x + y.to(x.dtype), aux
 
 
-def split_aux(y: Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+def split_aux(y: Tensor | tuple[Tensor, Aux]) -> tuple[Tensor, Aux]:
     """Split what an FFN returns, y or (y, aux), into y and aux, a scalar or None."""
     y, aux = y if isinstance(y, tuple) and len(y) == 2 else (y, None)
     if not isinstance(y, Tensor) or not (aux is None or (isinstance(aux, Tensor) and not aux.ndim)):
@@ -993,9 +988,7 @@ class Decoder(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(
-        self, idx: Tensor, caches: list | None = None, start: int = 0
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, idx: Tensor, caches: list | None = None, start: int = 0) -> tuple[Tensor, Aux]:
         """Return the hidden states (B, T, d) of tokens idx (B, T) at positions from start on, and the
         sum of the layers' aux or None. caches: a list per layer."""
         cos, sin = (table[start : start + idx.size(1)] for table in (self.cos, self.sin))
