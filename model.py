@@ -1339,6 +1339,11 @@ def at_least_kth(score: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 compiled_count = functools.cache(lambda: torch.compile(at_least_kth, dynamic=False))
 
 
+# Bytes of one chunk's float32 logits. Fewer chunks are faster, as each reads all of the weight; at these
+# sizes a step is within a few percent of one chunk's.
+LOSS_CHUNK_BYTES = {"cpu": 2**27, "gpu": 2**30}
+
+
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     Return the mean of F.cross_entropy(x @ weight.T, targets, ignore_index=-100), 0 if all are ignored.
@@ -1358,9 +1363,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def loss_chunks(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For each chunk of n tokens yield its slice, summed loss and log-probabilities (n, V)."""
-    at_least = math.ceil(4 * x.size(0) * weight.size(0) / (2**27 if on_cpu(x) else 2**30))
-    # A power of two makes chunks of one size, which share compiled kernels and fill a GPU's tiles. Fewer
-    # are faster, as each reads all of the weight; with these bytes of logits it is a few percent.
+    limit = LOSS_CHUNK_BYTES["cpu" if on_cpu(x) else "gpu"]
+    at_least = math.ceil(4 * x.size(0) * weight.size(0) / limit)
+    # A power of two makes chunks of one size, which share compiled kernels and fill a GPU's tiles.
     chunk = math.ceil(x.size(0) / 2 ** (at_least - 1).bit_length())
     for i in range(0, x.size(0), chunk):
         part = slice(i, i + chunk)

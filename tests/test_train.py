@@ -219,7 +219,8 @@ def test_ranks_share_what_an_ffn_remembers_of_its_tokens(here: Path, ffn: str):
     assert f"validation loss  {logged:.4f}" in alone.out
     remembered = {name: b for name, b in load(here / "two")["model"].items() if ".mlp." in name}
     remembered = {name: b for name, b in remembered.items() if name.endswith(("bias", "cut", "theta"))}
-    assert remembered and all(b.count_nonzero() for b in remembered.values())
+    assert remembered
+    assert all(b.count_nonzero() for b in remembered.values())
     train_ranks(here, 2, out_dir="parts", **{**values, "max_iters": 5, "lr_decay_iters": 12})
     train_ranks(here, 2, out_dir="parts", **{**values, "lr_decay_iters": 12}, init_from="resume")
     assert same_bits(load(here / "parts")["model"], load(here / "two")["model"])
