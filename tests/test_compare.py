@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from trainer import FORK, ROOT, TINY, make_data, one_line, rows, wait_until
+from trainer import FORK, PRELOADED, ROOT, TINY, enter, make_data, one_line, rows, wait_until
 
 import train
 from configurator import UserError
@@ -31,15 +31,11 @@ sys.path.append(str(ROOT / "experiments"))
 import block_analysis
 
 SCRIPT = str(ROOT / "experiments" / "compare.py")
-FORK.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "scipy.stats", "matplotlib.pyplot"])
+FORK.set_forkserver_preload([*PRELOADED, "scipy.stats", "matplotlib.pyplot"])
 
 
 def _child(script: str, argv: list[str], cwd: str, out: str, err: str) -> None:
-    for fd, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), fd)
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
-    os.chdir(cwd)
+    enter(cwd, out, err)
     sys.argv = [script, *argv]
     try:
         runpy.run_path(script, run_name="__main__")

@@ -14,12 +14,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
 SHELL = [text for language, text in BLOCKS if language == "sh"]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
+SMALLER = {"max_tokens=8000000": "max_tokens=400000", "\nval_tokens = 65536": "\nval_tokens = 4096"}
+SMALLER |= {"n_layer = 4": "n_layer = 1", "\nbatch_size = 16": "\nbatch_size = 4"}
+SMALLER |= {"micro_batch_size = 16": "micro_batch_size = 4"}
 COPIED = ["*.py", "config", "experiments/*.py", "README.md"]
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A copy of the project with the README's own FFN added as the README says."""
+    """A copy of the project with the README's own FFN added as the README says, and with a smaller first
+    run: .ci/run runs the recipe as it is."""
     copy = tmp_path_factory.mktemp("project")
     for pattern in COPIED:
         for path in ROOT.glob(pattern):
@@ -33,6 +37,11 @@ def project(tmp_path_factory):
     model = model.replace("class SparseGLU", cls + "\n\nclass SparseGLU")
     model = model.replace('    "swiglu": SwiGLU,\n', '    "swiglu": SwiGLU,\n' + line)
     (copy / "model.py").write_text(model)
+    recipe = (copy / "config" / "smoke.py").read_text()
+    for old, new in SMALLER.items():
+        assert recipe.count(old) == 1
+        recipe = recipe.replace(old, new)
+    (copy / "config" / "smoke.py").write_text(recipe)
     return copy
 
 

@@ -10,6 +10,7 @@ a process of its own, with its own arguments, environment, output files, signals
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -72,18 +73,26 @@ def make_data(folder: Path, sizes: dict[str, int] = SIZES, **meta) -> Path:
 # ---- processes ----------------------------------------------------------------------------------
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["torch", "torch._dynamo", "numpy"])
+PRELOADED = ["torch", "torch._dynamo", "numpy", "filelock", "torch.distributed.elastic.multiprocessing"]
+FORK.set_forkserver_preload(PRELOADED)
 
 
-def _child(argv: list[str], env: dict, cwd: str, out: str, err: str, file_limit: int) -> None:
+def enter(cwd: str, out: str, err: str) -> None:
+    """In a forked process: its folder and the files that take its output. What PyTorch has made at import
+    is frozen, because each gc.collect of a run would walk through all of it."""
+    gc.freeze()
     for fd, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), fd)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+    os.chdir(cwd)
+
+
+def _child(argv: list[str], env: dict, cwd: str, out: str, err: str, file_limit: int) -> None:
+    enter(cwd, out, err)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.register(signal.SIGUSR1)  # where it hangs, when it hangs
     os.environ.update(env)
-    os.chdir(cwd)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = [TRAIN, *argv]
