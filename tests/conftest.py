@@ -1,6 +1,7 @@
 """What all tests share. One thread each: two pytest workers with two OpenMP threads apiece on two
 cores spend most of their time spinning."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -8,3 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for every subprocess
+
+
+def pytest_collection_finish(session) -> None:
+    """What PyTorch has made at import is frozen: or each gc.collect of a test walks through all of it."""
+    gc.freeze()

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+import bench
+import configurator
+
 ROOT = Path(__file__).resolve().parent.parent
 # One round: a median of ratios is then the ratio of the medians, and one checks the other.
 TINY = ["--rounds=1", "--compile=False", "--device=cpu"]
@@ -39,9 +42,8 @@ def rows(script: str, path: Path, *args: object) -> tuple[dict, dict, str]:
 
 @pytest.fixture
 def run_here(monkeypatch, tmp_path):
-    """A function that runs bench.py in this process, where a test can add FFNs, and returns its rows."""
-    import bench
-
+    """A function that runs bench.py in this process, which costs no import of PyTorch and where a test can
+    add FFNs, and returns its rows."""
     monkeypatch.setattr(bench, "set_up", lambda device: None)  # it would be for the whole process
 
     def run(*args: str) -> list[dict]:
@@ -145,7 +147,6 @@ def test_the_products_of_experts_are_those_executed():
     """An expert's matrices multiply the tokens that reach it, not all of them."""
     import torch
 
-    import bench
     import model
 
     class Experts(torch.nn.Module):
@@ -165,7 +166,6 @@ def test_products_share_their_operands():
     that is 3.6 GB instead of 28."""
     import torch
 
-    import bench
     import model
 
     cpu, cfg, n = torch.device("cpu"), bench.Config(compile=False), 100
@@ -182,8 +182,6 @@ def test_peak_memory_of_known_tensors():
     """What was alive at the worst moment: not what is left at the end, not the sum of all."""
     import torch
 
-    import bench
-
     def call():
         a = torch.zeros(1_000_000)
         b = a + 1
@@ -193,11 +191,11 @@ def test_peak_memory_of_known_tensors():
     assert bench.peak_memory(call, torch.device("cpu")) == 4 * 2_500_000
 
 
-def test_decode_table(tmp_path):
+def test_decode_table(run_here, tmp_path):
     """Sparse FFNs decode, dense ones go forward; bytes and the ideal follow from the formulas."""
-    args = ["--mode=decode", *TINY, "--n_embd=64", "--ffn_hidden=256", "--n_layer=2"]
-    args += ["--ffn=sparseglu,gelu,spark"]
-    result, by_name, _ = rows("bench.py", tmp_path / "d.json", *args)
+    args = ["--mode=decode", "--n_embd=64", "--ffn_hidden=256", "--n_layer=2"]
+    by_name = {row["ffn"]: row for row in run_here(*args, "--ffn=sparseglu,gelu,spark")}
+    result = json.loads((tmp_path / "rows.json").read_text())
     assert list(by_name) == ["sparseglu", "gelu", "spark"]
     assert result["n_layer"] == 2
     assert by_name["gelu"]["path"] == "forward"
@@ -213,25 +211,25 @@ def test_decode_table(tmp_path):
     assert math.isclose(by_name["spark"]["speedup"] / by_name["gelu"]["speedup"], faster)
 
 
-def test_decode_in_bfloat16(tmp_path):
+def test_decode_in_bfloat16(run_here):
     """The default on a GPU: every FFN runs with its matrices in it, but for the predictor, which works
     in float32 by design."""
     from model import FFNS
 
-    args = ["--mode=decode", *TINY, "--n_embd=64", "--ffn_hidden=256", "--n_layer=2", "--dtype=bfloat16"]
-    _, by_name, _ = rows("bench.py", tmp_path / "d.json", *args)
+    args = ["--mode=decode", "--n_embd=64", "--ffn_hidden=256", "--n_layer=1", "--dtype=bfloat16"]
+    by_name = {row["ffn"]: row for row in run_here(*args)}
     assert list(by_name) == list(FFNS)
     for name in ("swiglu", "sparsegated", "sparseglu", "spark"):
         predictor = 32 * 64 + 64 * 256 if name == "sparseglu" else 0
         assert by_name[name]["read_mib"] == (by_name[name]["ideal_flops"] + 2 * predictor) / 2**20, name
 
 
-def test_step_table_and_profile(tmp_path):
+def test_step_table_and_profile(run_here, tmp_path, capsys):
     """A step's FLOPs by the formula, memory not below weights and optimizer state, no MFU on a CPU, the
     attention kernel that ran, and the operators that took the most time."""
-    args = ["--mode=step", *TINY, *STEP, "--profile", "--ffn=geglu,spark:k=0.1"]
-    result, by_name, text = rows("bench.py", tmp_path / "s.json", *args)
-    row = by_name["geglu"]
+    row = run_here("--mode=step", *STEP, "--profile", "--ffn=geglu,spark:k=0.1")[0]
+    result, text = json.loads((tmp_path / "rows.json").read_text()), capsys.readouterr().out
+    assert row["ffn"] == "geglu"
     matrices = 4 * 32 * 32 + 3 * 32 * 64 + 128 * 32
     assert row["flops"] == 6 * matrices + 6 * 32 * 16
     assert row["params"] == matrices + 3 * 32 + 2 * 16  # norms: three of 32, q and k of 16
@@ -246,14 +244,13 @@ def test_step_table_and_profile(tmp_path):
     assert text.count("aten::mm") >= 2
 
 
-@pytest.mark.parametrize("script", ["bench.py", "experiments/peers.py"])
-def test_where_compiling_fails_nothing_is_reported(script, tmp_path):
+def test_where_compiling_fails_nothing_is_reported(tmp_path):
     """Without a C++ compiler: one line with the reason and the cure, and no figures of eager code under
     the name of compiled ones."""
-    args = {"bench.py": "--mode=step", "experiments/peers.py": "--systems=ours"}[script]
     env = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     path = tmp_path / "rows.json"
-    done = call(script, args, "--rounds=1", "--device=cpu", *STEP, f"--json={path}", **env)
+    args = ["--mode=step", "--rounds=1", "--device=cpu", *STEP, f"--json={path}"]
+    done = call("bench.py", *args, **env)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("error: torch.compile does not work here (")
@@ -267,7 +264,6 @@ def test_the_floor_of_a_step_is_its_products(tied):
     """6 FLOPs per token and number in a matrix: an embedding of its own is looked up, not multiplied."""
     import torch
 
-    import bench
     from model import GPT, GPTConfig
 
     model = GPT(GPTConfig(16, 128, 1, 2, 2, 32, ffn_hidden=64, tie_embeddings=tied))
@@ -290,8 +286,6 @@ def test_the_seed_is_that_of_the_inputs(monkeypatch, run_here):
 
 def test_the_machine_is_set_up_as_for_training(monkeypatch, run_here):
     """By train.py's own function: what is timed has its precision, its allocator and its determinism."""
-    import bench
-
     devices = []
     monkeypatch.setattr(bench, "set_up", devices.append)
     run_here("--mode=decode", "--ffn=swiglu", "--n_layer=1", *FFN)
@@ -324,9 +318,6 @@ def test_the_machine_is_set_up_as_for_training(monkeypatch, run_here):
 def test_errors_are_one_line(args, word, monkeypatch, capsys):
     """A mistake costs the user one line that names it, before any table. In this process, as
     importing torch fifteen times takes a minute."""
-    import bench
-    import configurator
-
     monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds=1", "--compile=False", *args])
     with pytest.raises(SystemExit) as stop:
         configurator.run(bench.main)
@@ -357,10 +348,10 @@ def test_peers(tmp_path):
         "        y = self.b(self.a(idx))\n"
         "        return y, F.cross_entropy(y.view(-1, y.size(-1)), targets.view(-1))\n"
     )
-    args = [*TINY, *STEP, f"--nanogpt={tmp_path}"]
+    args = [*TINY, *STEP, f"--nanogpt={tmp_path}", "--systems=ours,hf"]
     _, by_name, _ = rows("experiments/peers.py", tmp_path / "p.json", *args)
-    assert list(by_name) == ["ours", "hf-no-mask", "hf", "nanogpt"]
-    assert by_name["ours"]["params"] == by_name["hf"]["params"] == by_name["hf-no-mask"]["params"]
+    assert list(by_name) == ["ours", "hf", "nanogpt"]
+    assert by_name["ours"]["params"] == by_name["hf"]["params"]
     assert by_name["ours"]["ours_faster"] == 1
     for row in by_name.values():
         assert math.isclose(row["ours_faster"], row["ms"] / by_name["ours"]["ms"])
@@ -388,35 +379,36 @@ def test_hugging_face_without_its_mask_is_the_same_model():
         assert loss(model, batch) == loss_without_mask(model, batch)
 
 
-def test_memory_at_rest_is_that_of_parameters_and_states():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_memory_at_rest_is_that_of_parameters_and_states(name):
     """Muon keeps one moment of a matrix, AdamW two; a frozen parameter has none."""
-    code = """
-import torch, bench, train
-from model import GPT, GPTConfig
-for name in ("adamw", "muon"):
+    import torch
+
+    import train
+    from model import GPT, GPTConfig
+
     model = GPT(GPTConfig(8, 128, 1, 2, 2, 32, "sparseglu", 64))
     flags = train.Config(block_size=8, micro_batch_size=1, optimizer=name, compile=False)
     step, optimizers = bench.make_step(model, flags, torch.device("cpu"), torch.float32)
     step()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     inside = [p for n, p in trained.items() if ".layers." in n and p.ndim == 2]
-    moments = [p.nbytes for p in trained.values()] * 2
+    moments = sum(p.nbytes for p in trained.values()) * 2
     counts = 4 * len(trained)  # AdamW's steps, float32
     muon = sum(p.nbytes + 4 for p in inside) * (name == "muon")
-    print(bench.at_rest(model, optimizers) - sum(p.nbytes for p in model.parameters()) -
-          (sum(moments) + counts - muon))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=240
-    )
-    assert done.stdout.split() == ["0", "0"], done.stdout + done.stderr
+    weights = sum(p.nbytes for p in model.parameters())
+    assert bench.at_rest(model, optimizers) == weights + moments + counts - muon
 
 
-def test_peers_needs_a_clone():
-    """An error of the whole program: its exit code, one line, no traceback."""
-    done = call("experiments/peers.py", *TINY, *STEP, "--systems=ours", "--nanogpt=/nowhere")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: --nanogpt")
+def test_peers_needs_a_clone(monkeypatch):
+    """One line, before anything is timed."""
+    peers = runpy.run_path(str(ROOT / "experiments" / "peers.py"))
+    argv = ["peers.py", *TINY, *STEP, "--systems=ours", "--nanogpt=/nowhere"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        configurator.run(peers["main"])
+    assert stop.value.code.startswith("error: --nanogpt")
+    assert "\n" not in stop.value.code
 
 
 def test_gpu_script_without_a_gpu():

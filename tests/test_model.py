@@ -618,10 +618,8 @@ def test_experts_of_a_gpu_give_the_same(spec, training, monkeypatch):
     "spec, backend",
     [
         ("moe:n=2", "inductor"),  # which takes the compiler long
-        ("moe:n=4", "aot_eager"),
-        ("moe:n=4:k=2:balance=loss", "aot_eager"),
-        ("thresholdmoe:n=4", "aot_eager"),
-        ("sparsegated:select=adaptive", "aot_eager"),
+        ("moe:n=3:k=2:share=0.25:balance=loss", "aot_eager"),
+        ("thresholdmoe:n=2", "aot_eager"),
         ("sparsegated:select=adaptive", "inductor"),
     ],
 )
@@ -757,6 +755,8 @@ def test_norm2_stays_out_of_autocast(name):
 # -- gradients -----------------------------------------------------------------------------------
 
 SMOOTH = [(n, o) for n, o in CASES if o.get("grad") != "ste" and o.get("r") in (None, 7, 33, 40)]
+# Eight experts have more parameters than code: a few do. Their balance plays no part in evaluation.
+SMOOTH = [(n, o) for n, o in SMOOTH if "moe" not in n or o.get("n") == 4 and o.get("share") != 0.5]
 
 
 @pytest.mark.parametrize("case", SMOOTH, ids=case_ids)
@@ -765,6 +765,8 @@ def test_gradients_by_finite_differences(case):
     name, options = case
     d, h = 6, 8
     options = dict(options)
+    if "moe" in name:
+        d, options = 3, options | {"n": 3}
     if name == "sparseglu":
         options |= {"r": 5, "p": 4}
     if name == "spark":
@@ -1974,11 +1976,12 @@ def plain_loss(gpt, idx, targets):
 
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize(
-    "vocab, shape", [(101, (3, 17)), (50257, (2, 230)), (50257, (1, 1))], ids=lambda v: str(v)
+    "vocab, shape", [(101, (3, 17)), (50257, (1, 1))], ids=lambda v: str(v)
 )
-def test_loss_and_gradients_equal_cross_entropy(tie, vocab, shape):
-    """Sizes that are no multiple of anything; some targets ignored; the loss scaled as with
+def test_loss_and_gradients_equal_cross_entropy(tie, vocab, shape, monkeypatch):
+    """In several chunks where there are several targets. Sizes that are no multiple of anything; some targets ignored; the loss scaled as with
     accumulation, and two backward passes summed."""
+    monkeypatch.setitem(model_module.LOSS_CHUNK_BYTES, "cpu", 4 * vocab * 10)
     size = {"n_embd": 8, "n_head": 2, "n_kv_head": 1, "n_layer": 1, "block_size": 256}
     gpt = stir(GPT(small(vocab_size=vocab, tie_embeddings=tie, **size)))
     idx, targets = tokens(*shape, vocab=vocab), tokens(*shape, seed=1, vocab=vocab)
@@ -2102,7 +2105,7 @@ def test_an_aux_that_is_no_scalar_is_one_line(monkeypatch, compile):
                 return y, bad(y)
 
         monkeypatch.setitem(FFNS, "bad", Bad)
-        gpt = GPT(small(ffn="bad"))
+        gpt = GPT(small(ffn="bad", n_layer=1))
         torch.compiler.reset()
         run = torch.compile(gpt, backend="eager") if compile else gpt
         with pytest.raises(UserError, match="aux a tensor without dimensions") as e:
@@ -2635,11 +2638,11 @@ def test_greedy_with_a_cache_is_greedy_without(spec, prompt):
     """Also across block_size = 16, and from a prompt that is longer than it."""
     gpt = stir(GPT(small(ffn=spec, block_size=16, tie_embeddings=False)))
     idx = tokens(2, prompt)
-    cached = gpt.generate(idx, 40, temperature=0.0)
-    assert cached.shape == (2, prompt + 40)
+    cached = gpt.generate(idx, 20, temperature=0.0)
+    assert cached.shape == (2, prompt + 20)
     assert torch.equal(cached[:, :prompt], idx)
-    assert torch.equal(cached, gpt.generate(idx, 40, temperature=0.0, use_cache=False))
-    assert torch.equal(cached, gpt.generate(idx, 40, temperature=1.0, top_k=1))
+    assert torch.equal(cached, gpt.generate(idx, 20, temperature=0.0, use_cache=False))
+    assert torch.equal(cached, gpt.generate(idx, 20, temperature=1.0, top_k=1))
     assert len(set(cached[:, prompt:].flatten().tolist())) > 2  # it does not repeat one token
 
 
