@@ -12,5 +12,5 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for every s
 
 
 def pytest_collection_finish(session) -> None:
-    """What PyTorch has made at import is frozen: or each gc.collect of a test walks through all of it."""
+    """What PyTorch has made at import is frozen, or each gc.collect of a test would walk through it."""
     gc.freeze()

@@ -42,8 +42,8 @@ def rows(script: str, path: Path, *args: object) -> tuple[dict, dict, str]:
 
 @pytest.fixture
 def run_here(monkeypatch, tmp_path):
-    """A function that runs bench.py in this process, which costs no import of PyTorch and where a test can
-    add FFNs, and returns its rows."""
+    """A function that runs bench.py in this process, which imports PyTorch only once and where a test
+    can add FFNs, and returns its rows."""
     monkeypatch.setattr(bench, "set_up", lambda device: None)  # it would be for the whole process
 
     def run(*args: str) -> list[dict]:

@@ -756,7 +756,7 @@ def test_norm2_stays_out_of_autocast(name):
 
 SMOOTH = [(n, o) for n, o in CASES if o.get("grad") != "ste" and o.get("r") in (None, 7, 33, 40)]
 # Eight experts have more parameters than code: a few do. Their balance plays no part in evaluation.
-SMOOTH = [(n, o) for n, o in SMOOTH if "moe" not in n or o.get("n") == 4 and o.get("share") != 0.5]
+SMOOTH = [(n, o) for n, o in SMOOTH if "moe" not in n or (o.get("n") == 4 and o.get("share") != 0.5)]
 
 
 @pytest.mark.parametrize("case", SMOOTH, ids=case_ids)
@@ -1979,8 +1979,8 @@ def plain_loss(gpt, idx, targets):
     "vocab, shape", [(101, (3, 17)), (50257, (1, 1))], ids=lambda v: str(v)
 )
 def test_loss_and_gradients_equal_cross_entropy(tie, vocab, shape, monkeypatch):
-    """In several chunks where there are several targets. Sizes that are no multiple of anything; some targets ignored; the loss scaled as with
-    accumulation, and two backward passes summed."""
+    """In several chunks where there are several targets. Sizes that are no multiple of anything; some
+    targets ignored; the loss scaled as with accumulation, and two backward passes summed."""
     monkeypatch.setitem(model_module.LOSS_CHUNK_BYTES, "cpu", 4 * vocab * 10)
     size = {"n_embd": 8, "n_head": 2, "n_kv_head": 1, "n_layer": 1, "block_size": 256}
     gpt = stir(GPT(small(vocab_size=vocab, tie_embeddings=tie, **size)))

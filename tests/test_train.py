@@ -86,9 +86,10 @@ def program_with(code: str) -> str:
     return code + f"model.FFNS['mine'] = Mine\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
 
 
-def train_with(cwd: Path, code: str, *argv: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", program_with(code), *argv]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+def train_with(cwd: Path, code: str, *argv: str) -> Run:
+    """A run to its end, good or bad, of a train.py with the class Mine of this code."""
+    (cwd / "mine.py").write_text(program_with(code))
+    return Run(cwd, list(argv), code="runpy.run_path('mine.py', run_name='__main__')").wait()
 
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -332,7 +333,7 @@ def test_where_compiling_fails_the_run_says_so_and_ends(here: Path):
         torch.compile = lambda f, **options: real(f, **options, fullgraph=True)
     """
     done = train_with(here, code, *flags(out_dir="o", ffn="mine", compile=True))
-    one_line(done.returncode, done.stderr, "torch.compile", "--compile=False")
+    done.fails("torch.compile", "--compile=False")
     assert not (here / "o" / "ckpt.pt").exists()
 
 
@@ -604,8 +605,8 @@ def test_evaluating_and_sampling_are_not_training(here: Path):
     """
     argv = flags("--sample_tokens=4", out_dir="o", ffn="mine", max_iters=4, eval_interval=2)
     done = train_with(here, code, *argv)
-    assert done.returncode == 0, done.stderr
-    assert "sample (4 tokens" in done.stdout
+    done.works()
+    assert "sample (4 tokens" in done.out
 
 
 def test_active_is_that_of_the_first_validation_window(tmp_path: Path):
@@ -667,7 +668,7 @@ def test_failed_starts_leave_the_run_before_them(here: Path):
     """
     for _ in range(2):
         done = train_with(here, code, *flags(out_dir="o", max_iters=2, ffn="mine"))
-        one_line(done.returncode, done.stderr, "mlp.w received no gradient")
+        done.fails("mlp.w received no gradient")
     assert {name: (here / "o" / f"{name}.prev").read_bytes() for name in good} == good
     train(here, out_dir="o", max_iters=2)
     assert list(losses(here / "o", "val_loss")) == [0, 2]  # without the rows of the failed starts
@@ -697,7 +698,7 @@ def test_buffers_are_those_of_the_steps(here: Path):
     for out, steps, init in (("a", 8, "scratch"), ("b", 3, "scratch"), ("b", 8, "resume")):
         argv = flags(out_dir=out, max_iters=steps, lr_decay_iters=8, ffn="mine", init_from=init)
         done = train_with(here, code, *argv)
-        assert done.returncode == 0, done.stderr
+        done.works()
     for name in ("mean", "square"):
         assert load(here / "a")["model"][f"model.layers.0.mlp.{name}"].any()
     assert_same_run(here / "a", here / "b")
@@ -723,7 +724,7 @@ def test_a_gradient_that_is_missing_in_a_later_step(here: Path):
     code = LEFT_OUT.format(calls="(3,)", ranks="0")
     argv = flags(out_dir="o", max_iters=9, ffn="mine", n_layer=1)
     done = train_with(here, code, *argv)
-    one_line(done.returncode, done.stderr, "step 3: model.layers.0.mlp.extra.weight", "every pass")
+    done.fails("step 3: model.layers.0.mlp.extra.weight", "every pass")
 
 
 def test_a_gradient_that_is_missing_with_two_ranks(here: Path):
@@ -752,7 +753,7 @@ def test_other_weights_are_named_on_resume(here: Path):
     """
     argv = flags(out_dir="o", max_iters=4, lr_decay_iters=2, ffn="mine", init_from="resume")
     done = train_with(here, code, *argv)
-    one_line(done.returncode, done.stderr, "Missing key", "mlp.gain")
+    done.fails("Missing key", "mlp.gain")
 
     train(here, out_dir="p", max_iters=2, lr_decay_iters=4)
     path = here / "p" / "config.json"
@@ -888,11 +889,10 @@ def test_the_weight_of_an_auxiliary_loss(here: Path):
                 y = super().forward(x)
                 return y, 0.1 * y.square().mean()
     """
-    (here / "mine.py").write_text(program_with(code))
     for out, extra in (("a", []), ("b", ["--micro_batch_size=1"])):
         argv = [*flags(out_dir=out, ffn="mine", max_iters=6), *extra]
         done = train_with(here, code, *argv)
-        assert done.returncode == 0, done.stderr
+        done.works()
     a, b = rows(here / "a"), rows(here / "b")
     for key in ("train_loss", "aux_loss"):
         assert max(abs(a[step][key] - b[step][key]) for step in a) < 1e-5

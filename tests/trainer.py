@@ -78,8 +78,8 @@ FORK.set_forkserver_preload(PRELOADED)
 
 
 def enter(cwd: str, out: str, err: str) -> None:
-    """In a forked process: its folder and the files that take its output. What PyTorch has made at import
-    is frozen, because each gc.collect of a run would walk through all of it."""
+    """In a forked process: its folder and the files that take its output. What PyTorch has made at
+    import is frozen, because each gc.collect of a run would walk through all of it."""
     gc.freeze()
     for fd, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), fd)
@@ -88,7 +88,9 @@ def enter(cwd: str, out: str, err: str) -> None:
     os.chdir(cwd)
 
 
-def _child(argv: list[str], env: dict, cwd: str, out: str, err: str, file_limit: int) -> None:
+def _child(
+    argv: list[str], env: dict, cwd: str, out: str, err: str, file_limit: int, code: str
+) -> None:
     enter(cwd, out, err)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.register(signal.SIGUSR1)  # where it hangs, when it hangs
@@ -99,7 +101,7 @@ def _child(argv: list[str], env: dict, cwd: str, out: str, err: str, file_limit:
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     try:
-        runpy.run_path(TRAIN, run_name="__main__")
+        exec(code) if code else runpy.run_path(TRAIN, run_name="__main__")
     except KeyboardInterrupt:  # only from an import: main turns it into 130 itself
         sys.exit(130)
     finally:
@@ -111,15 +113,17 @@ def flags(*given: str, **values: object) -> list[str]:
 
 
 class Run:
-    """A train.py that is running, or has run."""
+    """A train.py, or code that starts it, that is running, or has run."""
 
     count = 0
 
-    def __init__(self, cwd: Path, argv: list[str], env=None, file_limit: int = 0, stdout=None):
+    def __init__(
+        self, cwd: Path, argv: list[str], env=None, file_limit: int = 0, stdout=None, code: str = ""
+    ):
         Run.count += 1
         self.out_path = Path(stdout or cwd / f"{Run.count}.out")
         self.err_path = cwd / f"{Run.count}.err"
-        args = (argv, env or {}, str(cwd), str(self.out_path), str(self.err_path), file_limit)
+        args = (argv, env or {}, str(cwd), str(self.out_path), str(self.err_path), file_limit, code)
         self.process = FORK.Process(target=_child, args=args)
         self.process.start()
         self.pid = self.process.pid
