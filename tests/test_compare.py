@@ -187,8 +187,8 @@ def test_the_plan(tmp_path):
 
 
 def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path, monkeypatch, compare):
-    """Typos in flags, specs and papers, missing data, flags that compare.py sets itself; one from outside,
-    the others in this process."""
+    """Typos in flags, specs and papers, missing data, flags that compare.py sets itself; one from
+    outside, the others in this process."""
     write_config(tmp_path, max_iters=2)
     monkeypatch.chdir(tmp_path)
     fails(tmp_path, "c.py", "--ffn=gegluu", needles=("did you mean geglu",))
