@@ -110,8 +110,11 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
         return encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
     except UnicodeEncodeError:  # a lone surrogate becomes U+FFFD, as encode_ordinary has it
         return encode(encoding, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    except ValueError as e:  # tiktoken's regex gives up on some 10^5 blanks before a word
-        raise UserError(f"cannot tokenize the document {text[:60]!r} ({e}): take it out") from None
+    except ValueError as e:  # tiktoken's regex gives up on some 10^6 blanks before a word
+        parts = re.findall(r"\s{1000}|(?:(?!\s{1000}).)+", text, re.DOTALL)
+        if len(parts) == 1:
+            raise UserError(f"cannot tokenize the document {text[:60]!r} ({e}): take it out") from None
+        return np.concatenate([encode(encoding, part) for part in parts])
 
 
 def start_worker(name: str) -> None:
@@ -394,26 +397,23 @@ def prepare(cfg: Config, meta: dict) -> None:
     save_meta(cfg.out_dir, meta)
     # Go on with the last document that the shards have the beginning of, which is `cut` tokens.
     shards = meta["shards"]
-    done = sum(shard["tokens"] for shard in shards)
-    begun = sum(shard["documents"] for shard in shards)
+    done, begun = (sum(shard[key] for shard in shards) for key in ("tokens", "documents"))
     cut = skip = shards[-1]["cut"] if shards else 0
-    limit = cfg.max_tokens or sys.maxsize
     if shards:
         print(f"going on after {shards[-1]['name']}: {done:,} tokens are done")
-    buffer = np.empty(max(cfg.val_tokens, cfg.shard_tokens), dtype=np.uint16)
-    filled = 0
+    buffer, filled = np.empty(max(cfg.val_tokens, cfg.shard_tokens), dtype=np.uint16), 0
 
     def finish_shard() -> None:
         nonlocal filled, cut
         tokens = buffer[:filled]
         starts = np.flatnonzero(tokens == encoding.eot_token)  # a text never holds this token
         cut = filled - int(starts[-1]) if len(starts) else cut + filled
-        entry = save_shard(cfg.out_dir, len(shards), tokens)
-        shards.append(entry | {"documents": len(starts), "cut": cut})
+        shards.append(save_shard(cfg.out_dir, len(shards), tokens))
+        shards[-1] |= {"documents": len(starts), "cut": cut}
         save_meta(cfg.out_dir, meta)
         filled = 0
 
-    workers = cfg.workers or cores()
+    workers, limit = cfg.workers or cores(), cfg.max_tokens or sys.maxsize
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
     total = cfg.max_tokens or (None if cfg.input or cfg.name != "sample-10BT" else 10**10)
     bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, mininterval=interval,
