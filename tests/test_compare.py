@@ -476,6 +476,18 @@ def test_the_committed_losses():
         assert (result["p"] < 0.05) == (not result["low"] <= 0 <= result["high"])
 
 
+def test_a_committed_archive_gives_its_table(tmp_path):
+    """Anyone can make the table in experiments/results again from the logs that are kept beside it."""
+    folder = ROOT / "experiments" / "results" / "equal_flops"
+    works(tmp_path, "--out=again", "--report", str(folder / "runs.tar.xz"))
+    made, kept = (json.loads((at / "compare.json").read_text()) for at in (tmp_path / "again", folder))
+    assert len(made["rows"]) == len(kept["rows"]) > 1
+    for a, b in zip(made["rows"], kept["rows"]):
+        for key in ("ffn", "match", "hidden", "n", "val_loss", "difference", "low", "high", "verdict"):
+            same = pytest.approx(b[key], abs=1e-9) if isinstance(b[key], float) else b[key]
+            assert a[key] == same, (a["ffn"], key)
+
+
 def errors(mask: np.ndarray, tables: int, seed: int) -> float:
     """The share of tables without any true difference in which some row has one."""
     rng, wrong = np.random.default_rng(seed), 0
