@@ -1191,6 +1191,11 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
 
 def set_up(device: torch.device) -> None:
     """Prepare this process for training on a device."""
+    try:
+        import torch._dynamo  # which optimizers import too, and which makes PyTorch's cache folder
+    except OSError as e:
+        cure = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
+        raise UserError(f"PyTorch cannot make its cache folder ({reason(e)}): {cure}") from None
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on purpose
     if device.type != "cpu":

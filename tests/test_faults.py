@@ -654,6 +654,14 @@ runpy.run_path({TRAIN!r}, run_name="__main__")
     assert intact(here / "o")["step"] == 2
 
 
+def test_a_cache_folder_that_cannot_be_made(here: Path):
+    """PyTorch makes it when its optimizers are imported, with --compile=False too."""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": "/proc/nowhere"}
+    argv = [sys.executable, TRAIN, *flags(out_dir="o", max_iters=2)]
+    done = subprocess.run(argv, cwd=here, capture_output=True, text=True, env=env)
+    one_line(done.returncode, done.stderr, "/proc/nowhere", "TORCHINDUCTOR_CACHE_DIR")
+
+
 def test_a_signal_at_any_moment_of_the_start(here: Path):
     """Before the first step too: the run ends, and what it leaves can be gone on from."""
     rng = random.Random(0)
