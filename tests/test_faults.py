@@ -1,7 +1,6 @@
 """Never lose a run: bad data, hostile files, bad numbers, full disks, signals, kills.
 
-The README counts these faults. All of them, with the minutes-long ones:
-    python -m pytest tests/test_faults.py -m "slow or not slow"
+All of them, with the minutes-long ones: python -m pytest tests/test_faults.py -m "slow or not slow"
 """
 
 from __future__ import annotations
