@@ -156,7 +156,7 @@ class ASG(SwiGLU):
     tau = sigmoid(t) with one t, one per neuron, or a fixed tau; threshold=input, the paper's future
     work, takes sigmoid(w x + b). With grad=hard no gradient reaches t, so it is frozen at tau = 0.5 and
     d alone decides how much passes (at init about 27% at d=512, 3% at 128; the paper reports 35%).
-    grad=ste uses mask + p - p.detach(), p = sigmoid((|z| - tau) / 0.1). It costs 4/3 of SwiGLU.
+    grad=ste uses mask + p - p.detach(), p = sigmoid((|z| - tau) / 0.1). ASG costs 4/3 of SwiGLU.
     """
 
     def __init__(
@@ -534,8 +534,8 @@ class ThresholdMoE(MoE):
 
 
 def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) -> Tensor:
-    """Apply expert e to the next count[e] rows of x (M, d): (M, d). One without rows gets a gradient of
-    zeros. Stacked weights would be slow on a CPU; on a GPU a loop would wait for the counts."""
+    """Apply expert e to the next count[e] rows of x (M, d): (M, d). An expert without rows gets zeros as
+    gradients. Stacked weights would be slow on a CPU; on a GPU a loop would wait for the counts."""
     if on_cpu(x) or x.dtype == torch.float64:
         parts = x.split(count if isinstance(count, list) else count.tolist())
         return torch.cat([expert(part) for expert, part in zip(experts, parts)])
@@ -558,7 +558,7 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 class ColumnLinear(nn.Linear):
-    """A bias-free Linear whose weight has contiguous columns in memory, for decode gathers columns."""
+    """A bias-free Linear whose weight has contiguous columns, because decode gathers columns."""
 
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__(fan_in, fan_out, bias=False)

@@ -253,11 +253,8 @@ def train_step(
         cure = "use it in every pass of forward, or freeze it with requires_grad_(False)"
         raise UserError(f"step {step + 1}: {name} received no gradient: {cure}")
     if isinstance(model, DDP):
-        # A running threshold or an expert's bias has followed this rank's tokens: take the ranks' mean.
-        moving = [b for name, b in model.named_buffers() if ".mlp." in name and b.is_floating_point()]
-        for tensor in (total, *moving):
-            dist.all_reduce(tensor)
-            tensor /= dist.get_world_size()
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
     norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
     finite = torch.isfinite(total.sum() + norm)
     failed.copy_(torch.where((failed == 0) & ~finite, step + 1, failed))
@@ -697,6 +694,7 @@ def main() -> None:
     if ddp and training:
         warnings.filterwarnings("ignore", ".*broadcast_buffers")  # its successor is not in torch 2.11
         model = DDP(fast_model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    buffers = [b for layer in raw_model.model.layers for b in layer.mlp.buffers() if ddp]
 
     # -- how to log and save
     signals = catch_signals()
@@ -756,6 +754,10 @@ def main() -> None:
             torch.manual_seed((cfg.seed * 2**20 + step) * 2**10 + rank)
             raw_model.set_progress(step, cfg.max_iters)
             loss, aux, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
+            # A running threshold or an expert's bias follows this rank's tokens: take the ranks' mean.
+            for buffer in filter(torch.is_floating_point, buffers):
+                dist.all_reduce(buffer)
+                buffer /= world
             step, window_steps, evaluated = step + 1, window_steps + 1, False
             first = step == first_step + 1
             if first or step % cfg.log_interval == 0:
