@@ -17,6 +17,7 @@ import ctypes
 import functools
 import hashlib
 import inspect
+import itertools
 import math
 import sys
 from collections import defaultdict
@@ -34,6 +35,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from configurator import UserError, parse_value, reason, suggest
 
 Aux = Tensor | None  # a scalar that an FFN may return besides its output, and that the loss gets added
+
+# PyTorch frees an operator when another of its name is made. Every copy of this file that a process
+# loads, such as an exported model's, therefore has names of its own.
+OPS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, n := f"ffn{i}"), "over"))
 
 # ------------------------------------------------------------------------------------------------
 # Dense FFNs
@@ -595,7 +600,7 @@ def above_zero(x: Tensor) -> Tensor:
     return F.relu(x).sign() if on_cpu(x) else x > 0
 
 
-@torch.library.custom_op("ffn::over", mutates_args=(), schema="(Tensor x, Tensor limit) -> Tensor")
+@torch.library.custom_op(f"{OPS}::over", mutates_args=(), schema="(Tensor x, Tensor limit) -> Tensor")
 def over(x: Tensor, limit: Tensor) -> Tensor:
     """Return above_zero(x - limit), for a limit that moves in the same pass. As an operator, so that a
     compiled backward pass keeps the mask and does not compute it again from the limit moved."""
@@ -1264,7 +1269,7 @@ def has_onednn(device: torch.device) -> bool:
 
 
 @torch.library.custom_op(
-    "ffn::product", mutates_args=(), schema="(Tensor a, Tensor b, Tensor? c=None) -> Tensor"
+    f"{OPS}::product", mutates_args=(), schema="(Tensor a, Tensor b, Tensor? c=None) -> Tensor"
 )
 def onednn_product(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     """Return a @ b + c, float32 on a CPU, by oneDNN. a: (m, k), b: (k, n), c: (n,) or None."""
@@ -1300,7 +1305,7 @@ def onednn_pass():
                 *bias, a, b = node.args
                 out, first, *rest = (x.meta["val"] for x in (node, a, b, *bias))
                 if out.dtype == torch.float32 and all(c.shape == out.shape[1:] for c in rest[1:]):
-                    node.target, node.args = torch.ops.ffn.product.default, (a, b, *bias)
+                    node.target, node.args = getattr(torch.ops, OPS).product.default, (a, b, *bias)
                     # The compiler must write `a` contiguous: oneDNN would copy it, and slowly.
                     node.meta["eager_input_vals"] = ((first.contiguous(), *rest), {})
 
@@ -1310,7 +1315,7 @@ def onednn_pass():
     return ToOneDNN()
 
 
-@torch.library.custom_op("ffn::top_k", mutates_args=(), schema="(Tensor score, int k) -> Tensor")
+@torch.library.custom_op(f"{OPS}::top_k", mutates_args=(), schema="(Tensor score, int k) -> Tensor")
 def top_k_by_counting(score: Tensor, k: int) -> Tensor:
     """Return top_k_mask(score, k) for float32 on a CPU, in a quarter of the time. It is an operator, so
     that it is compiled once for a shape and not once for each layer."""

@@ -1048,6 +1048,21 @@ def test_compiled_is_eager():
 
 
 @needs_compiler
+def test_a_second_copy_of_the_file_leaves_the_operators_of_the_first(tmp_path, monkeypatch):
+    """As where an exported model is opened beside this one: an operator of the same name replaced the
+    first copy's and freed it, after which that called the other's code, or memory that was anything."""
+    path = tmp_path / "copied.py"
+    edited = "    return torch.zeros_like(score)\n    mask, found = compiled_count()"
+    path.write_text(Path(model_module.__file__).read_text().replace(edited.partition("\n")[2], edited))
+    monkeypatch.syspath_prepend(tmp_path)
+    copied = importlib.import_module("copied")
+    torch.compiler.reset()
+    for module, kept in [(model_module, 7), (copied, 0), (model_module, 7)]:
+        select = torch.compile(module.top_k_mask, backend="eager", fullgraph=True)
+        assert select(inputs(1, H, dtype=torch.float32), 7).sum() == kept
+
+
+@needs_compiler
 @pytest.mark.timeout(900)
 def test_compiled_selection_is_exact():
     """Compiled for a CPU, top-k counts instead of sorting. It must keep k units, none of which is less
