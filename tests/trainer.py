@@ -99,7 +99,7 @@ def _child(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = [TRAIN, *argv]
     sys.path.insert(0, str(ROOT))
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         exec(code) if code else runpy.run_path(TRAIN, run_name="__main__")
     except KeyboardInterrupt:  # only from an import: main turns it into 130 itself
