@@ -1,6 +1,6 @@
 """
-experiments/compare.py from outside: real runs of train.py for what it starts, stops and resumes;
-made-up logs for what it computes, with every figure computed again here from those logs.
+experiments/compare.py from outside. Real runs of train.py test what it starts, stops and resumes;
+made-up logs test what it computes, and every figure is computed again here from those logs.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ def _child(script: str, argv: list[str], cwd: str, out: str, err: str) -> None:
 
 
 def call(cwd: Path, *argv: str, script: str = SCRIPT) -> tuple[int, str, str]:
-    """A script in a process of its own, forked from one that has imported PyTorch: its exit code,
-    stdout and stderr."""
+    """Run a script, forked from a process that has PyTorch. Returns (exit code, stdout, stderr)."""
     out, err = cwd / "call.out", cwd / "call.err"
     process = FORK.Process(target=_child, args=(script, list(argv), str(cwd), str(out), str(err)))
     process.start()
@@ -78,8 +77,8 @@ def write_config(cwd: Path, **values) -> None:
 
 
 def test_runs_skips_reports_a_failure_and_tries_it_again(tmp_path):
-    """Two FFNs, two seeds, two side by side, and one run that cannot work: it is reported with the
-    last line of its stderr, the rest is done, and the same command later does only what lacks."""
+    """One of four runs fails. It is reported with the last line of its stderr, the others finish, and
+    the same command later does only the missing run."""
     write_config(tmp_path, max_iters=6, eval_interval=3)
     out = tmp_path / "out" / "t"
     (out / "geglu-s1").mkdir(parents=True)
@@ -122,8 +121,8 @@ def test_runs_skips_reports_a_failure_and_tries_it_again(tmp_path):
 
 
 def test_a_signal_stops_the_runs_and_the_same_command_goes_on(tmp_path):
-    """SIGINT to compare.py alone: its run finishes the step and saves, no process stays, exit code
-    130; then the cut run is resumed and no step is logged twice or lost."""
+    """After SIGINT to compare.py alone its run finishes the step and saves, no process stays and the
+    exit code is 130. Then the run is resumed, and no step is logged twice or lost."""
     steps = 600
     write_config(tmp_path, max_iters=steps, eval_interval=1000, save_interval=10_000)
     command = [sys.executable, SCRIPT, "c.py", "--ffn=swiglu", "--seeds=1", "--name=t"]
@@ -154,8 +153,8 @@ def test_a_signal_stops_the_runs_and_the_same_command_goes_on(tmp_path):
 
 
 def test_a_launcher_precision_prices_and_runs_that_diverge(tmp_path):
-    """Every run goes through the launcher; seeds are added to the most; step times are measured once;
-    and runs that end not finite are a result."""
+    """Every run goes through the launcher, --precision adds seeds up to --seeds, step times are measured
+    once, and a run that diverges is a result."""
     write_config(tmp_path, max_iters=4, eval_interval=4)
     (tmp_path / "launch.sh").write_text('echo "$@" >> launched; exec "$@"')
     command = ["c.py", "--ffn=geglu", "--name=a b", "--launch=sh launch.sh", "--jobs=2", "--seeds=1"]
@@ -177,7 +176,7 @@ def test_a_launcher_precision_prices_and_runs_that_diverge(tmp_path):
 
 
 def test_the_plan(tmp_path):
-    """Runs, hours and the precision to expect; nothing is started or written."""
+    """--plan prints runs, hours and the expected precision, and starts or writes nothing."""
     write_config(tmp_path, max_iters=10)
     out = works(tmp_path, "c.py", "--ffn=geglu", "--seeds=8", "--noise=0.02", "--plan")
     assert re.search(r"32 runs of 2 rows, about [\d.e-]+ hours", out)
@@ -187,8 +186,8 @@ def test_the_plan(tmp_path):
 
 
 def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path, monkeypatch, compare):
-    """Typos in flags, specs and papers, missing data, flags that compare.py sets itself; one from
-    outside, the others in this process."""
+    """Such are typos in flags, specs and papers, missing data, and flags that compare.py sets itself.
+    One is tested from outside, the rest in this process."""
     write_config(tmp_path, max_iters=2)
     monkeypatch.chdir(tmp_path)
     fails(tmp_path, "c.py", "--ffn=gegluu", needles=("did you mean geglu",))
@@ -236,7 +235,7 @@ def planned(monkeypatch, tmp_path: Path, *argv: str) -> dict[str, dict[str, str]
 
 
 def test_numbers_of_three_digits(monkeypatch):
-    """Where rounding carries a number to the next unit, it has that unit's name."""
+    """A number that rounding carries to the next unit is written in that unit."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import compare
 
@@ -247,11 +246,11 @@ def test_numbers_of_three_digits(monkeypatch):
 
 
 def test_what_is_planned(monkeypatch, tmp_path):
-    """Which runs a command means: SwiGLU always, once; the widths of --ffn_match; a sweep for all
-    alike with min_lr in proportion; each row of a paper's table."""
+    """SwiGLU is planned always and once, --ffn_match gives the widths, a sweep has the same rates for
+    all with min_lr in proportion, and --paper gives each row of that paper's table."""
     write_config(tmp_path, max_iters=4, min_lr=1e-3)
     runs = planned(monkeypatch, tmp_path, "c.py", "--ffn=asg,geglu", "--ffn_match=both", "--seeds=2")
-    # GEGLU of SwiGLU's parameters is GEGLU of SwiGLU's width: one run, not two
+    # GEGLU has SwiGLU's parameters at SwiGLU's width: one run, not two
     names = ["swiglu-s0", "asg-s0", "asg-s0-params", "geglu-s0"]
     assert list(runs) == [f"compare/{n.replace('s0', s)}" for s in ("s0", "s1") for n in names]
     assert runs["compare/asg-s1-params"]["ffn_match"] == "params"
@@ -260,7 +259,7 @@ def test_what_is_planned(monkeypatch, tmp_path):
     runs = planned(monkeypatch, tmp_path, "c.py", "--ffn=asg", "--ffn_match=params", "--seeds=1")
     assert list(runs) == ["compare/swiglu-s0", "compare/asg-s0-params"]
 
-    # one FFN however it is written
+    # two spellings of one FFN are one run
     runs = planned(monkeypatch, tmp_path, "c.py", "--ffn=sparseglu:p=64,swiglu,sparseglu", "--seeds=1")
     assert list(runs) == ["compare/swiglu-s0", "compare/sparseglu:p=64-s0"]
 
@@ -289,7 +288,7 @@ def test_what_is_planned(monkeypatch, tmp_path):
 
 
 def test_the_machine_is_shared_out(monkeypatch, tmp_path):
-    """Threads divided by --jobs; several GPUs: torchrun on all, or each job on its share."""
+    """--jobs divides the threads and the GPUs; a job with several GPUs runs by torchrun."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     monkeypatch.chdir(tmp_path)
     import compare
@@ -314,14 +313,14 @@ def test_the_machine_is_shared_out(monkeypatch, tmp_path):
     assert commands(gpus=4, jobs=1) == [(True, "2", "0,1,2,3")]
     assert commands(gpus=4, jobs=2) == [(True, "2", "0,1"), (True, "2", "2,3")]
     assert [c[2] for c in commands(gpus=2, jobs=3)] == ["0", "1", "0"]
-    monkeypatch.setenv("OMP_NUM_THREADS", "6,2")  # OpenMP's way to say it for nested levels
+    monkeypatch.setenv("OMP_NUM_THREADS", "6,2")  # OpenMP's syntax for nested levels
     assert commands(gpus=0, jobs=2) == [(False, "3", None)] * 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert [c[2] for c in commands(gpus=2, jobs=2)] == ["5", "7"]
 
 
 def test_waiting_reads_no_logs(monkeypatch, tmp_path):
-    """However long a run takes, its log is read before it starts and after it has ended."""
+    """However long a run takes, its log is read only before it starts and after it has ended."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     monkeypatch.chdir(tmp_path)
     import compare
@@ -362,8 +361,7 @@ def test_torchrun_on_two_ranks(tmp_path):
 
 
 def make_run(folder: Path, losses: list[float], active=None, lr=1e-5, **flags) -> None:
-    """A finished run, of 4 steps if nothing else is said: its val losses at the first, middle and last
-    step."""
+    """Write a finished run, by default of 4 steps, with val losses at its first, middle, last step."""
     folder.mkdir(parents=True)
     end = flags.setdefault("max_iters", 4)
     flags = {"lr_decay_iters": end, "batch_size": 2, "block_size": 8, "n_layer": 2, "warmup_iters": 0,
@@ -381,13 +379,13 @@ def make_run(folder: Path, losses: list[float], active=None, lr=1e-5, **flags) -
 
 
 def make_runs(folder: Path, effects: dict[str, float], seeds: int, noise: float = 0.004, **flags):
-    """Runs whose final losses are seed + effect + noise. {spec: final losses by seed}."""
+    """Write runs with final losses seed + effect + noise. Returns {spec: losses by seed}."""
     rng = np.random.default_rng(0)
     shared, final = rng.normal(0, 0.05, seeds), {}
     for spec, effect in effects.items():
         final[spec] = 2 + shared + effect + rng.normal(0, noise, seeds)
         for s, loss in enumerate(final[spec].tolist()):
-            # an earlier, better checkpoint, which nobody may pick
+            # an earlier loss is lower, and must not be picked
             make_run(folder / f"{spec}-s{s}", [6.0, loss - 0.5, loss], ffn=spec, seed=s, data_seed=s,
                      **flags)  # fmt: skip
     return final
@@ -409,8 +407,8 @@ def compare(monkeypatch):
 
 
 def test_one_row_is_the_paired_t_test(tmp_path):
-    """Difference, interval and p of one FFN, seeds without a partner included, computed by scipy from
-    the losses that went into the logs."""
+    """Difference, interval and p of one FFN equal scipy's for the losses in the logs, and a seed that
+    the baseline lacks changes none of them."""
     final = make_runs(tmp_path / "out", {"swiglu": 0, "geglu": -0.004}, seeds=5)
     make_run(tmp_path / "out" / "extra", [6, 3, 2.5], ffn="geglu", seed=9, data_seed=9)
     found, _ = report(tmp_path)
@@ -427,8 +425,8 @@ def test_one_row_is_the_paired_t_test(tmp_path):
 
 
 def test_many_rows_agree_with_scipy():
-    """Where seeds have no effect of their own, and are so many that it costs little to fit them, p and
-    intervals are Dunnett's; and the critical value is that of scipy's multivariate t."""
+    """With many seeds, which have no effect of their own here, p and intervals are close to Dunnett's.
+    The critical value is that of scipy's multivariate t."""
     table = np.random.default_rng(5).normal(0, 1, (5, 120)) + np.array([[0, 0.1, 0.25, 0.3, -0.05]]).T
     found, noise = block_analysis.analyse(table)
     expected = stats.dunnett(*table[1:], control=table[0], rng=np.random.default_rng(0))
@@ -459,7 +457,7 @@ def committed_table() -> tuple[list[dict], np.ndarray]:
 
 
 def test_the_committed_losses():
-    """89 losses of 22 rows, unbalanced: eight rows are worse than SwiGLU, and asg:sparse=False is it."""
+    """Of 22 rows with 89 losses eight are worse than SwiGLU, and asg:sparse=False equals it."""
     found, table = committed_table()
     results, noise = block_analysis.analyse(table)
     assert noise == {"std": pytest.approx(0.0221, abs=5e-5), "df": 60}
@@ -489,7 +487,7 @@ def test_a_committed_archive_gives_its_table(tmp_path):
 
 
 def errors(mask: np.ndarray, tables: int, seed: int) -> float:
-    """The share of tables without any true difference in which some row has one."""
+    """The share of tables without a true difference in which some row is found to differ."""
     rng, wrong = np.random.default_rng(seed), 0
     for _ in range(tables):
         table = rng.normal(0, 0.02, mask.shape) + rng.normal(0, 0.1, mask.shape[1])
@@ -499,7 +497,7 @@ def errors(mask: np.ndarray, tables: int, seed: int) -> float:
 
 
 def test_the_family_wise_error():
-    """5% over all rows together, whether all runs are there or not."""
+    """It is 5% over all rows together, with and without missing runs."""
     mask = np.ones((5, 4), bool)
     assert abs(errors(mask, 2000, seed=1) - 0.05) <= 0.015
     mask[1, 0] = mask[2, 3] = mask[4, 3] = False
@@ -533,7 +531,7 @@ def test_power():
 
 
 def test_stopping_by_width_keeps_the_error_rate():
-    """Seeds are added until the interval is narrow: one row alone, where the noise is known worst."""
+    """Seeds are added until the interval is narrow. With one row the noise is least known."""
     rng, wrong, used = np.random.default_rng(4), 0, set()
     for _ in range(1000):
         losses = rng.normal(0, 1, (2, 20)) + rng.normal(0, 1, 20)
@@ -549,8 +547,8 @@ def test_stopping_by_width_keeps_the_error_rate():
 
 
 def test_missing_runs_and_rows_of_another_noise():
-    """A row that shares no seed with anything has no difference; one linked through other rows has; a
-    noisy row is judged by its own pairs and does not blur the others."""
+    """A row that shares no seed with any other has no difference; a row linked through others has one.
+    A noisy row is judged by its own pairs and does not widen the others' intervals."""
     rng = np.random.default_rng(1)
     table = rng.normal(0, 0.01, (5, 8)) + rng.normal(0, 0.3, 8)
     table[1] += 0.1
@@ -570,14 +568,14 @@ def test_missing_runs_and_rows_of_another_noise():
     assert [row["own_noise"] is not None for row in found] == [False] * 4 + [True]
     pairs = stats.ttest_rel(table[4], table[0])
     assert found[4]["difference"] == pytest.approx((table[4] - table[0]).mean())
-    assert 1 < found[4]["p"] / pairs.pvalue < 4.1  # of at most four rows
+    assert 1 < found[4]["p"] / pairs.pvalue < 4.1  # adjusted for at most four rows
     table[0] += rng.normal(0, 5, 6)  # a noisy baseline: all rows by their own pairs
     assert all(row["own_noise"] for row in block_analysis.analyse(table)[0][1:])
 
 
 def test_verdicts(tmp_path):
-    """Better, worse, none; and none where there are too few seeds, where the learning rate has not come
-    down, and where runs diverged, which is never silent."""
+    """A row is better, worse or neither. There is no such verdict with too few seeds, a learning rate
+    that has not come down, or diverged runs, which are always named."""
     out = tmp_path / "out"
     make_runs(out, {"swiglu": 0, "geglu": -0.05, "asg": 0.05, "gelu": 0.001, "dsg": 0.05}, seeds=4)
     for s in (0, 1):
@@ -598,7 +596,7 @@ def test_verdicts(tmp_path):
     again = json.loads((tmp_path / "again" / "compare.json").read_text())["rows"]
     assert [row["verdict"] for row in again] == list(verdicts.values())
 
-    # another yardstick
+    # another baseline
     works(tmp_path, "--report", "out", "--out=other", "--baseline=geglu")
     record = json.loads((tmp_path / "other" / "compare.json").read_text())
     assert record["baseline"] == record["rows"][0]["ffn"] == "geglu"
@@ -629,8 +627,8 @@ def make_priced(out: Path, effect: float, step: float) -> None:
 
 
 def test_the_price_of_a_difference(tmp_path):
-    """Tokens and time to SwiGLU's loss from SwiGLU's own line in log(tokens), and who wins; the archive
-    gives the same table; horizons of another shape are refused by name."""
+    """SwiGLU's own line in log(tokens) gives the tokens and time to reach its loss, and who wins. The
+    archive gives the same table, and horizons of another shape are refused by name."""
     make_priced(tmp_path / "out", 0.1, 0.7)
     works(tmp_path, "--report", "out", "--archive=runs.tar.xz", "--out=first")
     record = json.loads((tmp_path / "first" / "compare.json").read_text())
@@ -662,8 +660,8 @@ def test_the_price_of_a_difference(tmp_path):
 
 
 def test_intervals_of_prices():
-    """In 19 of 20 cases they hold the true ratio; and tokens lie on one side of 1 exactly where the
-    difference lies on one side of 0."""
+    """They hold the true ratio in 95% of cases. The interval of tokens excludes 1 exactly where that
+    of the difference excludes 0."""
     rng, held, n = np.random.default_rng(0), {"tokens": 0, "time": 0}, 4000
     for _ in range(n):
         d, slope, step = rng.normal(0.02, 0.01), rng.normal(-0.3, 0.05), math.exp(rng.normal(0.1, 0.03))
@@ -681,8 +679,8 @@ def test_intervals_of_prices():
 
 
 def test_two_classes_of_one_name(monkeypatch, tmp_path, compare):
-    """An FFN is its key in FFNS and its options, whatever its class is called; a spec with a slash in an
-    option is one folder."""
+    """An FFN is identified by its key in FFNS and its options, not by its class's name. A slash
+    in an option makes no subfolder."""
     import model
 
     class SwiGLU(model.SwiGLU):
@@ -703,12 +701,12 @@ def test_a_table_of_other_runs_is_not_overwritten(tmp_path):
     fails(tmp_path, "--report", "out/swiglu-s0", "out/geglu-s0", needles=("other runs", "--out"))
     assert (tmp_path / "out" / "compare.md").read_bytes() == before
     make_run(tmp_path / "out" / "geglu-s3", [6, 3, 2], ffn="geglu", seed=3, data_seed=3)
-    works(tmp_path, "--report", "out")  # the same and more
+    works(tmp_path, "--report", "out")  # the same runs and one more
 
 
 def test_costs_papers_and_words(tmp_path):
-    """Parameters and FLOPs by hand, the papers' differences, the active share, the same FFN under
-    another name, and no verdict from one seed."""
+    """Parameters and FLOPs equal those by hand, the papers' differences and active shares are shown, the
+    same FFN under another name is identical, and one seed gives no verdict."""
     data = tmp_path / "out"
     for s in range(2):
         for spec, loss, active in [
@@ -717,7 +715,7 @@ def test_costs_papers_and_words(tmp_path):
         ]:  # fmt: skip
             make_run(data / f"{spec}-s{s}", [6, 3, loss + 0.01 * s], ffn=spec, active=active, seed=s,
                      data_seed=s)  # fmt: skip
-        width = 192  # 4 matrices of it are 3 of 256
+        width = 192  # 4 matrices of this width equal 3 of 256
         make_run(data / f"asg-s{s}-params", [6, 3, 2.05 + 0.01 * s], ffn="asg", ffn_match="params",
                  seed=s, data_seed=s)  # fmt: skip
     make_run(data / "geglu-s0", [6, 3, 2.01], ffn="geglu")
@@ -766,8 +764,8 @@ def test_report_refuses_runs_that_differ_in_more_than_the_ffn(tmp_path, flag, va
 
 
 def test_report_leaves_out_the_unfinished_and_refuses_doubles(tmp_path):
-    """A cut run is named and has no part in any figure, whatever its flags. The same run from two
-    folders would count twice."""
+    """A cut run is named and enters no figure, whatever its flags. The same run from two folders would
+    count twice."""
     make_runs(tmp_path / "out", {"swiglu": 0, "geglu": 0.01}, seeds=3)
     make_run(tmp_path / "out" / "cut", [6, 3], ffn="gelu", batch_size=4)
     (tmp_path / "out" / "empty").mkdir()
@@ -776,7 +774,7 @@ def test_report_leaves_out_the_unfinished_and_refuses_doubles(tmp_path):
     for name in ("cut", "empty"):
         assert re.search(rf"left out: .*{name}", out)
     assert "out/cut (step 2)" in (tmp_path / "report" / "compare.md").read_text()
-    # by the folder that holds them, the same
+    # the folder that holds the runs gives the same
     works(tmp_path, "--report", "out", "--out=again")
     again = json.loads((tmp_path / "again" / "compare.json").read_text())["rows"]
     assert [row["val_loss"] for row in again] == [row["val_loss"] for row in found.values()]
@@ -786,8 +784,8 @@ def test_report_leaves_out_the_unfinished_and_refuses_doubles(tmp_path):
 
 
 def test_a_sweep_shows_the_best_rate_of_each(tmp_path):
-    """By the mean over seeds, for SwiGLU too; a rate at which a seed diverged cannot win; a rate
-    tried for one FFN only is refused."""
+    """The best is by the mean over seeds, for SwiGLU too. A rate at which a seed diverged cannot win,
+    and a rate tried for one FFN only is refused."""
     losses = {("swiglu", 1e-3): [2.0, 2.2], ("swiglu", 2e-3): [1.9, 2.1],
               ("geglu", 1e-3): [1.95, 2.16], ("geglu", 2e-3): [1.5]}  # fmt: skip
     for (spec, rate), values in losses.items():
@@ -807,7 +805,7 @@ def test_a_sweep_shows_the_best_rate_of_each(tmp_path):
 
 
 def test_report_without_a_learning_rate(tmp_path):
-    """A control that learns nothing: no ratio to divide by, and min_lr still has to be the same."""
+    """Runs with learning_rate=0 have no ratio to divide by, but still need the same min_lr."""
     for spec in ("swiglu", "geglu"):
         make_run(tmp_path / "out" / spec, [6, 6, 6], ffn=spec, learning_rate=0.0, min_lr=0.0)
     found, _ = report(tmp_path)
@@ -817,7 +815,7 @@ def test_report_without_a_learning_rate(tmp_path):
 
 
 def test_report_of_many_runs_is_linear(tmp_path, monkeypatch):
-    """100 runs of matched width: each of the two FFNs' width is found once, by some hundred trials."""
+    """For 100 runs of two FFNs, each FFN's matched width is searched once, in about a hundred trials."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import compare
 
@@ -837,7 +835,7 @@ def test_report_of_many_runs_is_linear(tmp_path, monkeypatch):
 
 
 def test_a_class_that_changed_between_runs_of_one_name(tmp_path, monkeypatch):
-    """Its old numbers are not shown as new ones, nor paired with them; a comment is no change."""
+    """Its old losses are neither shown as new ones nor paired with them. A comment is no change."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     monkeypatch.chdir(tmp_path)
     import compare
@@ -876,14 +874,14 @@ def test_a_class_that_changed_between_runs_of_one_name(tmp_path, monkeypatch):
         compare.check_alike(compare.find_runs(["out/compare"])[0], "swiglu")
     path = Path(planned[1].dir, "config.json")
     old = json.loads(path.read_text())
-    del old["ffn_code"]  # of a version that did not note the class
+    del old["ffn_code"]  # as in a version that did not record it
     path.write_text(json.dumps(old))
     for order in (1, -1):
         compare.check_alike(compare.find_runs([run.dir for run in planned][::order])[0], "swiglu")
 
 
 def test_report_reads_odd_files(tmp_path):
-    """What is half written, not UTF-8, not a row or not a run has no part and is no traceback."""
+    """Lines that are half written, not UTF-8 or no row, and folders without a run, are left out."""
     make_runs(tmp_path / "out", {"swiglu": 0, "geglu": 0.01}, seeds=2)
     expected, _ = report(tmp_path)
     log = tmp_path / "out" / "geglu-s1" / "log.jsonl"
@@ -908,9 +906,9 @@ def test_report_reads_odd_files(tmp_path):
 
 
 def test_one_run_and_many_rows_are_plotted(tmp_path):
-    """What train.py's summary offers: --report of one single run, its table and plot in its own
-    folder. And many rows fit one figure."""
-    # a loss that was not finite for a while has no place in a plot
+    """--report of a single run, which train.py's summary offers, puts its table and plot into the run's
+    folder. Many rows also fit one figure."""
+    # the plot leaves out a loss that was not finite
     make_run(tmp_path / "out" / "only", [6, math.inf, 2], ffn="asg", active=0.3, learning_rate=0.003)
     out = works(tmp_path, "--report", "out/only")
     assert "no run of the baseline to compare with" in out
@@ -922,7 +920,7 @@ def test_one_run_and_many_rows_are_plotted(tmp_path):
 
     from model import FFNS
 
-    many = "many $\\a$"  # no formula, but the folder's name, as the title
+    many = "many $\\a$"  # the title is the folder's name, not a formula
     make_runs(tmp_path / many, dict.fromkeys(FFNS, 0.0), seeds=2)
     works(tmp_path, "--report", many)
     assert (tmp_path / many / "compare.png").read_bytes()[:4] == b"\x89PNG"

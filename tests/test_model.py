@@ -1,6 +1,6 @@
 """
-model.py against what others wrote: NumPy references (reference.py), Hugging Face's Qwen3,
-PyTorch's own cross-entropy, gradients by hand, brute force.
+model.py compared with independent computations: NumPy references (reference.py), Hugging Face's
+Qwen3, PyTorch's own cross-entropy, gradients by hand, brute force.
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ every_ffn = pytest.mark.parametrize("name", list(FFNS))
 
 
 def build(name: str, options: dict, d=D, h=H, dtype=torch.float64, seed=0):
-    """An FFN with every parameter and buffer drawn at random, in evaluation mode, and the same for the
-    reference."""
+    """An FFN in evaluation mode with random parameters and buffers, and their values as NumPy arrays."""
     params = ref.draw(name, d, h, seed=seed, **options)
     ffn = make_ffn(spec_of(name, options), d, h).double()
     ffn.load_state_dict({key: torch.as_tensor(value) for key, value in params.items()})
@@ -119,8 +118,8 @@ def error(got: torch.Tensor, want: np.ndarray | torch.Tensor) -> float:
 
 
 def hidden_units(ffn: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What enters down_proj for one token x (d,): the gradient of output 0 for row 0 of down_proj.
-    Of sparsegated with gate=False only, where the output is nothing but down_proj's."""
+    """The input of down_proj for one token x (d,), as the gradient of output 0 by row 0 of down_proj.
+    sparsegated needs gate=False, so that down_proj alone gives its output."""
     (grad,) = torch.autograd.grad(ffn(x[None, None])[0, 0, 0], ffn.down_proj.weight)
     return grad[0]
 
@@ -129,7 +128,7 @@ def hidden_units(ffn: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def any_ffn(name: str, d=D, h=H) -> nn.Module:
-    """Parameters away from their start, in evaluation mode."""
+    """An FFN in evaluation mode whose parameters differ from their initial values."""
     torch.manual_seed(0)
     return stir(make_ffn(name, d, h)).eval()
 
@@ -146,7 +145,7 @@ def test_any_ffn_keeps_the_shape(name):
 
 @every_ffn
 def test_any_ffn_under_autocast(name):
-    """bfloat16 autocast works, with float32 and bfloat16 inputs, and backward."""
+    """Forward and backward work under bfloat16 autocast, with float32 and bfloat16 inputs."""
     ffn = any_ffn(name, 64, 64).train()
     x = inputs(2, 9, 64, dtype=torch.float32).bfloat16()
     for given in (x, x.float()):
@@ -159,8 +158,8 @@ def test_any_ffn_under_autocast(name):
 
 @every_ffn
 def test_any_ffn_is_causal(name):
-    """Later tokens never change earlier logits, each token changes its own and the later ones, and
-    neither the length nor the rest of the batch matters; the check at a run's start agrees."""
+    """A token changes its own and the later logits, but no earlier ones. Neither the length nor the
+    rest of the batch matters, and the check at a run's start accepts the FFN."""
     gpt = stir(GPT(small(ffn=name))).eval()
     idx = tokens(2, 20)
     changed = idx.clone()
@@ -211,7 +210,7 @@ def test_any_ffn_has_a_share_of_active_units(name):
 
 @pytest.mark.timeout(900)  # half a minute of work, but compilers suffer on a busy machine
 def test_any_ffn_compiled_is_eager():
-    """Every FFN through torch.compile's tracing and differentiation, outputs and gradients."""
+    """Traced and differentiated by torch.compile, every FFN keeps its outputs and gradients."""
     with torch._dynamo.config.patch(DYNAMIC):
         assert_compiled_is_eager([any_ffn(name) for name in FFNS], backend="aot_eager")
 
@@ -225,7 +224,7 @@ def test_every_reference_has_its_ffn():
 
 @all_cases
 def test_ffn_equals_the_reference(case):
-    """Token by token, every parameter random: 1e-11 in float64, 1e-5 in float32."""
+    """With random parameters they agree to 1e-11 in float64 and to 1e-5 in float32."""
     ffn, params = build(*case)
     x = inputs(2, 7, D)
     want = expected(*case, params, x)
@@ -239,7 +238,7 @@ def test_ffn_equals_the_reference(case):
 
 @all_names
 def test_ffn_equals_the_reference_at_other_sizes(name):
-    """Wider than deep and the reverse, inputs far from unit scale, any number of leading dims."""
+    """They agree for h < d and h > d, inputs far from unit scale and any number of leading dims."""
     for d, h, scale in ((64, 16, 3.0), (36, 200, 0.2)):
         ffn, params = build(name, {}, d, h, seed=d)
         for x in (inputs(5, d) * scale, inputs(2, 1, 3, d) * scale):
@@ -248,7 +247,7 @@ def test_ffn_equals_the_reference_at_other_sizes(name):
 
 @all_cases
 def test_parameter_names_and_shapes(case):
-    """Exactly those of the reference's table: an option that makes one useless removes it."""
+    """They are those of the reference's table. An option removes a parameter that it makes useless."""
     name, options = case
     for d, h in ((D, H), (64, 16)):
         ffn = make_ffn(spec_of(name, options), d, h)
@@ -260,7 +259,7 @@ def test_parameter_names_and_shapes(case):
 
 @all_cases
 def test_what_is_trained_and_what_is_frozen(case):
-    """Hard masks pass nothing to asg's t and sparseglu's predictor: frozen. The rest gets some."""
+    """Hard masks pass no gradient to asg's t and sparseglu's predictor, so these are frozen."""
     name, options = case
     ffn, _ = build(name, options)
     ffn(inputs(20, 7, D)).square().sum().backward()
@@ -272,12 +271,12 @@ def test_what_is_trained_and_what_is_frozen(case):
         frozen = {n for n, _ in ffn.named_parameters() if n.startswith("predictor.")}
     assert {n for n, p in ffn.named_parameters() if not p.requires_grad} == frozen
     for n, p in ffn.named_parameters():
-        unused = "experts." in n  # perhaps by these tokens
+        unused = "experts." in n  # perhaps no token chose this expert
         assert n in frozen or (p.grad is not None and (unused or p.grad.abs().sum() > 0)), n
 
 
 def test_scalars_and_own_init():
-    """make_ffn alone: s=0.1, b=0, t=0, scale=1; matrices as nn.Linear draws them."""
+    """make_ffn sets s=0.1, b=0, t=0, scale=1 and draws matrices as nn.Linear does."""
     for spec in ("dsg", "dynamicgeglu"):
         ffn = make_ffn(spec, D, H)
         assert (round(ffn.s.item(), 7), ffn.b.item()) == (0.1, 0.0)
@@ -397,7 +396,7 @@ def set_scores(ffn: nn.Module, scores: torch.Tensor) -> None:
 @pytest.mark.parametrize("h, k", COUNTS)
 @pytest.mark.parametrize("grad", ["hard", "ste"])
 def test_sparseglu_keeps_exactly_k_units(h, k, grad):
-    """Ties never add a unit: all scores equal, or a group of equal ones across the boundary."""
+    """Ties never add a unit, whether all scores are equal or only those around the k-th largest."""
     keep = round(k * h)
     if keep == 0:
         pytest.skip("refused, see the errors below")
@@ -419,7 +418,7 @@ def test_sparseglu_keeps_exactly_k_units(h, k, grad):
 @pytest.mark.parametrize("h, k", COUNTS)
 @pytest.mark.parametrize("split", [True, False])
 def test_sparsegated_keeps_exactly_k_units(h, k, split):
-    """All keys equal (positive or negative), or three groups of equal ones."""
+    """Ties never add a unit, whether all keys are equal or only those of a group."""
     keep = round(k * h)
     if keep == 0:
         pytest.skip("refused, see the errors below")
@@ -436,7 +435,7 @@ def test_sparsegated_keeps_exactly_k_units(h, k, split):
 
 
 def test_selection_is_by_value_not_by_magnitude():
-    """All scores and all keys negative: the smallest magnitudes are the largest values."""
+    """All scores and keys are negative, so the largest values have the smallest magnitudes."""
     ffn, _ = build("sparseglu", {"k": 0.25}, D, 40)
     scores = -torch.arange(1, 41).double()
     set_scores(ffn, scores)
@@ -478,7 +477,7 @@ def test_active_is_the_share_of_units_in_use(name):
 
 @pytest.mark.parametrize("d, share", [(512, 0.27), (768, 0.37), (128, 0.03)])
 def test_how_much_asg_passes_at_init_depends_on_d_alone(d, share):
-    """The paper says 35%. Whatever h, t = 0 and N(0, 0.02) leave this share at this d."""
+    """The paper says 35%. With t = 0 and weights from N(0, 0.02) the share depends on d, not on h."""
     for h in (64, 512):
         config = GPTConfig(n_layer=1, n_head=2, n_kv_head=2, n_embd=d, vocab_size=8, block_size=8)
         config.ffn, config.ffn_hidden = "asg", h
@@ -503,7 +502,7 @@ def buffers_of(ffn: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", ADAPTING, ids=case_ids)
 def test_training_passes_equal_the_reference(case):
-    """Outputs, buffers and aux of three passes one after the other; in evaluation nothing moves."""
+    """Outputs, buffers and aux agree over three passes in a row; evaluation changes no buffer."""
     name, options = case
     ffn, params = build(*case)
     ffn.train()
@@ -527,7 +526,7 @@ def test_training_passes_equal_the_reference(case):
 
 @pytest.mark.parametrize("name", ["moe:n=3", "moe:n=3:balance=loss", "moe:n=4:k=2", "thresholdmoe"])
 def test_an_expert_without_tokens_gets_a_gradient_of_zeros(name):
-    """In training and in evaluation; the others get theirs, and so does the router."""
+    """The other experts and the router get nonzero ones, in training and in evaluation."""
     for training in (True, False):
         ffn = any_ffn(name).train(training)
         with torch.no_grad():
@@ -542,7 +541,7 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zeros(name):
 
 
 def test_tokens_are_balanced_by_the_bias():
-    """Experts that start far from equal counts come close to them."""
+    """Experts that start with unequal numbers of tokens end with similar ones."""
     torch.manual_seed(0)
     ffn = stir(make_ffn("moe:n=4:speed=0.005", D, H))
     ffn.router.weight.data[1] += 0.1
@@ -584,8 +583,8 @@ def test_thresholds_come_to_let_k_experts_through():
 @pytest.mark.parametrize("spec", ["moe", "moe:k=2:share=0", "thresholdmoe"])
 @pytest.mark.parametrize("training", [True, False])
 def test_experts_of_a_gpu_give_the_same(spec, training, monkeypatch):
-    """There one grouped product takes the place of the loop: outputs and gradients in float32, and close
-    to them under autocast. Expert 2 gets no token."""
+    """On a GPU one grouped product replaces the loop. Outputs and gradients agree in float32 and are
+    close under autocast. Expert 2 gets no token."""
 
     def results(bf16: bool) -> list[torch.Tensor]:
         ffn = any_ffn(spec, 64, 64).train(training)
@@ -617,15 +616,15 @@ def test_experts_of_a_gpu_give_the_same(spec, training, monkeypatch):
 @pytest.mark.parametrize(
     "spec, backend",
     [
-        ("moe:n=2", "inductor"),  # which takes the compiler long
+        ("moe:n=2", "inductor"),  # slow to compile
         ("moe:n=3:k=2:share=0.25:balance=loss", "aot_eager"),
         ("thresholdmoe:n=2", "aot_eager"),
         ("sparsegated:select=adaptive", "inductor"),
     ],
 )
 def test_a_compiled_training_pass_is_eager_whatever_the_counts(spec, backend):
-    """One graph for all numbers of tokens that the experts get, seen by counting; losses, gradients and
-    buffers as without. (The backward pass must not read a buffer that the pass has moved.)"""
+    """One graph serves all numbers of tokens per expert. Losses, gradients and buffers equal the eager
+    ones. (The backward pass must not read a buffer that the forward pass has updated.)"""
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
@@ -654,7 +653,7 @@ def test_a_compiled_training_pass_is_eager_whatever_the_counts(spec, backend):
 
 @pytest.mark.parametrize("select", ["topk", "stat"])
 def test_the_share_kept_falls_along_the_ramp(select):
-    """By Zhu and Gupta's cubic: all units at step 0, k of them from step `ramp` on; decode agrees."""
+    """It follows Zhu and Gupta's cubic from 1 at step 0 to k from step `ramp` on; decode agrees."""
     ffn, _ = build("sparseglu", {"ramp": 10, "select": select}, D, 400)
     plain = make_ffn(f"sparseglu:select={select}", D, 400).double()
     plain.load_state_dict({n: v for n, v in ffn.state_dict().items() if n != "limit"})
@@ -673,7 +672,7 @@ def test_the_share_kept_falls_along_the_ramp(select):
     with pytest.raises(UserError, match="ramp=10 is longer than the run of 9 steps"):
         ffn.set_progress(0, 9)
     plain.set_progress(0, 9)
-    assert make_ffn("sparseglu:ramp=10", D, 400).active(x.float()) == 0.25  # of a run that has ended
+    assert make_ffn("sparseglu:ramp=10", D, 400).active(x.float()) == 0.25  # as at a run's end
 
 
 def test_the_ramp_compiles_nothing_anew():
@@ -755,13 +754,13 @@ def test_norm2_stays_out_of_autocast(name):
 # -- gradients -----------------------------------------------------------------------------------
 
 SMOOTH = [(n, o) for n, o in CASES if o.get("grad") != "ste" and o.get("r") in (None, 7, 33, 40)]
-# Of the experts, one case of each class: the others run the same code, with many more parameters.
+# One case of each class of experts is enough: the others run the same code with more parameters.
 SMOOTH = [(n, o) for n, o in SMOOTH if "moe" not in n or (o.get("n") == 4 and o.get("share") != 0.5)]
 
 
 @pytest.mark.parametrize("case", SMOOTH, ids=case_ids)
 def test_gradients_by_finite_differences(case):
-    """x and every trained parameter, in float64; the drawn inputs are away from ties."""
+    """The gradients of x and every trained parameter agree in float64; no input is near a tie."""
     name, options = case
     d, h = 6, 8
     options = dict(options)
@@ -848,7 +847,7 @@ def asg_ste(p, x, c, o, grads):
 
 
 def sparsegated_ste(p, x, c, o, grads):
-    """hidden = topk(K) * V; forward the cut keys, backward dK = dhidden * V for all of them."""
+    """hidden = topk(K) * V. Backward takes no notice of the cut: dK = dhidden * V for all keys."""
     z = p["key_proj.weight"] @ x
     key = ref.gelu(z)
     kept = key * ref.top(key, o["k"])
@@ -893,7 +892,7 @@ def test_straight_through_gradients_by_hand(by_hand, case):
 
 
 def test_gate_by_hand_is_the_ste_gradient_at_the_kept_units_only():
-    """sparseglu grad=gate: cut units give their scores no gradient, ste gives them one."""
+    """In sparseglu the scores of cut units get no gradient with grad=gate, and one with grad=ste."""
     for grad, reach in (("gate", "kept"), ("ste", "all")):
         ffn, params = build("sparseglu", {"grad": grad})
         x = inputs(D)
@@ -924,8 +923,8 @@ def assert_decodes(ffn: nn.Module, d: int, tol: float, dtype) -> None:
 
 @pytest.mark.parametrize("case", DECODES, ids=case_ids)
 def test_decode_is_forward(case):
-    """For one and for a few tokens, and again after each way in which weights change in place."""
-    # sparsemax's threshold is a small difference of sums, of which the two differ by rounding.
+    """They agree for one and a few tokens, and after each way of changing the weights."""
+    # sparsemax's threshold is a small difference of sums, which forward and decode round differently.
     tol = 1e-5 if case[1].get("select") == "sparsemax" else 3e-6
     ffn, _ = build(*case)
     assert_decodes(ffn, D, 1e-12, torch.float64)
@@ -944,7 +943,7 @@ def test_decode_is_forward(case):
     ffn(inputs(2, 3, D, dtype=torch.float32)).sum().backward()
     optimizer.step()
     assert_decodes(ffn, D, tol, torch.float32)
-    # a state dict of plain row-major tensors, taken over as they are
+    # assign=True takes over row-major tensors as they are
     plain = {n: v.clone(memory_format=torch.contiguous_format) for n, v in ffn.state_dict().items()}
     ffn.load_state_dict(plain, assign=True)
     assert_decodes(ffn, D, tol, torch.float32)
@@ -954,7 +953,7 @@ def test_decode_is_forward(case):
 @pytest.mark.parametrize("h", [16, 48, 100, 1000])
 @pytest.mark.parametrize("grad", ["hard", "gate"])
 def test_decode_when_a_threshold_selects_none_or_all(h, grad):
-    """A threshold's number of units varies from token to token: none and all are two of them."""
+    """A threshold selects a number of units that varies by token, which can be none or all."""
     for dtype in (torch.float32, torch.float64):
         # sparseglu: equal scores are never over their own mean
         ffn, _ = build("sparseglu", {"select": "stat", "grad": grad, "k": 0.3}, D, h, dtype)
@@ -965,7 +964,7 @@ def test_decode_when_a_threshold_selects_none_or_all(h, grad):
         for few in (h // 2, 1):
             set_scores(ffn, (torch.arange(h) >= few).to(dtype))
             assert_decodes(ffn, D, 3e-6, dtype)
-        # spark: no gate weights, no unit; a quantile below every gate, all units
+        # spark: zero gate weights select no unit, a quantile below every gate selects all
         ffn, _ = build("spark", {"k": 0.3}, D, h, dtype)
         nn.init.zeros_(ffn.gate_proj.weight)
         x = inputs(1, 3, D, dtype=dtype)
@@ -978,7 +977,7 @@ def test_decode_when_a_threshold_selects_none_or_all(h, grad):
 
 
 def test_equal_scores_select_nothing_with_a_threshold():
-    """`>` and not `>=`: with zero weights all scores are 0 and so are mean and deviation."""
+    """A score must exceed the threshold: here all scores, their mean and their deviation are 0."""
     ffn, _ = build("sparseglu", {"select": "stat"})
     set_scores(ffn, torch.zeros(H))
     assert ffn(inputs(1, 3, D)).abs().max() == 0
@@ -1015,7 +1014,7 @@ def outputs_and_gradients(ffns: nn.ModuleList, compiler) -> tuple[torch.Tensor, 
 
 
 def assert_compiled_is_eager(ffns: list[nn.Module], **how) -> None:
-    """Outputs and gradients in float32, in one graph without breaks."""
+    """Outputs and gradients agree in float32, and the graph has no breaks."""
     torch.compiler.reset()
     ffns = nn.ModuleList(ffns)
     eager, eager_grads = outputs_and_gradients(ffns, lambda f: f)
@@ -1031,7 +1030,7 @@ def assert_compiled_is_eager(ffns: list[nn.Module], **how) -> None:
 
 @pytest.mark.timeout(900)  # half a minute of work, but compilers suffer on a busy machine
 def test_estimators_trace_to_one_graph():
-    """Through torch.compile's tracing and differentiation."""
+    """torch.compile traces and differentiates them without a graph break."""
     cases = [("sparseglu", {"select": "stat", "grad": "ste"}), ("sparseglu", {"grad": "gate"})]
     cases += [("asg", {"grad": "ste", "threshold": "neuron"}), ("sparsegated", {"grad": "ste"})]
     ffns = [build(*case, dtype=torch.float32)[0] for case in cases]
@@ -1041,16 +1040,16 @@ def test_estimators_trace_to_one_graph():
 @needs_compiler
 @pytest.mark.timeout(900)
 def test_compiled_is_eager():
-    """The same with generated code, for those that are more than a chain of dense layers. On a CPU
-    that takes a C++ compiler many seconds each, hence few."""
+    """Inductor's generated code agrees with eager too. Only three FFNs are compiled, because each takes
+    the C++ compiler many seconds."""
     cases = [("dsg", {}), ("spark", {}), ("sparseglu", {"grad": "ste"})]
     assert_compiled_is_eager([build(*case, dtype=torch.float32)[0] for case in cases])
 
 
 @needs_compiler
 def test_a_second_copy_of_the_file_leaves_the_operators_of_the_first(tmp_path, monkeypatch):
-    """As where an exported model is opened beside this one: an operator of the same name replaced the
-    first copy's and freed it, after which that called the other's code, or memory that was anything."""
+    """An exported model may be opened beside this one. An operator of the same name would replace the
+    first copy's, which would then call the other's code or freed memory."""
     path = tmp_path / "copied.py"
     edited = "    return torch.zeros_like(score)\n    mask, found = compiled_count()"
     path.write_text(Path(model_module.__file__).read_text().replace(edited.partition("\n")[2], edited))
@@ -1065,8 +1064,8 @@ def test_a_second_copy_of_the_file_leaves_the_operators_of_the_first(tmp_path, m
 @needs_compiler
 @pytest.mark.timeout(900)
 def test_compiled_selection_is_exact():
-    """Compiled for a CPU, top-k counts instead of sorting. It must keep k units, none of which is less
-    than one that it drops, whatever the size and sign of the scores."""
+    """Compiled for a CPU, top-k counts instead of sorting. It must keep exactly k units and drop none
+    that is larger than a kept one, whatever the size and sign of the scores."""
     score = np.random.default_rng(0).standard_normal((20, 100)).astype(np.float32)
     score[:10] = score[:10].round()  # ties
     score[10] = 0
@@ -1075,7 +1074,7 @@ def test_compiled_selection_is_exact():
     score[14:16] *= 1e37
     score[16] = -3e38
     score[17:] = [[-1], [1], [-2]] * np.abs(score[17:])
-    score[4, 10:90] = -np.inf  # closed by masked_fill
+    score[4, 10:90] = -np.inf  # as masked_fill leaves them
     score[5, 7:9] = np.inf
     torch.compiler.reset()
     ks = [1, 37, 100]
@@ -1092,7 +1091,7 @@ def test_compiled_selection_is_exact():
 
 @all_cases
 def test_masks_of_a_gpu_give_the_same(case, monkeypatch):
-    """There a mask is bool, here a float. The same outputs, gradients and share of active units."""
+    """Masks are bool on a GPU and float on a CPU; outputs, gradients and active shares are the same."""
 
     def results(ffn: nn.Module) -> list[torch.Tensor]:
         x = inputs(2, 7, D).requires_grad_()
@@ -1114,7 +1113,7 @@ def test_masks_of_a_gpu_give_the_same(case, monkeypatch):
 
 
 def test_masks_of_a_gpu_are_bool(monkeypatch):
-    """A quarter of the bytes that the backward pass keeps."""
+    """The backward pass then keeps a quarter of the bytes of float32 masks."""
     monkeypatch.setattr(model_module, "on_cpu", lambda x: False)
     score = inputs(3, 20)
     for mask in (model_module.top_k_mask(score, 5), model_module.above_zero(score)):
@@ -1123,8 +1122,8 @@ def test_masks_of_a_gpu_are_bool(monkeypatch):
 
 @pytest.mark.parametrize("case", DECODES, ids=case_ids)
 def test_decode_of_a_gpu_is_forward(case, monkeypatch):
-    """There a threshold's units have a fixed number, so that nothing waits to learn it: the same values,
-    and no operator whose output's size depends on data."""
+    """On a GPU no operator's output size may depend on data, because the CPU would wait for it. So a
+    threshold's units are padded to a fixed number, which must not change the values."""
     monkeypatch.setattr(model_module, "on_cpu", lambda x: False)
     ffn, _ = build(*case)
     assert_decodes(ffn, D, 1e-12, torch.float64)
@@ -1138,8 +1137,8 @@ def test_decode_of_a_gpu_is_forward(case, monkeypatch):
 
 @pytest.mark.parametrize("grad", ["hard", "gate"])
 def test_decode_of_a_gpu_when_a_threshold_selects_none_or_all(grad, monkeypatch):
-    """Unit 0 stands for those that are not selected: it must not count where it is not selected itself,
-    and count once where it is."""
+    """Unit 0 is the padding in place of units that are not selected. It must count once where it is
+    selected itself, and otherwise not at all."""
     monkeypatch.setattr(model_module, "on_cpu", lambda x: False)
     ffn, _ = build("sparseglu", {"select": "stat", "grad": grad, "k": 0.3})
     for chosen in ([], [0], [5], [0, 5], list(range(20))):
@@ -1175,8 +1174,8 @@ PRODUCTS = {  # of a (6, 40), b (40, 24), c (24,)
 @needs_compiler
 @pytest.mark.timeout(900)
 def test_compiled_products_are_right():
-    """On a CPU compiled matrix products go to another library than PyTorch would take, which refuses or
-    mistakes some shapes: forward and backward against float64, and that it happens."""
+    """On a CPU compiled matrix products go to oneDNN, which refuses or miscomputes some shapes. Forward
+    and backward must agree with float64, and oneDNN must really be called."""
     rng = np.random.default_rng(0)
     leaves = [rng.standard_normal(shape) for shape in ((6, 40), (40, 24), (24,))]
     ones = [torch.tensor(x, dtype=torch.float32, requires_grad=True) for x in leaves]
@@ -1201,8 +1200,8 @@ def test_compiled_products_are_right():
 @needs_compiler
 @pytest.mark.timeout(900)
 def test_a_compiled_step_copies_no_operand():
-    """oneDNN wants its first operand contiguous and copies what is not, on one core: the compiler must
-    have written it so. Nor is the gradient of lm_head copied into another layout."""
+    """oneDNN copies a first operand that is not contiguous, on one core, so the compiler must write it
+    contiguous. The gradient of lm_head must not be copied into another layout either."""
     if not model_module.has_onednn(CPU):
         pytest.skip("products go to another library here")
     ready = model_module.compiled(GPT(GPTConfig(16, 128, 1, 2, 2, 32, ffn_hidden=64)), CPU)
@@ -1219,8 +1218,8 @@ def test_a_compiled_step_copies_no_operand():
 @needs_compiler
 @pytest.mark.timeout(900)
 def test_the_same_model_is_compiled_once(monkeypatch, tmp_path):
-    """Another run takes the traced model from PyTorch's cache, autograd.Function and inner autocast or
-    not, to the same bits; a class of the same name that computes something else never does."""
+    """Another run takes the traced model from PyTorch's cache, autograd.Function and inner autocast
+    included, with equal bits. A class of the same name with other code is compiled anew."""
     from torch._dynamo.utils import counters
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -1255,14 +1254,14 @@ def test_the_same_model_is_compiled_once(monkeypatch, tmp_path):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("lacks", ["pass", "operator", "settings"])
 def test_compiling_without_private_names(monkeypatch, lacks):
-    """A PyTorch that has moved one of the private names that `compiled` uses gives the same numbers by
-    its own products; recompute, which needs one, is refused."""
+    """Where PyTorch lacks a private name that `compiled` uses, its own products give the same results.
+    recompute, which needs such a name, is refused."""
     import torch._dynamo
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
 
     class Lacks:
-        """A module of settings without those that `compiled` sets; of none, without any name."""
+        """A settings module without the names that `compiled` sets; an empty one if config is None."""
 
         def __init__(self, config=None):
             self.config = config
@@ -1303,7 +1302,7 @@ def test_compiling_without_private_names(monkeypatch, lacks):
 @needs_compiler
 @pytest.mark.timeout(900)
 def test_recomputing_changes_no_gradient_and_keeps_less():
-    """Bytes kept for the backward pass of two layers, counted; equal losses and gradients."""
+    """A layer keeps fewer bytes for its backward pass; losses and gradients are equal."""
     import torch._functorch.config as functorch
 
     kept, grads = {}, {}
@@ -1311,7 +1310,7 @@ def test_recomputing_changes_no_gradient_and_keeps_less():
     try:
         for recompute in (False, True):
             torch.compiler.reset()
-            gpt = stir(GPT(small(ffn="dynamicgeglu")))
+            gpt = stir(GPT(small(ffn="dynamicgeglu", n_layer=1)))
             ready = model_module.compiled(gpt, CPU, recompute=recompute)
             seen: dict[int, int] = {}
 
@@ -1332,7 +1331,7 @@ def test_recomputing_changes_no_gradient_and_keeps_less():
 
 
 def test_what_compiling_raises_becomes_one_line(monkeypatch):
-    """The real thing: a broken backend, no C++ compiler; and what must pass through as it is."""
+    """A broken backend and a missing C++ compiler give one line; other errors pass unchanged."""
 
     def broken(graph, inputs):
         raise RuntimeError("not here\nand not there")
@@ -1460,7 +1459,7 @@ def test_a_new_idea_is_a_class_and_a_line(monkeypatch):
     with pytest.raises(UserError, match="did you mean mine"):
         make_ffn("mime", 16, 32)
     gpt = GPT(small(ffn="mine"))
-    assert gpt.model.layers[0].mlp.gain.eq(0.5).all()  # its own scalar stays
+    assert gpt.model.layers[0].mlp.gain.eq(0.5).all()  # its own values stay
     assert torch.equal(gpt.model.embed_tokens.weight, GPT(small()).model.embed_tokens.weight)
     gpt(tokens(2, 9), tokens(2, 9))[1].backward()
     assert all(p.grad is not None for p in gpt.parameters())
@@ -1468,8 +1467,8 @@ def test_a_new_idea_is_a_class_and_a_line(monkeypatch):
 
 
 class Odd(nn.Module):
-    """Legitimate, and none of it as in the FFNs that are here: options without a type, of a Literal of
-    numbers and required; constants of its own; an attribute named as a method is elsewhere."""
+    """A legitimate class with what no FFN of model.py has: untyped, required and Literal options, its
+    own constants, attributes named like optional methods."""
 
     def __init__(
         self, d: int, h: int, *, n: int, rate=0.5, size: Literal[8, 16] = 8, any: object = None
@@ -1481,7 +1480,7 @@ class Odd(nn.Module):
         self.decode = nn.Linear(d, d)
         self.active = self.ideal_flops = self.flops = 3
         self.options = (n, rate, size)
-        torch.ones(3).sum().item()  # which the meta device cannot
+        torch.ones(3).sum().item()  # the meta device cannot do this
         torch.rand(n)
         self.init_weights()
 
@@ -1494,7 +1493,7 @@ class Odd(nn.Module):
 
 
 def test_odd_classes(monkeypatch):
-    """Their options are read, their own initialization is the last, drawn from the seed."""
+    """Their options are read, and their own init_weights runs last and draws from the seed."""
     monkeypatch.setitem(FFNS, "odd", Odd)
     assert make_ffn("odd:n=2:rate=0.25:size=16", 16, 32).options == (2, 0.25, 16)
     for spec, says in {
@@ -1520,7 +1519,7 @@ def test_odd_classes(monkeypatch):
     assert mlp.order.sort().values.equal(torch.arange(config.hidden))
     assert 0.01 < mlp.down_proj.weight.std() < 0.02
     assert ffn_cost(mlp)["flops"] == 2 * (2 * 32 * config.hidden + 32 * 32)
-    assert a.generate(tokens(1, 3), 4).shape == (1, 7)  # by forward: decode is a layer of its own
+    assert a.generate(tokens(1, 3), 4).shape == (1, 7)  # by forward: decode is a layer here
 
 
 @pytest.mark.parametrize(
@@ -1535,8 +1534,7 @@ def test_odd_classes(monkeypatch):
     ],
 )
 def test_matching_what_is_no_line(monkeypatch, size, spec, best):
-    """The multiple of 8 that comes closest, where parameters are no linear function of h and where not
-    every h will do."""
+    """The closest multiple of 8 is found if parameters are not linear in h, or if some h are refused."""
 
     class Mine(nn.Module):
         def __init__(self, d: int, h: int):
@@ -1600,15 +1598,15 @@ FFNS["typed"] = type("Typed", (Other,), {})
 
 
 def hashes(folder: Path, ffns=FFNS, **sources: str) -> dict[str, str]:
-    """ffn_code of these FFNs, with these sources in the folder, which are read at each call."""
+    """Write these sources into the folder, then return each FFN's ffn_code, which reads them anew."""
     for name, text in sources.items():
         (folder / f"{name}.py").write_text(text)
     return {ffn: model_module.ffn_code(ffn) for ffn in ffns}
 
 
 def test_the_hash_sees_what_a_class_refers_to(tmp_path, monkeypatch):
-    """Whatever it calls, builds on or reads in its module changes the hash, directly or not; comments,
-    docstrings, layout and other FFNs do not. What a function made depends on all of its module."""
+    """The hash covers what a class calls, inherits or reads in its module, directly or not, but no
+    comments, docstrings, layout or other FFNs. A class made by a function depends on all its module."""
     hashes(tmp_path, idea=IDEA)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -1640,7 +1638,7 @@ def test_the_hash_sees_what_a_class_refers_to(tmp_path, monkeypatch):
 
 
 def test_an_edit_of_model_py_changes_the_hash_of_what_it_concerns(tmp_path, monkeypatch):
-    """A helper, a class that others build on, a kernel; a new class and its line concern nobody else."""
+    """It may be a helper, a base class or a kernel. A new class and its line change no other hash."""
     source = (ROOT / "model.py").read_text()
     monkeypatch.setattr(model_module, "__file__", str(tmp_path / "model.py"))
     was = hashes(tmp_path, model=source)
@@ -1663,7 +1661,7 @@ def test_an_edit_of_model_py_changes_the_hash_of_what_it_concerns(tmp_path, monk
 
 
 def test_costs_of_what_is_used_twice_or_in_part(monkeypatch):
-    """A tied weight is two products; a class whose products are others says what they are."""
+    """A tied weight counts as two products; a class with other products states their FLOPs itself."""
 
     class Mine(model_module.SwiGLU):
         def __init__(self, d: int, h: int):
@@ -1693,7 +1691,7 @@ def cost_by_hand(name: str, d: int, h: int, **options) -> tuple[int, int]:
     if name in ("gelu", "relu2"):
         return 2 * dh, 2 * dh
     if name == "dsg":
-        full = 3 * dh + (dh if o["g"] == "neuron" else 0)  # a product with one vector is none
+        full = 3 * dh + (dh if o["g"] == "neuron" else 0)  # a product with one vector is not counted
         return full, full
     if name == "asg":
         return (4 * dh, 4 * dh) if o["sparse"] else (3 * dh, 3 * dh)
@@ -1713,8 +1711,8 @@ def cost_by_hand(name: str, d: int, h: int, **options) -> tuple[int, int]:
 
 
 def test_stacked_weights_cost_what_their_products_do(monkeypatch):
-    """Experts in one parameter (n, d, h / n): as many FLOPs as the same in matrices, forward and in the
-    step, and they are parameters of the layers' matrices."""
+    """Experts in one parameter (n, d, h / n) have as many FLOPs, in the FFN and in a training step, as
+    the same experts in matrices, and they count as parameters of the layers' matrices."""
 
     class Experts(nn.Module):
         def __init__(self, d: int, h: int):
@@ -1771,7 +1769,7 @@ MATCHES += ["sparsegated:gate=False", "dsg:m=none", "sparseglu:p=8", "spark:r=8"
 
 @pytest.mark.parametrize("spec", MATCHES)
 def test_match_hidden_by_brute_force(spec):
-    """A multiple of 8, and no other multiple of 8 comes closer to SwiGLU's parameters or FLOPs."""
+    """The width is the multiple of 8 that comes closest to SwiGLU's parameters or FLOPs."""
     for by, (d, hidden) in itertools.product(("params", "flops"), ((64, 256), (48, 72), (96, 100))):
         with torch.device("meta"):
             target = ffn_cost(make_ffn("swiglu", d, hidden))[by]
@@ -1818,7 +1816,7 @@ def stir(gpt: nn.Module, seed=0) -> nn.Module:
 
 
 def sizes(config: GPTConfig) -> tuple[int, int, int]:
-    """(in matrices of the layers, in the layers, in all), counted here and not by the model."""
+    """Parameters (in the layers' matrices, in the layers, in all), counted here, not by the model."""
     with torch.device("meta"):
         gpt = GPT(config)
     layers = dict(gpt.model.layers.named_parameters())
@@ -1880,7 +1878,7 @@ def hugging_face(tie: bool, n_kv_head: int):
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 def test_hugging_face_qwen3_gives_the_same_logits(tie, n_kv_head):
-    """The state dict loads strictly, ours into theirs and theirs into ours; logits within 1e-4."""
+    """The state dict loads strictly in both directions, and the logits agree within 1e-4."""
     idx = tokens(2, 48)
     config = small(tie_embeddings=tie, n_kv_head=n_kv_head)
     ours, theirs = stir(GPT(config)), hugging_face(tie, n_kv_head)
@@ -1912,7 +1910,7 @@ def test_forward_returns_logits_or_loss():
 
 
 def streams(gpt: GPT, idx: torch.Tensor) -> set[torch.dtype]:
-    """The types of what goes from layer to layer."""
+    """The dtypes of the residual stream between layers."""
     seen = set()
     hooks = [
         layer.register_forward_hook(lambda _, args, y: seen.update((args[0].dtype, y[0].dtype)))
@@ -1926,7 +1924,7 @@ def streams(gpt: GPT, idx: torch.Tensor) -> set[torch.dtype]:
 
 @every_ffn
 def test_the_residual_stream_of_any_ffn_has_the_type_asked_for(name):
-    """bfloat16 only under autocast to it, whatever type an FFN returns; float32 by default."""
+    """It is bfloat16 only if asked for and under autocast, whatever type an FFN returns."""
     for residual in ("float32", "bfloat16"):
         gpt = GPT(small(ffn=name, residual=residual))
         assert streams(gpt, tokens(2, 9)) == {torch.float32}
@@ -1945,7 +1943,7 @@ def test_a_bfloat16_residual_changes_nothing_without_autocast():
 
 
 def test_gradients_of_a_bfloat16_residual_are_close():
-    """To float32's, no more than twice as far as those of bfloat16 autocast alone."""
+    """They are at most twice as far from float32's as with bfloat16 autocast alone."""
     idx, targets = tokens(4, 48), tokens(4, 48, seed=1)
     gpt = stir(GPT(small()))
     gpt(idx, targets)[1].backward()
@@ -1963,7 +1961,7 @@ def test_gradients_of_a_bfloat16_residual_are_close():
 
 
 def test_norms_are_computed_in_float32(recwarn):
-    """Of a bfloat16 residual too, under autocast and without, and nothing warns."""
+    """This includes norms of a bfloat16 residual, with and without autocast; nothing warns."""
     norm = model_module.RMSNorm(512)
     with torch.no_grad():
         norm.weight.add_(torch.randn(512, generator=torch.Generator().manual_seed(0)) / 3)
@@ -1994,8 +1992,8 @@ def plain_loss(gpt, idx, targets):
     "vocab, shape", [(101, (3, 17)), (50257, (1, 1))], ids=lambda v: str(v)
 )
 def test_loss_and_gradients_equal_cross_entropy(tie, vocab, shape, monkeypatch):
-    """In several chunks where there are several targets. Sizes that are no multiple of anything; some
-    targets ignored; the loss scaled as with accumulation, and two backward passes summed."""
+    """Several targets make several chunks of uneven size, and some targets are ignored. The loss is
+    scaled and two backward passes are summed, as with gradient accumulation."""
     monkeypatch.setitem(model_module.LOSS_CHUNK_BYTES, "cpu", 4 * vocab * 10)
     size = {"n_embd": 8, "n_head": 2, "n_kv_head": 1, "n_layer": 1, "block_size": 256}
     gpt = stir(GPT(small(vocab_size=vocab, tie_embeddings=tie, **size)))
@@ -2020,7 +2018,7 @@ def test_loss_and_gradients_equal_cross_entropy(tie, vocab, shape, monkeypatch):
 
 
 def test_loss_gradients_in_float64():
-    """The same to the last digits: no constant of the backward pass is rounded to float32."""
+    """They agree within 1e-11, so no constant of the backward pass is rounded to float32."""
     gpt = stir(GPT(small())).double()
     idx, targets = tokens(3, 11), tokens(3, 11, seed=1)
     targets[1, 2:5] = -100
@@ -2045,7 +2043,7 @@ def test_a_batch_without_targets_costs_nothing_and_is_finite():
 
 
 def test_loss_under_autocast():
-    """bfloat16 matrices, but log-sum-exp and mean in float32: within 1% of the float32 loss."""
+    """Only matrix products are bfloat16, so the loss is within 1% of the float32 loss."""
     gpt = stir(GPT(small()))
     idx, targets = tokens(4, 40), tokens(4, 40, seed=1)
     want = gpt(idx, targets)[1]
@@ -2129,7 +2127,7 @@ def test_an_aux_that_is_no_scalar_is_one_line(monkeypatch, compile):
 
 
 def test_set_progress_reaches_the_layers_and_compiles_nothing_anew(monkeypatch):
-    """Only values of tensors change: one graph for all steps, seen by counting."""
+    """Only the values of tensors change, so one graph serves all steps."""
     from torch._dynamo.testing import CompileCounter
 
     monkeypatch.setitem(FFNS, "ramp", Ramp)
@@ -2145,7 +2143,7 @@ def test_set_progress_reaches_the_layers_and_compiles_nothing_anew(monkeypatch):
         assert losses[-1] == pytest.approx(gpt(tokens(2, 9), tokens(2, 9, seed=1))[1].item())
     assert counter.frame_count == 1
     assert len(set(losses)) == 5
-    GPT(small()).set_progress(1, 2)  # which SwiGLU does not hear
+    GPT(small()).set_progress(1, 2)  # SwiGLU has no set_progress
 
 
 def test_a_set_progress_that_fails_is_one_line(monkeypatch):
@@ -2206,7 +2204,7 @@ def norm_over_tokens(f, x):
     ],
 )
 def test_an_ffn_that_sees_the_future_is_named(monkeypatch, change, bf16, zero):
-    """Also where its output starts as zero. The second layer alone may do it."""
+    """It is named also if its output starts as zero, or if only the second layer does it."""
     monkeypatch.setitem(FFNS, "mine", swiglu_on(change, zero))
     autocast = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=bf16)
     gpt = GPT(small(ffn="mine"))
@@ -2242,7 +2240,7 @@ def test_an_output_unlike_the_input_is_named(monkeypatch, change, says):
 
 @pytest.mark.parametrize("block_size", [1, 2, 48])
 def test_checking_leaves_no_traces(block_size):
-    """Random states, mode, weights; a sequence of one token has no future."""
+    """Random state, mode and weights stay the same, also for sequences of one token."""
     gpt = GPT(small(ffn="dsg", block_size=block_size))
     before, torch_state = digest(gpt), torch.get_rng_state()
     check_ffns(gpt)
@@ -2253,7 +2251,7 @@ def test_checking_leaves_no_traces(block_size):
 
 
 def test_noise_is_not_the_future(monkeypatch):
-    """An FFN that draws numbers in evaluation too, others each time."""
+    """An FFN that draws new random numbers at each call, in evaluation too, passes the check."""
     monkeypatch.setitem(FFNS, "mine", swiglu_on(lambda f, x: f(x) * torch.rand_like(x)))
     gpt = GPT(small(ffn="mine"))
     check_ffns(gpt)
@@ -2262,8 +2260,8 @@ def test_noise_is_not_the_future(monkeypatch):
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_an_ffn_that_reads_earlier_tokens_is_legal_and_generates_right(monkeypatch, checked):
-    """Without a cache, which would give it the newest token alone; also where it was never checked and
-    where it starts as the identity, which shows nothing of what it may learn."""
+    """It generates without a cache, which would give it only the newest token, even if it was never
+    checked or starts as the identity, which hides that it reads earlier tokens."""
     monkeypatch.setitem(FFNS, "conv", ConvGLU)
     gpt = GPT(small(ffn="conv", block_size=16, tie_embeddings=False))
     if checked:
@@ -2281,7 +2279,7 @@ def test_an_ffn_that_reads_earlier_tokens_is_legal_and_generates_right(monkeypat
 
 
 def test_generate_is_in_evaluation_mode(monkeypatch):
-    """And leaves the mode as it was, after an error too."""
+    """Afterwards the mode is as before, also after an error."""
     modes = []
 
     def note(f, x):
@@ -2305,7 +2303,7 @@ def test_generate_is_in_evaluation_mode(monkeypatch):
 
 
 def test_vectors_of_any_shape_stay_as_they_are_and_are_no_matrices(monkeypatch):
-    """A gain of shape (1, 1, d) is one: not drawn, not counted, and its products are no FLOPs."""
+    """A gain of shape (1, 1, d) is a vector: it keeps its values and adds no FLOPs."""
 
     class Gains(FFNS["swiglu"]):
         def __init__(self, d: int, h: int):
@@ -2332,7 +2330,7 @@ def test_vectors_of_any_shape_stay_as_they_are_and_are_no_matrices(monkeypatch):
 
 
 def test_what_was_set_on_purpose_and_drawn_anew_is_listed(monkeypatch):
-    """A matrix of zeros, an identity's constant, a bias that is not 0; but not what init_weights set."""
+    """Constant matrices and biases other than 0 are listed, unless the class has init_weights."""
 
     class Constants(FFNS["swiglu"]):
         def __init__(self, d: int, h: int):
@@ -2356,7 +2354,7 @@ def test_what_was_set_on_purpose_and_drawn_anew_is_listed(monkeypatch):
 
 
 def test_the_flops_of_a_class_are_those_of_the_model(monkeypatch):
-    """An FFN that executes a quarter of its parameters' products says so once."""
+    """An FFN that executes a quarter of its products says so once, in flops()."""
 
     class Quarter(FFNS["swiglu"]):
         def flops(self) -> int:
@@ -2371,8 +2369,8 @@ def test_the_flops_of_a_class_are_those_of_the_model(monkeypatch):
 
 @pytest.mark.timeout(600)
 def test_the_example_of_the_readme_passes_the_tests_of_any_ffn(tmp_path):
-    """As its reader adds it: the class beside the others and its line in FFNS, in a copy of the project.
-    Nor does it turn a test red that is about the FFNs that are here."""
+    """The class and its line in FFNS are added as a reader would, in a copy of the project. The tests of
+    the existing FFNs must pass too."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     cls = next(block for block in blocks if block.startswith("class "))
     line = next(block for block in blocks if re.match(r' +"\w+": \w+,', block))
@@ -2479,8 +2477,7 @@ def hadamard(n: int) -> torch.Tensor:
 
 
 def test_building_for_shapes_leaves_no_traces(monkeypatch):
-    """A class that keeps a tensor in a cache gets one with data, whatever was built before: checking,
-    matching, counting."""
+    """A tensor that a class caches has data, even if checking, matching or counting built it first."""
 
     class Mine(FFNS["swiglu"]):
         def __init__(self, d: int, h: int):
@@ -2506,7 +2503,7 @@ def test_building_for_shapes_leaves_no_traces(monkeypatch):
 
 @all_names
 def test_initial_values(name):
-    """N(0, 0.02), down to the residual stream by 1/sqrt(2 n_layer); biases 0, gains 1."""
+    """Matrices are N(0, 0.02), residual writers scaled by 1/sqrt(2 n_layer); biases are 0, gains 1."""
     config = small(ffn=name, n_layer=3, n_embd=64, ffn_hidden=128, vocab_size=500)
     draws = set()
     for n, p in GPT(config).named_parameters():
@@ -2563,10 +2560,10 @@ def test_shared_weights_are_the_same_bits_in_every_variant():
         few = {"multiscale": 0, "dualgated": 0, "sparsegated": 1, "spark": 1, "gelu": 2, "relu2": 2}
         few |= {"moe": 0, "thresholdmoe": 0}
         assert len(mlp) == few.get(spec, 3)
-    # two variants share also what the baseline lacks
+    # two variants also share weights that the baseline lacks
     a, b = (dict(GPT(small(ffn=s)).named_parameters()) for s in ("sparseglu", "sparseglu:k=0.5"))
     assert all(torch.equal(a[n], b[n]) for n in a)
-    # more layers change no weight of the first ones but for the scale of residual writers
+    # with more layers the first ones keep their weights, except the scale of residual writers
     deep = dict(GPT(small(n_layer=4)).named_parameters())
     assert all(torch.equal(deep[n], base[n]) for n in base if "o_proj" not in n and "down" not in n)
 
@@ -2616,7 +2613,7 @@ def digest(gpt: nn.Module) -> str:
 
 
 def test_another_process_gives_the_same_weights_and_importing_does_nothing(tmp_path):
-    """Never hash(), which differs per process; no global set, nothing heavy imported, no file."""
+    """Seeds use no hash(); importing model.py sets no global, loads nothing heavy, writes no file."""
     code = """
 import json, sys, torch
 from hashlib import sha256
@@ -2650,7 +2647,7 @@ GENERATE = ["swiglu", "sparseglu:k=0.3", "sparseglu:select=stat:grad=gate", "spa
 @pytest.mark.parametrize("spec", GENERATE)
 @pytest.mark.parametrize("prompt", [1, 16, 40])
 def test_greedy_with_a_cache_is_greedy_without(spec, prompt):
-    """Also across block_size = 16, and from a prompt that is longer than it."""
+    """It holds past block_size = 16 and for a longer prompt."""
     gpt = stir(GPT(small(ffn=spec, block_size=16, tie_embeddings=False)))
     idx = tokens(2, prompt)
     cached = gpt.generate(idx, 20, temperature=0.0)
@@ -2673,7 +2670,7 @@ def test_greedy_takes_the_largest_logit_of_forward():
 
 
 def test_generating_past_block_size_still_reads_the_recent_tokens():
-    """Another token near the end of a long prompt changes what follows; one long gone does not."""
+    """A change near the end of a long prompt changes what follows, one beyond block_size does not."""
     gpt = stir(GPT(small(block_size=16)))
     idx = tokens(1, 40)
     recent, old = idx.clone(), idx.clone()
@@ -2696,7 +2693,7 @@ def test_sampling_is_reproducible_by_seed():
 
 @pytest.mark.parametrize("n_vocab", [0, 50])
 def test_a_tiny_temperature_is_greedy(n_vocab):
-    """Also where an id that is never drawn has the largest logit."""
+    """It holds where an excluded id has the largest logit."""
     gpt = stir(GPT(small(tie_embeddings=False)))
     idx = tokens(8, 5)
     cold, greedy = (gpt.generate(idx, 9, t, n_vocab=n_vocab) for t in (1e-40, 0.0))
@@ -2705,7 +2702,7 @@ def test_a_tiny_temperature_is_greedy(n_vocab):
 
 @pytest.mark.parametrize("temperature, top_k, n_vocab", [(1.0, 0, 0), (2.5, 0, 90), (0.7, 5, 0)])
 def test_sampling_follows_the_softmax(temperature, top_k, n_vocab):
-    """4,000 draws of the next token against the probabilities written out."""
+    """4,000 draws of the next token agree with the softmax computed by NumPy."""
     gpt = stir(GPT(small()))
     n = 4000
     torch.manual_seed(0)
@@ -2725,7 +2722,7 @@ def test_sampling_follows_the_softmax(temperature, top_k, n_vocab):
 
 
 def test_generating_leaves_cudnn_attention_out(monkeypatch):
-    """It plans anew at each length of a cache, which takes longer than the token; training keeps it."""
+    """cuDNN plans anew at each cache length, which takes longer than a token; training may use it."""
     seen = []
     attention = F.scaled_dot_product_attention
 
