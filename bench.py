@@ -8,8 +8,8 @@ Time FFNs, the decoding of one token, and whole training steps.
 All contenders of a run take turns, in reverse order every other round, so that a machine that is slow
 for a while is slow for all. Before each call the caches are swept, as other layers would sweep them. A
 time is the median over the rounds, a ratio the median of the rounds' own ratios, and `spread` half the
-distance between their quartiles. Compare ratios within a run. FLOPs are those of a forward pass, in mode
-step those of a whole step.
+distance between their quartiles. Compare ratios within a run. FLOPs are those of a token's forward pass,
+in mode step those of its training.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ import train
 from configurator import UserError, configure, run, suggest
 from model import FFNS, GPT, GPTConfig, compile_errors, compiled, ffn_cost, has, make_ffn, set_up
 
-progress = functools.partial(print, file=sys.stderr, flush=True)  # it is no part of the table
+progress = functools.partial(print, file=sys.stderr, flush=True)  # so that stdout has the table alone
 
 
 @dataclass
 class Config:
     mode: str = "ffn"  # ffn, decode or step
     ffn: str = ""  # specs, comma-separated; empty: every FFN (mode step: swiglu)
-    n_layer: int = 0  # layers; 0: 6. Mode decode: FFNs in a row, timed together; 0: 3
+    n_layer: int = 0  # mode step: layers; 0: 6. Mode decode: FFNs in a row, timed together; 0: 3
     n_head: int = 6  # attention heads
     n_kv_head: int = 0  # key-value heads; 0: n_head
     n_embd: int = 0  # width of the model; 0: 384 (mode ffn: 768, mode decode: 1536)
@@ -109,7 +109,7 @@ def products(
     """Return a function that multiplies n tokens with each of the layer's matrices as the layer does,
     forward and backward, and its FLOPs. A frozen matrix has a forward product only; the matrices of an
     expert multiply only the tokens that reach it."""
-    # Compiling means another library on a CPU. On a GPU it would add launches and nothing else.
+    # Compiled, a CPU multiplies with another library. On a GPU compiling would only add launches.
     three = prepared(products_of_one, cfg, device) if device.type == "cpu" else products_of_one
     multiplied = {m.weight for m in layer.modules() if isinstance(m, nn.Linear)}
     looked_up = {m.weight for m in layer.modules() if isinstance(m, nn.Embedding)} - multiplied
@@ -323,8 +323,8 @@ def peak_memory(call: Callable, device: torch.device) -> int:
     return max(itertools.accumulate(event.nbytes() for event in events), default=0)
 
 
-
 # ---- Small helpers, the table, the flags -------------------------------------------------------
+
 
 def same_names(cls: type, cfg: object, **more: object):
     """cls, which is train.Config or GPTConfig, with the values of the flags that have the same names."""
@@ -402,7 +402,7 @@ def main() -> None:
     for name, size in zip(("n_embd", "ffn_hidden", "n_layer", "n_kv_head"), (*sizes, cfg.n_head)):
         setattr(cfg, name, getattr(cfg, name) or size)
     for name, value in vars(cfg).items():
-        if type(value) is int and value < (name != "seed"):
+        if type(value) is int and value < (0 if name == "seed" else 1):
             raise UserError(f"--{name}={value} is too small")
     if cfg.profile and cfg.mode != "step":
         raise UserError("--profile is for --mode=step")

@@ -36,8 +36,9 @@ class UserError(ValueError):
 
 
 def reason(e: BaseException) -> str:
-    """The first line of what an exception says, else its name: for the one line of a UserError."""
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
+    """The first line of what an exception says, with the next where it is a heading; else its name."""
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])[:200]
 
 
 def run(main: Callable[[], object]) -> None:

@@ -40,7 +40,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 
@@ -55,8 +55,7 @@ KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "te
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
 GPT2 = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256}  # meta.json of ready-made shards
 BATCH_DOCUMENTS = 16  # which a worker tokenizes at a time
-# The errors of a file system that cannot lock a file or write a folder to disk.
-NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS}
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS}  # to lock or sync a folder
 
 
 @dataclass
@@ -327,21 +326,23 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
             os.remove(path + ".tmp")
 
 
-@contextlib.contextmanager
-def folder_lock(folder: str) -> Iterator[None]:
-    """Make the folder and hold its lock, so that two runs do not write there at once. Where the file
-    system has no locks, say so and go on without. Raises UserError if another run holds the lock."""
+def lock_folder(folder: str, wait: bool = False) -> TextIO:
+    """Make the folder and lock it, until the returned file is closed, against a second run that writes
+    there. Where another has it, wait or raise UserError."""
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {folder}: wait for it") from None
-        except OSError as e:
-            if e.errno not in NOT_SUPPORTED:
-                raise
-            print(f"{folder} is on a file system without locks: let only one run write there")
-        yield
+    f = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise UserError(f"another run writes to --out_dir={folder}: name another") from None
+        print(f"another run writes to {folder}: waiting for it", flush=True)
+        fcntl.flock(f, fcntl.LOCK_EX)
+    except OSError as e:
+        if e.errno not in NOT_SUPPORTED:
+            raise
+        print(f"{folder} is on a file system without locks: let only one run write there")
+    return f
 
 
 def save_meta(out_dir: str, meta: dict) -> None:
@@ -700,7 +701,7 @@ def main() -> None:
     if 0 < cfg.max_tokens <= cfg.val_tokens:
         raise UserError("--max_tokens leaves nothing to train on after --val_tokens: raise it")
     try:
-        with folder_lock(cfg.out_dir):
+        with lock_folder(cfg.out_dir, wait=True):
             meta = begin(cfg)
             if meta["complete"]:
                 return print(f"{cfg.out_dir} is finished already, nothing to do")

@@ -5,14 +5,13 @@ Train a Qwen3-style language model whose FFN is picked by a flag, on shards of t
     torchrun --nproc_per_node=8 train.py --ffn=sparseglu             # the full run
 
 In order: the flags, the schedule and the optimizer, one step, evaluation, checkpoint and log, the run.
-Step n is the state after n updates. Batches are a pure function of (data_seed, step) and weights of
-(seed, name), so two runs that differ in --ffn see the same tokens from the same start, on any number
-of GPUs, resumed or not.
+Step n is the state after n updates. Batches depend only on data_seed and the step, initial weights
+only on seed, name and shape. So two runs that differ in --ffn see the same tokens from the same start,
+on any number of GPUs, resumed or not.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import gc
 import json
@@ -31,6 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -44,15 +44,15 @@ import prepare_fineweb
 from configurator import UserError, configure, print0, read_launcher, reason, run, suggest
 from model import FFNS, GPT, GPTConfig, check_ffns, compile_errors, compiled, evaluating
 from model import ffn_code, ffn_cost, has, is_matrix, is_residual, parse_spec, set_up
-from prepare_fineweb import Data, has_shards, load_encoding, locate, open_data, read_windows
-from prepare_fineweb import whole_file, window_counts
+from prepare_fineweb import Data, has_shards, load_encoding, locate, lock_folder, open_data
+from prepare_fineweb import read_windows, whole_file, window_counts
 
 # ---- Flags --------------------------------------------------------------------------------------
 
 
 def resumable(default: object, neutral: bool = False):
-    """A flag that a resumed run may change. A neutral one cannot change a loss: compared runs may
-    differ in it, too."""
+    """A flag that a resumed run may change. A neutral one cannot change a loss, so that compared runs
+    may differ in it too."""
     return field(default=default, metadata={"neutral": neutral})
 
 
@@ -68,21 +68,21 @@ class Config:
     init_from: str = neutral("scratch")  # scratch, resume, or auto: resume if there is a checkpoint
     eval_only: bool = neutral(False)  # evaluate (and sample) once, then stop
     # how often, in steps
-    eval_interval: int = neutral(50)  # validation, besides step 0 and the end
-    val_tokens: int = resumable(10_485_760)  # tokens of validation, or all that fit
+    eval_interval: int = neutral(50)  # validation, and also at step 0 and at the end
+    val_tokens: int = resumable(10_485_760)  # tokens of validation; all of them if there are fewer
     log_interval: int = neutral(10)  # a line of progress and a row in log.jsonl
-    save_interval: int = neutral(100)  # a checkpoint, besides the end
+    save_interval: int = neutral(100)  # a checkpoint, and also at the end
     # model: the papers' "134M"
     n_layer: int = 32  # layers
     n_head: int = 8  # attention heads
     n_kv_head: int = 8  # key-value heads; fewer than n_head: grouped-query attention
     n_embd: int = 512  # width
     block_size: int = 2048  # tokens per sequence
-    ffn: str = "swiglu"  # spec of the FFN, e.g. sparseglu or asg:threshold=neuron; see below
+    ffn: str = "swiglu"  # the FFN and its options, e.g. sparseglu or asg:threshold=neuron
     ffn_hidden: int = 2048  # hidden width of the FFN
-    ffn_match: str = "hidden"  # hidden: keep that width; params, flops: match SwiGLU's
+    ffn_match: str = "hidden"  # hidden: ffn_hidden as it is; params, flops: as many as SwiGLU has there
     tie_embeddings: bool = True  # lm_head shares the embedding's weight
-    residual: str = "float32"  # bfloat16: the residual stream too, where dtype is bfloat16
+    residual: str = "float32"  # type of the residual stream under bfloat16 autocast, or bfloat16
     # training: the Dynamic Sparse Gating paper's run
     max_iters: int = resumable(400)  # steps
     batch_size: int = 512  # sequences per step over all ranks
@@ -96,14 +96,14 @@ class Config:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    optimizer: str = "adamw"  # adamw, or muon for the matrices inside layers that are not stacked
+    optimizer: str = "adamw"  # muon: Muon for the 2-D matrices inside layers, AdamW for the rest
     seed: int = 0  # of the initial weights
     data_seed: int = 0  # of the order of the data
     # machine
     device: str = resumable("auto")  # auto, cpu, cuda, cuda:1, mps
     dtype: str = resumable("auto")  # autocast type: auto, float32, bfloat16
     compile: bool = resumable(True)  # torch.compile; never on mps
-    recompute: bool = resumable(False)  # compiled: keep fewer activations, compute them again
+    recompute: bool = resumable(False)  # if compiled: compute elementwise results again, to save memory
     # to watch it, and a sample at the end
     wandb_project: str = neutral("")  # also log to this Weights & Biases project
     sample_tokens: int = neutral(0)  # tokens of text to sample at the end
@@ -172,13 +172,10 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 
 def use_bfloat16(dtype: str, device: torch.device) -> bool:
-    """Whether to autocast to bfloat16; a GPU that has none uses float32, and the run says so."""
-    if device.type != "cuda" or dtype == "float32":
+    """Whether to autocast to bfloat16; a GPU that has none uses float32, as the printed device says."""
+    if device.type != "cuda":
         return dtype == "bfloat16"
-    if torch.cuda.get_device_capability(device)[0] >= 8:
-        return True
-    print0(f"{torch.cuda.get_device_name(device)} has no bfloat16: float32 instead")
-    return False
+    return dtype != "float32" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 # ---- Schedule and optimizer ---------------------------------------------------------------------
@@ -266,8 +263,8 @@ def train_step(
     return total[0], None if aux is None else total[1], norm
 
 
-# Dense bfloat16 TFLOP/s by the vendors' data sheets; what is not here prints n/a, not an A100's. The
-# first name that fits counts, and $ keeps out a laptop's card of the same name.
+# Dense bfloat16 TFLOP/s by the vendors' data sheets. A GPU that is not listed prints n/a. The first
+# name that matches wins, and $ keeps out a laptop's card of the same name.
 PEAK_TFLOPS = {"B200": 2250, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835}
 PEAK_TFLOPS |= {"H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090$": 165, "RTX 3090$": 71}
 
@@ -374,16 +371,6 @@ def user_error(what: str, cure: str, errors: type | tuple = Exception) -> Iterat
         raise UserError(f"{what} ({reason(e)}): {cure}") from None
 
 
-def save_checkpoint(path: str, checkpoint: dict) -> None:
-    """Replace the checkpoint at path: there is a whole one at every moment."""
-    kept = "the last one is intact" if os.path.exists(path) else "there is none yet"
-    what = f"cannot save {path} at step {checkpoint['step']}"
-    cure = f"{kept}: make room, then go on with --init_from=auto"
-    errors = (OSError, RuntimeError)  # torch.save turns a full disk into a RuntimeError
-    with user_error(what, cure, errors), whole_file(path) as f:
-        torch.save(checkpoint, f)
-
-
 def load_checkpoint(path: str) -> dict:
     """Raises UserError for a file that is not a checkpoint of this program. Runs no code in it."""
     cure = "check --out_dir, or start anew with --init_from=scratch"
@@ -399,7 +386,8 @@ def load_checkpoint(path: str) -> dict:
 
 def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
     """Load a checkpoint's weights and optimizer states; a UserError where they do not fit."""
-    try:
+    cure = "give the data that the run had, or start anew with another --out_dir"
+    with user_error(f"{path} does not fit this model and data", cure):
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -407,9 +395,6 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
                 # Fused AdamW takes shapes on trust and would write beyond a smaller tensor.
                 if any(t.ndim and t.shape != p.shape for t in tensors.values()):
                     raise ValueError("an optimizer state of another shape")
-    except Exception as e:  # another vocabulary, or whatever is in a file made elsewhere
-        why = " ".join(str(e).split())[:300]
-        raise UserError(f"{path} does not fit this model and data ({why})") from None
 
 
 def check_model(model: GPT, optimizers: list, autocast: Callable) -> None:
@@ -425,7 +410,7 @@ def check_model(model: GPT, optimizers: list, autocast: Callable) -> None:
             raise UserError(f"{name} is not a tensor: let get_extra_state return one, or use buffers")
 
 
-# How the rows of log.jsonl are printed: each of these numbers that a row has.
+# How a row of log.jsonl is printed: these of its numbers, in this order.
 SHOWN = {"val_loss": "val  {:.4f}", "active": "active {:.1%}", "train_loss": "loss {:.4f}"}
 SHOWN |= {"aux_loss": "aux {:.4f}", "lr": "lr {:.2e}", "grad_norm": "norm {:6.2f}"}
 SHOWN |= {"step_ms": "{:8.1f} ms", "tok_per_s": "{:>9,.0f} tok/s", "mfu": "mfu {:.1%}"}
@@ -476,20 +461,13 @@ def about(cfg: Config, data: Data, config: GPTConfig, device: torch.device, worl
     }  # fmt: skip
 
 
-def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> None:
+def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
     """Make the run's folder with config.json, log.jsonl and model.py, or fail now and not at the first
-    save. A run from scratch (resumed_step: -1) renames what an earlier one left to *.prev; a resumed
-    one cuts the log at its step."""
+    save. Returns its lock, which is held while the file is open. A run from scratch (resumed_step: -1)
+    renames what an earlier one left to *.prev; a resumed one cuts the log at its step."""
     path = functools.partial(os.path.join, cfg.out_dir)
     with user_error(f"cannot write to --out_dir={cfg.out_dir}", "name another", OSError):
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        folder = os.open(cfg.out_dir, os.O_RDONLY)  # open, and so locked, until the process ends
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run writes to --out_dir={cfg.out_dir}: name another") from None
-        except OSError:
-            print0(f"note: {cfg.out_dir} cannot be locked: start no second run there")
+        lock = lock_folder(cfg.out_dir)
         log = read_log(path("log.jsonl"))
         if resumed_step >= 0:
             with suppress(OSError, ValueError, KeyError):
@@ -500,8 +478,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> None:
                 # The old code's hash stays, so that compare.py refuses a run of two codes.
                 made_with |= {"run_id": began["run_id"], "ffn_code": began["ffn_code"]}
         elif os.path.exists(path("ckpt.pt")) or any(row["step"] for row in log):
-            older = ", in place of an older one" if os.path.exists(path("log.jsonl.prev")) else ""
-            print0(f"note: the run that was in {cfg.out_dir} is kept there as *.prev{older}")
+            print0(f"note: the run that was in {cfg.out_dir} is kept there as *.prev")
             for name in ("log.jsonl", "ckpt.pt", "config.json", "model.py"):
                 with suppress(FileNotFoundError):
                     os.replace(path(name), path(name + ".prev"))
@@ -511,6 +488,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> None:
             f.write(json.dumps({"flags": asdict(cfg), **made_with}, indent=2).encode())
         if resumed_step < 0:
             shutil.copyfile(model_file.__file__, path("model.py"))  # so that another can repeat the run
+        return lock
 
 
 def start_wandb(cfg: Config, run_id: str):
@@ -546,7 +524,7 @@ def resolve_flags(argv: list[str], world: int) -> tuple[Config, dict | None]:
     cfg.out_dir, cfg.lr_decay_iters = out_dir, cfg.lr_decay_iters or cfg.max_iters
     typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
     if "data_dir" in typed and "prepare" not in typed:
-        cfg.prepare = ""  # a recipe's way to make its own data must not fill a folder of another name
+        cfg.prepare = ""  # a recipe's `prepare` is for the recipe's own data_dir
     return cfg, checkpoint
 
 
@@ -556,10 +534,6 @@ def describe(model: GPT, cfg: Config, data: Data, world: int) -> str:
     cost, per_step = ffn_cost(ffn), cfg.batch_size * cfg.block_size
     passes, tokens = cfg.batch_size // (world * cfg.micro_batch_size), cfg.max_iters * per_step
     epochs = cfg.max_iters * cfg.batch_size / window_counts(data.train, cfg.block_size).sum()
-    notes = {
-        "have no gradient, by design": [n for n, p in model.named_parameters() if not p.requires_grad],
-        "were constants and are drawn at random, which init_weights can change": model.overwritten,
-    }
     text = f"""\
 data    {cfg.data_dir}: {data.source or "source unknown"}, encoding {data.encoding}
 data    {sum(s.tokens for s in data.train):,} training tokens, {epochs:.2f} epochs in this run
@@ -570,22 +544,22 @@ flops   {cost["flops"]:,} a token in an FFN, forward, as executed; {cost["ideal_
 flops   {flops:,} a token to train, {flops * tokens:.3g} in all
 run     {cfg.max_iters} steps x {per_step:,} = {tokens:,} tokens, {tokens / n["layers"]:.2f} a parameter
 step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cfg.block_size} tokens"""
-    if cfg.ffn_match != "hidden":
-        target = {"params": 3, "flops": 6}[cfg.ffn_match] * cfg.n_embd * cfg.ffn_hidden
-        text += f"\nmatch   {cost[cfg.ffn_match] - target:+,} {cfg.ffn_match} to SwiGLU's {target:,}"
-    for note, names in notes.items():
-        text += f"\nnote    {len(names)} parameters {note}, e.g. {names[0]}" if names else ""
+    if frozen := [name for name, p in model.named_parameters() if not p.requires_grad]:
+        text += f"\nnote    {len(frozen)} parameters have no gradient by design, e.g. {frozen[0]}"
+    if names := model.overwritten:
+        text += f"\nnote    {len(names)} constant parameters were drawn anew, e.g. {names[0]}: "
+        text += "define init_weights to keep them"
     if not (has(ffn, "init_weights") or any(map(is_residual, dict(ffn.named_parameters())))):
         text += "\nnote    no matrix of the FFN is named down_proj: none is scaled for the depth"
     if cfg.max_iters > cfg.lr_decay_iters:
-        end = f"the schedule ends at step {cfg.lr_decay_iters}, later steps use min_lr"
-        text += f"\nwarning: {end}: a new run with --lr_decay_iters can have a longer one"
+        text += f"\nwarning: the schedule ends at step {cfg.lr_decay_iters}, later steps use min_lr: "
+        text += "only a new run can have another --lr_decay_iters"
     return text
 
 
 def connect(device: torch.device, step: int, shards: dict) -> None:
     """Join the other ranks; a UserError where they start from another step or other shards."""
-    # NCCL carries the gradients of GPUs, gloo all that is on the CPU; every wait has an end.
+    # NCCL is for tensors on GPUs, gloo for those on the CPU. Every wait has an end.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # torchrun's store outlives the ranks, and ranks that it starts again must not read the dead
     # ones' addresses (pytorch issue 135712). Several nodes may count the restarts differently.
@@ -602,8 +576,8 @@ def connect(device: torch.device, step: int, shards: dict) -> None:
 
 
 def catch_signals() -> list[float]:
-    """The times of SIGTERM and SIGINT, a list that grows. A second one ends the process at once; under
-    a launcher it counts after 5 seconds, as one Ctrl-C comes from the terminal and from torchrun."""
+    """Return a list that gets the time of each SIGTERM or SIGINT. A second one ends the process at once,
+    under a launcher only after 5 seconds: one Ctrl-C comes from the terminal and from torchrun."""
     times: list[float] = []
 
     def on_signal(number: int, frame: object) -> None:
@@ -620,17 +594,12 @@ def catch_signals() -> list[float]:
 def find_data(cfg: Config, local_rank: int, checkpoint: dict | None) -> tuple[Data, dict]:
     """The checked shards, and their names and sizes. Where there are none, prepare_fineweb.py makes
     them with the arguments of --prepare on local rank 0, and the others wait."""
-    from filelock import FileLock  # torch depends on it
-
     while local_rank and cfg.prepare and not has_shards(cfg.data_dir):
         time.sleep(0.5)  # the launcher ends this rank if rank 0 fails
     if cfg.prepare and not has_shards(cfg.data_dir):
-        folder, script = os.path.abspath(cfg.data_dir), prepare_fineweb.__file__
-        with user_error(f"--prepare={cfg.prepare} for {folder}", "change one", (OSError, ValueError)):
-            command = [sys.executable, script, *shlex.split(cfg.prepare), f"--out_dir={cfg.data_dir}"]
-            os.makedirs(os.path.dirname(folder), exist_ok=True)
-            with FileLock(folder + ".lock"):
-                failed = not has_shards(cfg.data_dir) and subprocess.run(command).returncode
+        with user_error(f"--prepare={cfg.prepare}", "close its quote", ValueError):
+            command = [sys.executable, prepare_fineweb.__file__, *shlex.split(cfg.prepare)]
+        failed = subprocess.run([*command, f"--out_dir={cfg.data_dir}"]).returncode
         if failed or not has_shards(cfg.data_dir):
             raise UserError(f"--prepare={cfg.prepare} made no shards in {cfg.data_dir}, see above")
     data = open_data(cfg.data_dir, cfg.block_size)
@@ -653,7 +622,7 @@ def main() -> None:
     training, step = not cfg.eval_only, checkpoint["step"] if checkpoint else 0
     resumed = training and checkpoint is not None
     saved_step = step if resumed else -1
-    # A run that was stopped while it evaluated has saved before, and evaluates when it is resumed.
+    # A run that was stopped while it evaluated has already saved. It evaluates when it is resumed.
     evaluated = resumed and any("val_loss" in row for row in read_log(log_path) if row["step"] == step)
     if evaluated and step >= cfg.max_iters:
         print0(f"finished: {ckpt_path} is at step {step} of {cfg.max_iters}")
@@ -668,10 +637,11 @@ def main() -> None:
     counts = window_counts(data.train, cfg.block_size)
     config = model_config(vars(cfg), vocab_size=math.ceil(data.n_vocab / 128) * 128)
     config.check()
+    cfg.compile = cfg.compile and training and device.type != "mps"  # a prototype there
     wandb = None
     if rank == 0 and training:
         made_with = about(cfg, data, config, device, world)
-        claim_out_dir(cfg, made_with, saved_step)
+        lock = claim_out_dir(cfg, made_with, saved_step)  # noqa: F841  held until the process ends
         wandb = start_wandb(cfg, made_with["run_id"]) if cfg.wandb_project else None
     if ddp:
         connect(device, step, shards)
@@ -688,13 +658,11 @@ def main() -> None:
     print0(describe(raw_model, cfg, data, world))
     if resumed:
         print0(f"resumed at step {step} of {cfg.max_iters}")
-    cfg.compile = cfg.compile and training and device.type != "mps"  # there it is a prototype
     fast_model = compiled(raw_model, device, recompute=cfg.recompute) if cfg.compile else raw_model
     model = fast_model  # evaluation uses fast_model: inside DDP its graph would be cut into pieces
     if ddp and training:
-        warnings.filterwarnings("ignore", ".*broadcast_buffers")  # its successor is not in torch 2.11
+        warnings.filterwarnings("ignore", ".*broadcast_buffers")  # torch 2.11 lacks what replaces it
         model = DDP(fast_model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    buffers = [b for layer in raw_model.model.layers for b in layer.mlp.buffers() if ddp]
 
     # -- how to log and save
     signals = catch_signals()
@@ -711,11 +679,18 @@ def main() -> None:
             raise UserError(f"{bad} is not finite; {kept}: lower --learning_rate or look at the FFN")
 
     def save() -> None:
+        """Replace the checkpoint. There is a whole one at every moment."""
         nonlocal saved_step
         check_finite(weights=True)
         if rank == 0:
             state = {"model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            save_checkpoint(ckpt_path, state | {"step": step, "flags": asdict(cfg), "shards": shards})
+            state |= {"step": step, "flags": asdict(cfg), "shards": shards}
+            kept = "there is none yet" if saved_step < 0 else "the last one is intact"
+            what = f"cannot save {ckpt_path} at step {step}"
+            cure = f"{kept}: make room, then go on with --init_from=auto"
+            errors = (OSError, RuntimeError)  # torch.save turns a full disk into a RuntimeError
+            with user_error(what, cure, errors), whole_file(ckpt_path) as f:
+                torch.save(state, f)
         saved_step = step
 
     # -- the loop. Its clock leaves out the first step, which compiles, evaluation and saving
@@ -755,6 +730,7 @@ def main() -> None:
             raw_model.set_progress(step, cfg.max_iters)
             loss, aux, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             # A running threshold or an expert's bias follows this rank's tokens: take the ranks' mean.
+            buffers = (b for layer in raw_model.model.layers for b in layer.mlp.buffers() if ddp)
             for buffer in filter(torch.is_floating_point, buffers):
                 dist.all_reduce(buffer)
                 buffer /= world
@@ -783,7 +759,8 @@ def main() -> None:
     out_dir = shlex.quote(cfg.out_dir)
     if stopped:
         print0(f"stopped at step {step} of {cfg.max_iters}" + f", saved {ckpt_path}" * training)
-        print0(f"go on with: the same command and --init_from=resume --out_dir={out_dir}")
+        if training:
+            print0(f"go on with: the same command and --init_from=resume --out_dir={out_dir}")
     else:
         print0(f"\nvalidation loss  {val_loss:.4f} nats per token at step {step}")
         if training:
@@ -794,7 +771,8 @@ def main() -> None:
     if wandb:
         wandb.finish()
     if ddp:
-        del model, fast_model  # held last by the model, the process group can deadlock on Python's lock
+        # The models hold the process group. Freed by them last, it can deadlock on Python's lock.
+        del model, fast_model
         dist.destroy_process_group()
 
 

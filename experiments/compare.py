@@ -44,7 +44,7 @@ import bench
 import train
 from configurator import UserError, configure, parse_value, run, suggest
 from model import GPT, ffn_code, ffn_cost, parse_spec, set_up, sketch
-from prepare_fineweb import cores, open_data
+from prepare_fineweb import cores, has_shards, open_data
 
 try:
     import block_analysis as blocks
@@ -59,7 +59,7 @@ class Config(train.Config):
     paper: str = ""  # all rows of these papers' tables: dsg, asg, sparsegated, dynamicgeglu, sparseglu
     baseline: str = "swiglu"  # spec of the FFN that all others are compared with
     ffn_match: str = "hidden"  # equal width; params or flops: as much as SwiGLU; both: hidden and params
-    seeds: int = 3  # runs of each row: seeds 0 to seeds - 1; with --precision: at most
+    seeds: int = 3  # runs of each row: seeds 0 to seeds - 1; with --precision: at most these
     precision: float = 0.0  # in nats: add seeds until no interval's half-width is larger; 0: all seeds
     horizons: bool = True  # run the baseline at 0.7 and 1.4 times the steps, to price a difference
     lr_sweep: str = ""  # learning rates to try for every row, comma-separated; the best is shown
@@ -67,7 +67,7 @@ class Config(train.Config):
     jobs: int = 1  # runs side by side
     launch: str = ""  # put before each run's command: "srun --gpus=8 --ntasks=1"; no GPUs: --device=cpu
     plan: bool = False  # only print the runs, the hours and the precision to expect
-    noise: float = 0.01  # for --plan: standard deviation in nats of a run's loss beside row and seed
+    noise: float = 0.01  # for --plan: standard deviation in nats that FFN and seed do not explain
     report: str = ""  # --report DIR_OR_ARCHIVE...: read these finished runs, start none
     out: str = ""  # folder for compare.md, .json and .png; empty: beside the runs
     archive: str = ""  # also write the runs' config.json and log.jsonl into this .tar.xz
@@ -116,14 +116,14 @@ class Run:
         self.factor = 1  # its steps over the comparison's: one of HORIZONS, or 1
         self.val = [row for row in rows if math.isfinite(row.get("val_loss", math.nan))]
         self.done = bool(self.val) and self.val[-1]["step"] == flags["max_iters"]
-        self.loss = self.val[-1]["val_loss"] if self.done else math.nan  # never an earlier, better one
+        self.loss = self.val[-1]["val_loss"] if self.done else math.nan  # the last one, not the best
         lost = bool(rows) and not math.isfinite(rows[-1].get("val_loss", 0))
         said = re.search("error: .*not finite", printed(folder))
         self.diverged = not self.done and (lost or bool(said))
         self.ended = self.done or self.diverged
 
     def too_early(self) -> str:
-        """Why its last loss is not yet that of a whole schedule; empty where it is."""
+        """Why its last loss cannot be judged yet; empty if it can."""
         rates = [row["lr"] for row in self.rows if "lr" in row]
         if self.flags["max_iters"] <= self.flags["warmup_iters"]:
             return "ended in warm-up"
@@ -260,6 +260,9 @@ def plan(cfg: Config, base: train.Config) -> list[Run]:
 def print_plan(runs: list[Run], cfg: Config) -> None:
     """Print how many runs there are, how long they take by a few timed steps, and how precise the
     comparison will be if a run's loss has --noise."""
+    if cfg.prepare and not has_shards(cfg.data_dir):
+        make = f"python prepare_fineweb.py {cfg.prepare} --out_dir={cfg.data_dir}"
+        raise UserError(f"{cfg.data_dir} has no shards yet: make them with {make}")
     n_vocab = open_data(cfg.data_dir, cfg.block_size).n_vocab
     device, seconds = torch.device("cuda" if gpus(cfg) else "cpu"), {}
     for r in runs:
@@ -269,8 +272,9 @@ def print_plan(runs: list[Run], cfg: Config) -> None:
     passes = cfg.batch_size / cfg.micro_batch_size / (cfg.jobs if cfg.launch else max(1, len(gpus(cfg))))
     hours = sum(seconds[r.row] * passes * r.flags["max_iters"] for r in runs) / 3600
     rows = len(seconds)
-    print(f"{len(runs)} runs of {rows} rows, about {hours:.2g} hours besides compiling and evaluation.")
-    print(f"If a run's loss has a noise of {cfg.noise:g} nats (--noise), beside row and seed:")
+    print(f"{len(runs)} runs of {rows} rows, about {hours:.2g} hours"
+          f"{' with one device a run' * bool(cfg.launch)}, besides compiling and evaluation.\n"
+          f"If FFN and seed leave a noise of {cfg.noise:g} nats (--noise) in a run's loss:")  # fmt: skip
     print("\nseeds  half-width of all 95% intervals  a difference found 4 times in 5")
     for n in sorted({3, 5, 8, 12, 20, cfg.seeds} - {1, 2}) if rows > 1 else ():
         width, found = blocks.expected_precision(rows, n, cfg.noise)

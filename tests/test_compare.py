@@ -183,6 +183,9 @@ def test_the_plan(tmp_path):
     widths = {int(n): float(width) for n, width in re.findall(r"^ +(\d+) +([\d.]+) ", out, re.M)}
     assert widths[8] == pytest.approx(stats.t.ppf(0.975, 7) * 0.02 * math.sqrt(2 / 8), abs=1e-4)
     assert not (tmp_path / "out").exists()
+    make = "prepare_fineweb.py --encoding=bytes --out_dir=none"
+    missing = ("--data_dir=none", "--prepare=--encoding=bytes")
+    fails(tmp_path, "c.py", "--ffn=geglu", *missing, "--plan", needles=("none has no shards yet", make))
 
 
 def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path, monkeypatch, compare):

@@ -209,13 +209,28 @@ def test_two_compiled_ranks_train_as_one_process(here: Path):
         assert losses(here / "two", key) == pytest.approx(losses(here / "one", key), abs=1e-5)
 
 
-@pytest.mark.parametrize("ffn", ["moe", "thresholdmoe", "sparsegated:select=adaptive"])
+ASSIGNS = """
+    class Mine(model.SwiGLU):
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            self.register_buffer("theta", torch.tensor(0.0))
+        def forward(self, x):
+            if self.training:
+                self.theta = 0.5 * self.theta + x.detach().mean()
+            return super().forward(x) + self.theta
+"""
+
+
+@pytest.mark.parametrize("ffn", ["moe", "thresholdmoe", "sparsegated:select=adaptive", "mine"])
 def test_ranks_share_what_an_ffn_remembers_of_its_tokens(here: Path, ffn: str):
     """Two ranks see different tokens. The validation loss that they log together is the one that a
-    single process finds with the checkpoint of rank 0, and resumed ranks repeat the run to the bit."""
+    single process finds with the checkpoint of rank 0, and resumed ranks repeat the run to the bit. An
+    FFN may change a buffer in place, or assign a new tensor."""
+    (here / "mine.py").write_text(program_with(ASSIGNS))
     values = {"ffn": ffn, "micro_batch_size": 1, "max_iters": 12, "eval_interval": 4, "val_tokens": 960}
+    values["code"] = "runpy.run_path('mine.py', run_name='__main__')"
     train_ranks(here, 2, out_dir="two", **values)
-    alone = train(here, "--eval_only", init_from="resume", out_dir="two")
+    alone = train(here, "--eval_only", init_from="resume", out_dir="two", code=values["code"])
     logged = losses(here / "two", "val_loss")[12]
     assert f"validation loss  {logged:.4f}" in alone.out
     remembered = {name: b for name, b in load(here / "two")["model"].items() if ".mlp." in name}
@@ -418,14 +433,13 @@ def test_same_command_with_auto_goes_on(here: Path):
 def test_scratch_keeps_what_an_earlier_run_left(here: Path):
     """Files of a run that another one overwrites become *.prev."""
     train(here, out_dir="o", max_iters=2)
-    before = {p.name: p.read_bytes() for p in (here / "o").iterdir()}
+    before = {p.name: p.read_bytes() for p in (here / "o").iterdir() if p.name != ".lock"}
     assert before.keys() == {"config.json", "log.jsonl", "ckpt.pt", "model.py"}
     said = train(here, out_dir="o", max_iters=3, seed=1).out
     assert "the run that was in o is kept there as *.prev\n" in said
     for name, content in before.items():
         assert (here / "o" / f"{name}.prev").read_bytes() == content
         assert (here / "o" / name).read_bytes() != content or name == "model.py"
-    assert "*.prev, in place of an older one\n" in train(here, out_dir="o", max_iters=2).out
 
 
 # ---- what a run writes --------------------------------------------------------------------------
@@ -1017,7 +1031,6 @@ def test_which_device_is_taken(monkeypatch, capsys):
         assert not train_py.use_bfloat16("float32", cuda)
         peaks.append(train_py.peak_flops(cuda))
     assert peaks == [312e12, None, 165e12, 989e12, 756e12, 121e12, None, None]
-    assert capsys.readouterr().out == "Tesla T4 has no bfloat16: float32 instead\n"
     for device in ("cpu", "mps"):
         assert not train_py.use_bfloat16("auto", torch.device(device))
         assert train_py.use_bfloat16("bfloat16", torch.device(device))

@@ -73,7 +73,7 @@ def make_data(folder: Path, sizes: dict[str, int] = SIZES, **meta) -> Path:
 # ---- processes ----------------------------------------------------------------------------------
 
 FORK = multiprocessing.get_context("forkserver")
-PRELOADED = ["torch", "torch._dynamo", "numpy", "filelock", "torch.distributed.elastic.multiprocessing"]
+PRELOADED = ["torch", "torch._dynamo", "numpy", "torch.distributed.elastic.multiprocessing"]
 FORK.set_forkserver_preload(PRELOADED)
 
 
@@ -175,8 +175,10 @@ def one_line(code: int, err: str, *needles: str) -> str:
     return lines[0]
 
 
-def start(cwd: Path, *given: str, env=None, file_limit: int = 0, stdout=None, **values) -> Run:
-    return Run(cwd, flags(*given, **values), env, file_limit, stdout)
+def start(
+    cwd: Path, *given: str, env=None, file_limit: int = 0, stdout=None, code: str = "", **values
+) -> Run:
+    return Run(cwd, flags(*given, **values), env, file_limit, stdout, code)
 
 
 def train(cwd: Path, *given: str, **values) -> Run:
