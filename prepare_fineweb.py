@@ -419,8 +419,7 @@ def prepare(cfg: Config, meta: dict) -> None:
     total = cfg.max_tokens or (None if cfg.input or cfg.name != "sample-10BT" else 10**10)
     bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, mininterval=interval,
                maxinterval=interval, dynamic_ncols=True)  # fmt: skip
-    # spawn on every platform: the same everywhere, and no lock or thread is inherited by a fork
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # a fork would inherit locks and threads
     with ProcessPoolExecutor(workers, context, start_worker, (cfg.encoding,)) as pool, bar:
         texts = read_texts(paths, cfg.text_column, max(begun - 1, 0))
         for tokens in encode_in_order(pool, workers, texts):
