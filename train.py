@@ -82,7 +82,7 @@ class Config:
     ffn_hidden: int = 2048  # hidden width of the FFN
     ffn_match: str = "hidden"  # hidden: ffn_hidden as it is; params, flops: as many as SwiGLU has there
     tie_embeddings: bool = True  # lm_head shares the embedding's weight
-    residual: str = "float32"  # type of the residual stream under bfloat16 autocast, or bfloat16
+    residual: str = "float32"  # or bfloat16: type of the residual stream under bfloat16 autocast
     # training: the Dynamic Sparse Gating paper's run
     max_iters: int = resumable(400)  # steps
     batch_size: int = 512  # sequences per step over all ranks
@@ -597,9 +597,9 @@ def find_data(cfg: Config, local_rank: int, checkpoint: dict | None) -> tuple[Da
     while local_rank and cfg.prepare and not has_shards(cfg.data_dir):
         time.sleep(0.5)  # the launcher ends this rank if rank 0 fails
     if cfg.prepare and not has_shards(cfg.data_dir):
-        with user_error(f"--prepare={cfg.prepare}", "close its quote", ValueError):
+        with user_error(f"--prepare={cfg.prepare}", "change it", (OSError, ValueError)):  # an open quote
             command = [sys.executable, prepare_fineweb.__file__, *shlex.split(cfg.prepare)]
-        failed = subprocess.run([*command, f"--out_dir={cfg.data_dir}"]).returncode
+            failed = subprocess.run([*command, f"--out_dir={cfg.data_dir}"]).returncode
         if failed or not has_shards(cfg.data_dir):
             raise UserError(f"--prepare={cfg.prepare} made no shards in {cfg.data_dir}, see above")
     data = open_data(cfg.data_dir, cfg.block_size)

@@ -22,24 +22,30 @@ STYLES = [("#000000", "o"), ("#d55e00", "s"), ("#0072b2", "^"), ("#009e73", "D")
 
 
 def plot_losses(ax, rows: list[dict], groups: list[list]) -> None:
-    """Loss against tokens of the baseline and the best rows: mean and range over the seeds. The first
-    quarter of the runs is left out: it would flatten all the rest."""
+    """Loss against tokens of the baseline and the best rows: mean and range over the seeds, or where
+    fewer than three validations were made the mean training loss. The first quarter of the runs is
+    left out, because it would flatten all the rest."""
     if len(groups) == len(groups[0]) == 1:
         batches = [r for r in groups[0][0].rows if math.isfinite(r.get("train_loss", math.nan))]
         late = [(r["tokens"], r["train_loss"]) for r in batches[len(batches) // 4 :]]
         ax.plot(*zip(*late), color="#999999", linewidth=0.9, label="training batch")
     drawn = [i for i, row in enumerate(rows) if row["n"]]
     best = sorted(drawn[1:], key=lambda i: rows[i]["val_loss"])
+    validated = any(len(r.val) > 2 for i in drawn for r in groups[i])
+    kind = "val_loss" if validated else "train_loss"
+    title = "Validation loss, band: all seeds" if validated else "Training loss, mean over the seeds"
     for (color, marker), i in zip(STYLES, [*drawn[:1], *best]):
-        curves = [{row["tokens"]: row["val_loss"] for row in r.val} for r in groups[i] if r.done]
+        logs = [[row for row in r.rows if kind in row] for r in groups[i] if r.done]
+        curves = [{row["tokens"]: row[kind] for row in log if math.isfinite(row[kind])} for log in logs]
         tokens = sorted(set.intersection(*map(set, curves)))
         tokens = [t for t in tokens if t >= tokens[-1] / 4]
         losses = np.array([[c[t] for t in tokens] for c in curves])  # (seeds, points)
         ax.plot(tokens, losses.mean(0), color=color, marker=marker, markersize=4, linewidth=1.3,
                 markevery=len(tokens) // 6 + 1, label=rows[i]["label"])  # fmt: skip
-        ax.fill_between(tokens, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
+        if validated:
+            ax.fill_between(tokens, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
     ax.set(xlabel="training tokens", ylabel="nats per token",
-           title="Validation loss after a quarter of the run\n(band: all seeds)")  # fmt: skip
+           title=f"{title}\n(without the run's first quarter)")  # fmt: skip
     if drawn:
         ax.legend()
 
@@ -51,17 +57,18 @@ def plot_intervals(ax, rows: list[dict], keys: Sequence[str], mark: float, title
     rows = sorted((row for row in rows if row[keys[0]] is not None), key=lambda row: row[keys[0]])
     points = np.array([[row[keys[0]] if row[key] is None else row[key] for key in keys] for row in rows])
     reach = abs(points - mark).max(1)
-    limit = min(1.1 * reach.max(), 3 * median_high(reach)) or 1e-4
+    limit = 6 * median_high(reach) or 1e-4
+    left, right = max(points.min(), mark - limit), min(points.max(), mark + limit)
+    left, right = min(left, mark) - 0.02 * limit, max(right, mark) + 0.02 * limit
     ax.axvline(mark, color="black", linewidth=0.8)
     for y, (row, (value, low, high)) in enumerate(zip(rows, points)):
         judged = row["verdict"] in ("better", "worse", "no difference shown")
         fill = "black" if judged and not low <= mark <= high else "white"
         ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="ok", markerfacecolor=fill)
-        if abs(value - mark) > limit:
-            right = value > mark
-            ax.plot(mark + (limit if right else -limit), y, ">k" if right else "<k", clip_on=False)
+        if not left <= value <= right:
+            ax.plot(right if value > right else left, y, ">k" if value > right else "<k", clip_on=False)
     ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    ax.set(xlim=(mark - limit, mark + limit), ylim=(len(rows) - 0.4, -0.6), xlabel=x,
+    ax.set(xlim=(left, right), ylim=(len(rows) - 0.4, -0.6), xlabel=x,
            title=f"{title}\n(95% intervals; filled: clear of {mark:g})")  # fmt: skip
 
 

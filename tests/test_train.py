@@ -658,7 +658,10 @@ def test_preparing_that_makes_nothing_is_told(here: Path):
     for prepare in ("--help", "--verify=data", "--out_dir=elsewhere --verify=data"):
         start(here, data_dir="none", prepare=prepare, out_dir="o").fails("--prepare", "none")
     (here / "file").touch()
-    start(here, data_dir="file/below", prepare="--input=stdlib", out_dir="o").fails("file")
+    run = start(here, data_dir="file/below", prepare="--input=stdlib", out_dir="o").wait()
+    assert (run.code, run.err.count("\n"), "Traceback" in run.err) == (1, 2, False)
+    assert "error: cannot use file/below" in run.err  # by prepare_fineweb.py
+    start(here, data_dir="none", prepare="--input='a", out_dir="o").fails("--prepare", "quot")
 
 
 def test_failed_starts_leave_the_run_before_them(here: Path):
