@@ -29,6 +29,7 @@ import typing
 from collections.abc import Callable, Collection
 
 T = typing.TypeVar("T")
+PATIENCE = 10  # seconds for which a rank with an error waits for torchrun to end it
 
 
 class UserError(ValueError):
@@ -43,8 +44,8 @@ def reason(e: BaseException) -> str:
 
 def run(main: Callable[[], object]) -> None:
     """Call main(); a UserError becomes one line on stderr and exit code 1. One that all ranks share is
-    printed by rank 0, and torchrun ends the others; a rank still alive after 10 seconds is alone with
-    its error and prints it."""
+    printed by rank 0, and torchrun ends the others; a rank that is still alive after PATIENCE is alone
+    with its error and prints it."""
     with contextlib.suppress(AttributeError):  # of a stdout that is no stream of bytes
         sys.stdout.reconfigure(errors="replace")  # a sample may have what a terminal cannot show
     try:
@@ -52,7 +53,7 @@ def run(main: Callable[[], object]) -> None:
     except UserError as e:
         if os.environ.get("RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
+            time.sleep(PATIENCE)
         sys.exit("error: " + " ".join(str(e).split()))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -463,7 +464,7 @@ def test_files_of_a_run(here: Path, schedule: str):
     values |= {"max_iters": 24, "ffn": "asg", "schedule": schedule, "eval_interval": 10}
     run = train(here, **values)
     out = here / "out" / "asg-s0"
-    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "model.py"}
+    assert set(glob.glob("*", root_dir=out)) == {"config.json", "log.jsonl", "ckpt.pt", "model.py"}
     assert (out / "model.py").read_bytes() == (ROOT / "model.py").read_bytes()
 
     log = rows(out)

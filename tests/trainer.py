@@ -99,6 +99,9 @@ def _child(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = [TRAIN, *argv]
     sys.path.insert(0, str(ROOT))
+    import configurator
+
+    configurator.PATIENCE = 3  # no torchrun ends these ranks
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         exec(code) if code else runpy.run_path(TRAIN, run_name="__main__")
