@@ -730,8 +730,8 @@ def main() -> None:
             raw_model.set_progress(step, cfg.max_iters)
             loss, aux, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             # A running threshold or an expert's bias follows this rank's tokens: take the ranks' mean.
-            buffers = (b for layer in raw_model.model.layers for b in layer.mlp.buffers() if ddp)
-            for buffer in filter(torch.is_floating_point, buffers):
+            layers = raw_model.model.layers if ddp else ()
+            for buffer in (b for layer in layers for b in layer.mlp.buffers() if b.is_floating_point()):
                 dist.all_reduce(buffer)
                 buffer /= world
             step, window_steps, evaluated = step + 1, window_steps + 1, False

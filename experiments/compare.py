@@ -59,7 +59,7 @@ class Config(train.Config):
     paper: str = ""  # all rows of these papers' tables: dsg, asg, sparsegated, dynamicgeglu, sparseglu
     baseline: str = "swiglu"  # spec of the FFN that all others are compared with
     ffn_match: str = "hidden"  # equal width; params or flops: as much as SwiGLU; both: hidden and params
-    seeds: int = 3  # runs of each row: seeds 0 to seeds - 1; with --precision: at most these
+    seeds: int = 3  # runs of each row, with --precision at most: seeds 0 to seeds - 1
     precision: float = 0.0  # in nats: add seeds until no interval's half-width is larger; 0: all seeds
     horizons: bool = True  # run the baseline at 0.7 and 1.4 times the steps, to price a difference
     lr_sweep: str = ""  # learning rates to try for every row, comma-separated; the best is shown
