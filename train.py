@@ -441,7 +441,7 @@ def read_log(path: str) -> list[dict]:
     rows = []
     with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
-            with suppress(ValueError, KeyError, TypeError):
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
                 row = json.loads(line)
                 rows += [row] if type(row["step"]) is int else []
     return rows

@@ -138,24 +138,16 @@ def printed(folder: str) -> str:
 
 
 def read_run(folder: str) -> Run | None:
-    """The run in a folder; None where there is none. Half a row, which a killed run left in its log or
-    a run is just writing, is skipped."""
-    damaged = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-    rows = []
+    """The run in a folder; None where there is none. Rows of its log that are damaged are skipped."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             made = json.load(f)
         flags = train.saved_flags(made.pop("flags"))
-    except (OSError, *damaged):
+        log = train.read_log(os.path.join(folder, "log.jsonl"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    log = os.path.join(folder, "log.jsonl")
-    with suppress(OSError), open(log, encoding="utf-8", errors="replace") as f:
-        for line in f:
-            with suppress(*damaged):
-                row = json.loads(line)
-                values = row["step"], row["tokens"], row.get("val_loss", 0), row.get("train_loss", 0)
-                if [math.isfinite(value) for value in values][:2] == [True, True]:
-                    rows.append(row)
+    numbers = {"step": None, "tokens": None, "val_loss": 0, "train_loss": 0}
+    rows = [row for row in log if all(type(row.get(k, v)) in (int, float) for k, v in numbers.items())]
     return Run(folder, flags, made, rows)
 
 
@@ -460,8 +452,10 @@ def check_alike(runs: list[Run], baseline: str) -> None:
     first = next(r for r in done if r.flags["max_iters"] == steps)
     seen, codes, tried = {}, {}, {(r.row, r.flags["learning_rate"]) for r in runs}
     lengths = {stretched(first.flags, factor)["max_iters"]: factor for factor in HORIZONS}
+    whole = {r.row for r in done if r.flags["max_iters"] == steps}
     for r in done:
-        if r.row[0] == identity(baseline) and r.flags["max_iters"] != steps:
+        # Another baseline's horizons are no rows of the table: group_runs leaves them out.
+        if (r.row[0] == identity(baseline) or r.row in whole) and r.flags["max_iters"] != steps:
             r.factor = lengths.get(r.flags["max_iters"], 1)
         expected, here = common(first) | stretched(first.flags, r.factor), common(r)
         if name := differing(expected, here):

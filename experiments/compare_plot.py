@@ -25,13 +25,13 @@ def plot_losses(ax, rows: list[dict], groups: list[list]) -> None:
     """Loss against tokens of the baseline and the best rows: mean and range over the seeds, or where
     fewer than three validations were made the mean training loss. The first quarter of the runs is
     left out, because it would flatten all the rest."""
-    if len(groups) == len(groups[0]) == 1:
+    drawn = [i for i, row in enumerate(rows) if row["n"]]
+    validated = any(len(r.val) > 2 for i in drawn for r in groups[i])
+    if validated and len(groups) == len(groups[0]) == 1:
         batches = [r for r in groups[0][0].rows if math.isfinite(r.get("train_loss", math.nan))]
         late = [(r["tokens"], r["train_loss"]) for r in batches[len(batches) // 4 :]]
         ax.plot(*zip(*late), color="#999999", linewidth=0.9, label="training batch")
-    drawn = [i for i, row in enumerate(rows) if row["n"]]
     best = sorted(drawn[1:], key=lambda i: rows[i]["val_loss"])
-    validated = any(len(r.val) > 2 for i in drawn for r in groups[i])
     kind = "val_loss" if validated else "train_loss"
     title = "Validation loss, band: all seeds" if validated else "Training loss, mean over the seeds"
     for (color, marker), i in zip(STYLES, [*drawn[:1], *best]):

@@ -658,6 +658,12 @@ def test_the_price_of_a_difference(tmp_path):
         fails(tmp_path, "--report", "cut.tar.xz", "--out=third", needles=("cut.tar.xz", "check it out"))
     assert not (tmp_path / "third").exists()
 
+    works(tmp_path, "--report", "out", "--baseline=relu2", "--out=other")
+    other = json.loads((tmp_path / "other" / "compare.json").read_text())
+    assert other["exchange"] is None  # the horizons are SwiGLU's, and no line of ReLU2's
+    assert [(row["ffn"], row["n"]) for row in other["rows"]] == [("relu2", 4), ("swiglu", 4)]
+    assert other["rows"][1]["difference"] == pytest.approx(-record["rows"][1]["difference"])
+
     make_run(tmp_path / "out" / "wide", [6, 4, 2], seed=9, data_seed=9, max_iters=3, n_embd=64)
     fails(tmp_path, "--report", "out", "--out=third", needles=("--n_embd", "wide"))
 
