@@ -614,13 +614,13 @@ def top_k_mask(score: Tensor, k: int | Tensor) -> Tensor:
     """Return a mask that is 1 on exactly k of the largest scores along the last dimension, whatever ties
     there are. k may be a tensor, whose changes compile nothing anew."""
     score = score.detach()
+    if torch.compiler.is_compiling() and on_cpu(score) and score.dtype == torch.float32:
+        return top_k_by_counting(score, k if isinstance(k, Tensor) else torch.full((), float(k)))
     mask = torch.zeros_like(score, dtype=score.dtype if on_cpu(score) else torch.bool)
     if isinstance(k, Tensor):
         first = torch.arange(score.size(-1), device=score.device) < k
         order = score.argsort(dim=-1, descending=True)
         return mask.scatter(-1, order, first.to(mask.dtype).expand_as(mask))
-    if torch.compiler.is_compiling() and on_cpu(score) and score.dtype == torch.float32:
-        return top_k_by_counting(score, k)
     return mask.scatter(-1, score.topk(k, sorted=False).indices, 1)
 
 
@@ -1317,11 +1317,11 @@ def onednn_pass():
     return ToOneDNN()
 
 
-@torch.library.custom_op(f"{OPS}::top_k", mutates_args=(), schema="(Tensor score, int k) -> Tensor")
-def top_k_by_counting(score: Tensor, k: int) -> Tensor:
+@torch.library.custom_op(f"{OPS}::top_k", mutates_args=(), schema="(Tensor score, Tensor k) -> Tensor")
+def top_k_by_counting(score: Tensor, k: Tensor) -> Tensor:
     """Return top_k_mask(score, k) for float32 on a CPU, in a quarter of the time. It is an operator, so
     that it is compiled once for a shape and not once for each layer."""
-    mask, found = compiled_count()(score, torch.tensor(k))  # an int would compile anew
+    mask, found = compiled_count()(score, k)
     others = found != k  # where other scores equal the k-th largest
     mask[others] = top_k_mask(score[others], k)
     return mask

@@ -1089,6 +1089,24 @@ def test_compiled_selection_is_exact():
         assert (least >= np.where(kept, -np.inf, score).max(-1)).all(), k
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sparsemax_is_the_nearest_point_of_the_simplex(compiled):
+    """Nothing is negative, each row sums to 1, and one threshold is subtracted from all that is kept:
+    for scores that spread much or little, equal ones, far from 0, and a single one."""
+    f = torch.compile(model_module.sparsemax, dynamic=False) if compiled else model_module.sparsemax
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(0, 10.0**e, (4, 40)) for e in (-4, -2, -1, 0, 1, 3)]
+    rows += [np.zeros((1, 40)), np.repeat(rng.normal(0, 0.1, (4, 8)), 5, 1)]
+    rows.append(rng.normal(500, 1, (4, 40)))
+    z = np.concatenate(rows)
+    y = f(torch.from_numpy(z).float()).numpy()
+    assert (y >= 0).all()
+    np.testing.assert_allclose(y.sum(-1), 1, atol=2e-4)  # near 500, a float32 ends at 3e-5
+    expected = np.array([ref.sparsemax(row) for row in z.astype(np.float32).astype(np.float64)])
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    assert model_module.sparsemax(torch.tensor([[-7.0]])).tolist() == [[1.0]]
+
+
 @all_cases
 def test_masks_of_a_gpu_give_the_same(case, monkeypatch):
     """Masks are bool on a GPU and float on a CPU; outputs, gradients and active shares are the same."""
@@ -1108,7 +1126,7 @@ def test_masks_of_a_gpu_give_the_same(case, monkeypatch):
     for there, want in zip(results(ffn), here, strict=True):
         assert torch.equal(there.double(), want)
     masked = case[0] in ("asg", "sparsegated", "sparseglu", "moe", "thresholdmoe")
-    hard = case[1].get("sparse", True) and case[1].get("select") not in ("soft", "sparsemax")
+    hard = case[1].get("sparse", True) and case[1].get("select") != "soft"
     assert bool(asked) == (masked and hard)
 
 
