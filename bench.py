@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 import train
 from configurator import UserError, configure, run, suggest
-from model import FFNS, GPT, GPTConfig, compile_errors, compiled, ffn_cost, has, make_ffn, set_up
+from model import FFNS, GPT, GPTConfig, compile_errors, compiled, ffn_cost, has, influences, make_ffn
+from model import set_up, split_aux
 
 progress = functools.partial(print, file=sys.stderr, flush=True)  # so that stdout has the table alone
 
@@ -81,7 +82,7 @@ def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.
         leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
 
         def both(ready=ready, leaves=leaves):
-            return torch.autograd.grad(without_aux(ready(x)), leaves, dy, allow_unused=True)
+            return torch.autograd.grad(split_aux(ready(x))[0], leaves, dy, allow_unused=True)
 
         calls[spec, "forward"] = functools.partial(ready, x)
         calls[spec, "both"] = both
@@ -146,8 +147,6 @@ def products_of_one(x: Tensor, w: Tensor, dy: Tensor | None) -> tuple[Tensor, ..
 @torch.no_grad()
 def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> list[dict]:
     x = torch.randn(1, cfg.n_embd).to(device, dtype)
-    # Where the number of selected neurons varies, it is a dynamic shape inside one graph.
-    torch._dynamo.config.capture_dynamic_output_shape_ops = True
     # Without CUDA graphs, launching kernels of microseconds would take longer than running them.
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     calls, layers = {}, {}
@@ -155,7 +154,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
         progress(f"preparing {spec}")
         ffns = (make_ffn(spec, cfg.n_embd, hidden(cfg, spec)) for _ in range(cfg.n_layer))
         stack = nn.ModuleList(ffns).to(device).eval()
-        if mixes_tokens(stack[0], cfg.n_embd, device):
+        if influences(stack[0], torch.empty(1, 2, cfg.n_embd, device=device))[1]:
             raise UserError(f"{spec} mixes tokens, one alone does not decode: leave it out of --ffn")
         for name, part in stack.named_modules():
             if isinstance(part, nn.Linear) and "predictor" not in name:
@@ -164,7 +163,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
 
         def token(x: Tensor, stack=stack) -> Tensor:
             for layer in stack:
-                x = x + without_aux((layer.decode if has(layer, "decode") else layer)(x))
+                x = x + split_aux((layer.decode if has(layer, "decode") else layer)(x))[0]
             return x
 
         calls[spec] = functools.partial(prepared(token, cfg, device, dtype, mode), x)
@@ -184,14 +183,6 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
             "ideal_speedup": dense / cost["ideal_flops"],
         })  # fmt: skip
     return rows
-
-
-def mixes_tokens(ffn: nn.Module, d: int, device: torch.device) -> bool:
-    """Whether an FFN's output for a token depends on the token before it."""
-    x = torch.randn(2, 2, d, device=device)
-    x[1, 1] = x[0, 1]
-    one, other = without_aux(ffn(x))[:, 1]
-    return not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * one.abs().max().item())
 
 
 # ---- Mode step: a training step by train.py's own functions ------------------------------------
@@ -336,11 +327,6 @@ def hidden(cfg: Config, spec: str) -> int:
     return same_names(GPTConfig, cfg, ffn=spec).hidden
 
 
-def without_aux(y: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """The output of an FFN, which may return it alone or with an auxiliary loss."""
-    return y[0] if isinstance(y, tuple) else y
-
-
 def prepared(f: Callable, cfg: Config, device, dtype=torch.float32, mode: str = "default") -> Callable:
     """f compiled, if --compile, and under autocast to dtype, if that is not float32."""
     f = compiled(f, device, mode) if cfg.compile else f
@@ -374,16 +360,11 @@ def report(cfg: Config, device: torch.device, dtype: torch.dtype, rows: list[dic
 
 def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
     """The device, made the current one, and the dtype of the matrix products. Raises UserError."""
-    n = torch.cuda.device_count()
-    name = cfg.device if cfg.device != "auto" else "cuda" if n else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (name != "cpu" and int(name[5:] or 0) >= n):
-        raise UserError(f"--device={name} is not here: auto, cpu, or one of {n} CUDA GPUs as cuda:N")
-    device = torch.device("cuda:0" if name == "cuda" else name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dtypes = {"auto": torch.float32 if name == "cpu" else torch.bfloat16}
-    dtypes |= {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    return device, dtypes[cfg.dtype]
+    name = "cpu" if cfg.device == "auto" and not torch.cuda.is_available() else cfg.device
+    device = train.pick_device(name, 0)
+    if device.type == "mps":
+        raise UserError("--device=mps cannot be timed: use --device=cpu")
+    return device, torch.bfloat16 if train.use_bfloat16(cfg.dtype, device) else torch.float32
 
 
 MODES = {  # mode -> its function, and n_embd, ffn_hidden and n_layer where they are 0

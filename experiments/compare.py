@@ -404,7 +404,7 @@ def step_of(r: Run, device: torch.device):
     model = GPT(train.model_config(r.flags, vocab_size=r.made["vocab_size"])).to(device)
     set_up(device)
     torch._dynamo.config.recompile_limit = 1000  # all models share their code
-    bf16 = flags.dtype == "bfloat16" or (flags.dtype == "auto" and device.type == "cuda")
+    bf16 = train.use_bfloat16(flags.dtype, device)
     return bench.make_step(model, flags, device, torch.bfloat16 if bf16 else torch.float32)[0]
 
 
