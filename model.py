@@ -1332,18 +1332,14 @@ top_k_by_counting.register_fake(lambda score, k: torch.empty_like(score))
 
 def at_least_kth(score: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Return a mask (..., h), 1 where a score (..., h) reaches the k-th largest, and its sums (...)."""
-
-    def as_float(order: Tensor) -> Tensor:
-        """Map whole numbers to floats so that both have the same order, by the bits of the float."""
-        bits = order.int()
-        return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
-
+    order = score.view(torch.int32)  # a float's bits, as a whole number, have the float's order,
+    order = torch.where(order < 0, order ^ 0x7FFFFFFF, order)  # with those of negative ones flipped
     # Find, bit by bit, the largest number that at least k scores reach.
-    order = torch.full_like(score[..., :1], -(2**31), dtype=torch.int64)
-    for bit in range(31, -1, -1):
-        reached = (score >= as_float(order + 2**bit)).float().sum(-1, keepdim=True)
-        order = order + 2**bit * (reached >= k)
-    mask = (score >= as_float(order)).float()
+    least = torch.where((order >= 0).float().sum(-1, keepdim=True) >= k, 0, -(2**31)).int()
+    for bit in range(30, -1, -1):
+        reached = (order >= least + 2**bit).float().sum(-1, keepdim=True)
+        least = least + 2**bit * (reached >= k).int()
+    mask = (order >= least).float()
     return mask, mask.sum(-1)
 
 
