@@ -210,9 +210,12 @@ def test_any_ffn_has_a_share_of_active_units(name):
 
 @pytest.mark.timeout(900)  # half a minute of work, but compilers suffer on a busy machine
 def test_any_ffn_compiled_is_eager():
-    """Traced and differentiated by torch.compile, every FFN keeps its outputs and gradients."""
+    """Traced and differentiated by torch.compile in one graph, every FFN keeps its outputs and gradients,
+    with a straight-through estimator too."""
+    specs = [*FFNS, "sparseglu:select=stat:grad=ste", "sparseglu:grad=gate", "sparsegated:grad=ste"]
+    specs += ["asg:grad=ste:threshold=neuron"]
     with torch._dynamo.config.patch(DYNAMIC):
-        assert_compiled_is_eager([any_ffn(name) for name in FFNS], backend="aot_eager")
+        assert_compiled_is_eager([any_ffn(spec) for spec in specs], backend="aot_eager")
 
 
 # -- the FFNs against the references -----------------------------------------------------------
@@ -1026,15 +1029,6 @@ def assert_compiled_is_eager(ffns: list[nn.Module], **how) -> None:
     assert compiled_grads.keys() == eager_grads.keys()
     for n, g in eager_grads.items():
         assert error(compiled_grads[n], g) < 2e-5, n
-
-
-@pytest.mark.timeout(900)  # half a minute of work, but compilers suffer on a busy machine
-def test_estimators_trace_to_one_graph():
-    """torch.compile traces and differentiates them without a graph break."""
-    cases = [("sparseglu", {"select": "stat", "grad": "ste"}), ("sparseglu", {"grad": "gate"})]
-    cases += [("asg", {"grad": "ste", "threshold": "neuron"}), ("sparsegated", {"grad": "ste"})]
-    ffns = [build(*case, dtype=torch.float32)[0] for case in cases]
-    assert_compiled_is_eager(ffns, backend="aot_eager")
 
 
 @needs_compiler
