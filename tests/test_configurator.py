@@ -615,7 +615,7 @@ def check_outcome(result) -> None:
 
 
 fuzz = settings(
-    max_examples=2000,
+    max_examples=500,
     derandomize=True,  # the same lines in every run
     database=None,
     deadline=None,
@@ -628,7 +628,7 @@ fuzz = settings(
 @example(["--prompt", "\udcff"])
 @given(argv=st.lists(flags, max_size=5))
 def test_random_command_lines(argv):
-    """2,000 random lines: success, a UserError, or --help; nothing else, and nothing runs."""
+    """500 random lines: success, a UserError, or --help; nothing else, and nothing runs."""
     if "--help" in argv or "-h" in argv:
         with pytest.raises(SystemExit) as e:
             configure(Config, argv)
@@ -641,7 +641,7 @@ def test_random_command_lines(argv):
 @fuzz
 @given(data=files)
 def test_random_config_files(tmp_path, data):
-    """2,000 random files, near-valid and binary: as above."""
+    """500 random files, near-valid and binary: as above."""
     path = tmp_path / "c.py"
     path.write_bytes(data)
     check_outcome(watched([str(path)]))
