@@ -576,7 +576,7 @@ def connect(device: torch.device, step: int, shards: dict) -> None:
 
 
 def catch_signals() -> list[float]:
-    """Return a list that gets the time of each SIGTERM or SIGINT. A second one ends the process at once,
+    """Return a list that gets the time of each SIGTERM, SIGINT or SIGUSR1. A second ends the process,
     under a launcher only after 5 seconds: one Ctrl-C comes from the terminal and from torchrun."""
     times: list[float] = []
 
@@ -586,8 +586,8 @@ def catch_signals() -> list[float]:
             os.kill(os.getpid(), number)
         times.append(time.monotonic())
 
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, on_signal)
     return times
 
 

@@ -300,6 +300,7 @@ def start(p: Run, cfg: Config, slot: int) -> subprocess.Popen:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     if each != 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={each}"]
+        command += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     command += [os.path.abspath(train.__file__), *(f"--{k}={v}" for k, v in p.flags.items())]
     try:
         os.makedirs(p.dir, exist_ok=True)
@@ -367,7 +368,8 @@ def run_all(runs: list[Run], cfg: Config) -> int:
     except KeyboardInterrupt:
         print("stopping: each run finishes its step and saves", flush=True)
         for _, process in running.values():
-            process.terminate()  # srun passes SIGTERM on at once, SIGINT only the second time
+            # On SIGTERM srun kills what it started, and SIGUSR1 it passes on.
+            process.send_signal(signal.SIGUSR1 if cfg.launch else signal.SIGTERM)
         for _, process in running.values():
             process.wait()
         done = sum(r.ended for r in map(read_run, (p.dir for p in runs)) if r)

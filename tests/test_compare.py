@@ -10,6 +10,7 @@ import json
 import math
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -150,6 +151,36 @@ def test_a_signal_stops_the_runs_and_the_same_command_goes_on(tmp_path):
     whole = rows(run_dir)
     assert sorted(whole) == list(range(1, steps + 1))
     assert {step: whole[step] for step in cut} == cut
+
+
+# On SIGTERM srun kills what it started at once; other signals it passes on.
+SRUN = """
+import signal, subprocess, sys
+process = subprocess.Popen(sys.argv[1:])
+signal.signal(signal.SIGTERM, lambda *_: process.kill())
+signal.signal(signal.SIGUSR1, lambda *_: process.send_signal(signal.SIGUSR1))
+sys.exit(process.wait())
+"""
+
+
+def test_a_signal_stops_runs_behind_a_launcher(tmp_path):
+    """They finish the step and save, although srun kills what it started when it gets SIGTERM."""
+    write_config(tmp_path, max_iters=5000, eval_interval=10_000, save_interval=10_000)
+    (tmp_path / "srun.py").write_text(SRUN)
+    command = [sys.executable, SCRIPT, "c.py", "--ffn=swiglu", "--seeds=1", "--horizons=False"]
+    command += ["--name=t", f"--launch={shlex.quote(sys.executable)} srun.py"]
+    run_dir = tmp_path / "out" / "t" / "swiglu-s0"
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        log = run_dir / "log.jsonl"
+        wait_until(lambda: log.exists() and log.read_text().count("\n") > 5, 150)
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert "stopped with 0 of 1 runs done" in printed
+    assert (run_dir / "ckpt.pt").exists()
+    assert "stopped at step" in (run_dir / "train.txt").read_text()
 
 
 def test_a_launcher_precision_prices_and_runs_that_diverge(tmp_path):
