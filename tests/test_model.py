@@ -1034,9 +1034,9 @@ def assert_compiled_is_eager(ffns: list[nn.Module], **how) -> None:
 @needs_compiler
 @pytest.mark.timeout(900)
 def test_compiled_is_eager():
-    """Inductor's generated code agrees with eager too. Only three FFNs are compiled, because each takes
+    """Inductor's generated code agrees with eager too. Only two FFNs are compiled, because each takes
     the C++ compiler many seconds."""
-    cases = [("dsg", {}), ("spark", {}), ("sparseglu", {"grad": "ste"})]
+    cases = [("spark", {}), ("sparseglu", {"grad": "ste"})]
     assert_compiled_is_eager([build(*case, dtype=torch.float32)[0] for case in cases])
 
 

@@ -733,7 +733,8 @@ def test_a_gradient_that_is_missing_in_a_later_step(here: Path):
 def test_a_gradient_that_is_missing_with_two_ranks(here: Path):
     """On one rank: torchrun's summary, the last thing that it prints, has the cause too."""
     script = here / "mine.py"
-    script.write_text(program_with(LEFT_OUT.format(calls="(1,)", ranks="1")))
+    impatient = "import configurator\nconfigurator.PATIENCE = 3\n"
+    script.write_text(program_with(impatient + dedent(LEFT_OUT.format(calls="(1,)", ranks="1"))))
     argv = flags(out_dir="o", max_iters=9, ffn="mine", n_layer=1, micro_batch_size=2, save_interval=1)
     done = subprocess.run([*TORCHRUN, "--standalone", str(script), *argv], cwd=here, capture_output=True,
                           text=True, timeout=200)  # fmt: skip
