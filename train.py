@@ -586,7 +586,7 @@ def catch_signals() -> list[float]:
             os.kill(os.getpid(), number)
         times.append(time.monotonic())
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: from SLURM's srun
         signal.signal(number, on_signal)
     return times
 

@@ -89,6 +89,7 @@ PAPERS = {
 NEUTRAL = {flag.name for flag in fields(train.Config) if flag.metadata.get("neutral")}
 VARIED = {"ffn", "ffn_match", "seed", "data_seed", "learning_rate", "min_lr"}
 ROUNDS = 15  # timed steps of each FFN
+LOSSES = ("val_loss", "train_loss")  # of a log's rows
 HORIZONS = (0.7, 1.4)  # the baseline's further runs have this many times the steps
 
 
@@ -146,9 +147,8 @@ def read_run(folder: str) -> Run | None:
         log = train.read_log(os.path.join(folder, "log.jsonl"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    numbers = {"step": None, "tokens": None, "val_loss": 0, "train_loss": 0}
-    rows = [row for row in log if all(type(row.get(k, v)) in (int, float) for k, v in numbers.items())]
-    return Run(folder, flags, made, rows)
+    rows = [row for row in log if all(type(row.get(k, 0)) in (int, float) for k in LOSSES)]
+    return Run(folder, flags, made, [row for row in rows if type(row.get("tokens")) is int])
 
 
 def read_times(folder: str) -> dict[str, dict]:
@@ -641,6 +641,9 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
         )
     if len(rates) > 1:
         notes.append(f"The learning rates {rates} were tried for every row, which shows its best.")
+    base = identity(record["baseline"])
+    if other := sorted({r.label for r in runs if r.factor != 1 and r.row[0] != base}):
+        notes.append(f"Left out, of another length than the table's: runs of {', '.join(other)}.")
     if left_out := [f"{r.dir} (step {len(r.rows) and r.rows[-1]['step']})" for r in runs if not r.ended]:
         notes.append(f"Not finished and left out: {', '.join(left_out)}.")
     return [*notes, f"Command: `{record['command']}`"]

@@ -691,6 +691,7 @@ def test_the_price_of_a_difference(tmp_path):
 
     works(tmp_path, "--report", "out", "--baseline=relu2", "--out=other")
     other = json.loads((tmp_path / "other" / "compare.json").read_text())
+    assert "of another length than the table's: runs of swiglu." in other["notes"][-2]
     assert other["exchange"] is None  # the horizons are SwiGLU's, and no line of ReLU2's
     assert [(row["ffn"], row["n"]) for row in other["rows"]] == [("relu2", 4), ("swiglu", 4)]
     assert other["rows"][1]["difference"] == pytest.approx(-record["rows"][1]["difference"])

@@ -210,10 +210,10 @@ def test_any_ffn_has_a_share_of_active_units(name):
 
 @pytest.mark.timeout(900)  # half a minute of work, but compilers suffer on a busy machine
 def test_any_ffn_compiled_is_eager():
-    """Traced and differentiated by torch.compile in one graph, every FFN and every straight-through
-    estimator keeps its outputs and gradients."""
-    specs = [*FFNS, "sparseglu:select=stat:grad=ste", "sparseglu:grad=gate", "sparsegated:grad=ste"]
-    specs += ["asg:grad=ste:threshold=neuron"]
+    """Traced and differentiated by torch.compile in one graph, every FFN keeps its outputs and
+    gradients, whatever the gradient of its mask is."""
+    specs = [*FFNS, "asg:grad=ste:threshold=neuron", "sparsegated:grad=ste"]
+    specs += ["sparseglu:select=stat:grad=ste", "sparseglu:grad=gate"]
     with torch._dynamo.config.patch(DYNAMIC):
         assert_compiled_is_eager([any_ffn(spec) for spec in specs], backend="aot_eager")
 
