@@ -541,13 +541,15 @@ class ThresholdMoE(MoE):
 def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) -> Tensor:
     """Apply expert e to the next count[e] rows of x (M, d): (M, d). An expert without rows gets zeros as
     gradients. Stacked weights would be slow on a CPU; on a GPU a loop would wait for the counts."""
-    if on_cpu(x) or x.dtype == torch.float64:
-        parts = x.split(count if isinstance(count, list) else count.tolist())
-        return torch.cat([expert(part) for expert, part in zip(experts, parts)])
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    up = torch.stack([expert.up_proj.weight for expert in experts]).to(dtype).mT
-    down = torch.stack([expert.down_proj.weight for expert in experts]).to(dtype).mT
+    if on_cpu(x) or dtype != torch.bfloat16 or x.size(-1) % 8:  # grouped_mm wants rows of 16 bytes
+        parts = x.split(count if isinstance(count, list) else count.tolist())
+        return torch.cat([expert(part) for expert, part in zip(experts, parts)])
+    up = torch.stack([expert.up_proj.weight for expert in experts]).to(dtype)
+    down = torch.stack([expert.down_proj.weight for expert in experts]).to(dtype)
+    more = -up.size(1) % 8  # units whose weights are 0
+    up, down = F.pad(up, (0, 0, 0, more)).mT, F.pad(down, (0, more)).mT
     ends = torch.as_tensor(count, device=device).cumsum(0, dtype=torch.int32)
     hidden = F.relu(F.grouped_mm(x.to(dtype), up, offs=ends)).square()
     return F.grouped_mm(hidden, down, offs=ends)
