@@ -146,9 +146,9 @@ def products_of_one(x: Tensor, w: Tensor, dy: Tensor | None) -> tuple[Tensor, ..
 
 @torch.no_grad()
 def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> list[dict]:
+    if device.type != "cpu":
+        raise UserError("--mode=decode is for a CPU, as a GPU decodes by forward: use --device=cpu")
     x = torch.randn(1, cfg.n_embd).to(device, dtype)
-    # Without CUDA graphs, launching kernels of microseconds would take longer than running them.
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
     calls, layers = {}, {}
     for spec in dict.fromkeys([*specs, "swiglu"]):
         progress(f"preparing {spec}")
@@ -166,7 +166,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
                 x = x + split_aux((layer.decode if has(layer, "decode") else layer)(x))[0]
             return x
 
-        calls[spec] = functools.partial(prepared(token, cfg, device, dtype, mode), x)
+        calls[spec] = functools.partial(prepared(token, cfg, device, dtype), x)
         calls[spec]()
     times = measure(calls, cfg.rounds, device)
     rows, yardstick, dense = [], times["swiglu"], ffn_cost(layers["swiglu"])["ideal_flops"]
@@ -258,6 +258,7 @@ def profile(step: Callable, show: bool, device: torch.device) -> str:
 def measure(calls: dict, rounds: int, device: torch.device) -> dict[object, list[float]]:
     """Seconds of each call in each round, after two untimed calls of each."""
     sweep = torch.empty(2**26, device=device)  # 256 MiB, more than most caches
+    sweeps = 1 if device.type == "cpu" else 32  # ms, in which the CPU launches what will be timed
     for call in calls.values():
         call(), call()
     times = {name: [] for name in calls}
@@ -265,7 +266,8 @@ def measure(calls: dict, rounds: int, device: torch.device) -> dict[object, list
     gc.disable()
     for i in range(rounds):
         for name in list(calls)[:: -1 if i % 2 else 1]:
-            sweep.zero_()
+            for _ in range(sweeps):
+                sweep.zero_()
             times[name].append(timed(calls[name], device))
     gc.enable()
     return times
@@ -327,9 +329,9 @@ def hidden(cfg: Config, spec: str) -> int:
     return same_names(GPTConfig, cfg, ffn=spec).hidden
 
 
-def prepared(f: Callable, cfg: Config, device, dtype=torch.float32, mode: str = "default") -> Callable:
+def prepared(f: Callable, cfg: Config, device, dtype=torch.float32) -> Callable:
     """f compiled, if --compile, and under autocast to dtype, if that is not float32."""
-    f = compiled(f, device, mode) if cfg.compile else f
+    f = compiled(f, device) if cfg.compile else f
     return f if dtype == torch.float32 else torch.autocast(device.type, dtype)(f)
 
 

@@ -551,8 +551,8 @@ def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) ->
     more = -up.size(1) % 8  # units whose weights are 0
     up, down = F.pad(up, (0, 0, 0, more)).mT, F.pad(down, (0, more)).mT
     ends = torch.as_tensor(count, device=device).cumsum(0, dtype=torch.int32)
-    hidden = F.relu(F.grouped_mm(x.to(dtype), up, offs=ends)).square()
-    return F.grouped_mm(hidden, down, offs=ends)
+    hidden = F.relu(F.grouped_mm(x.to(dtype), up, offs=ends)).square()  # float32 by CUDA's autocast
+    return F.grouped_mm(hidden.to(dtype), down, offs=ends)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -670,20 +670,15 @@ def matvec(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def selected(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the units whose value is not 0, and their values: (h,) -> (n,), (n,). On a GPU n is h, so
-    that nothing waits to learn a size: a unit of value 0 becomes unit 0, read from the cache."""
-    if on_cpu(value):
-        units = value.nonzero().squeeze(-1)
-        return units, value[units]
-    return torch.where(value != 0, torch.arange(value.size(0), device=value.device), 0), value
+    """Return the units whose value is not 0, and their values: (h,) -> (n,), (n,)."""
+    units = value.nonzero().squeeze(-1)
+    return units, value[units]
 
 
 def down_rows(ffn: nn.Module, units: Tensor, hidden: Tensor) -> Tensor:
     """Return down_proj of hidden (n,) in the units (n,) and 0 elsewhere, reading their columns only."""
     weight = ffn.down_proj.weight.t()  # (h, d), contiguous: see ColumnLinear
     hidden = hidden.to(weight.dtype)
-    if not on_cpu(weight):
-        return (weight[units] * hidden[:, None]).sum(0)
     starts = torch.arange(0, units.size(0), 64, device=units.device)  # each bag is one thread's work
     return F.embedding_bag(units, weight, starts, mode="sum", per_sample_weights=hidden).sum(0)
 
@@ -971,8 +966,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: list | None) -> tuple[Tensor, Aux]:
         """Return x (B, T, d) with attention and FFN added, and the FFN's aux or None."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache).to(x.dtype)
-        one_token = cache is not None and x.size(1) == 1 and has(self.mlp, "decode")
-        mlp = self.mlp.decode if one_token else self.mlp
+        one_token = cache is not None and x.size(1) == 1
+        # A GPU takes longer to gather a few rows than to read them all (experiments/LOG.md).
+        gathers = one_token and on_cpu(x) and has(self.mlp, "decode")
+        mlp = self.mlp.decode if gathers else self.mlp
         y, aux = split_aux(mlp(self.post_attention_layernorm(x)))
         return x + y.to(x.dtype), aux
 
@@ -1221,12 +1218,10 @@ def set_up(device: torch.device) -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
-def compiled(
-    f: Callable, device: torch.device, mode: str = "default", recompute: bool = False
-) -> Callable:
-    """Return torch.compile(f) for inputs of one shape. `mode` is for GPUs. With `recompute` the backward
-    pass computes elementwise results again. The private settings only save time or memory, so a PyTorch
-    without one of them gives the same numbers."""
+def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Callable:
+    """Return torch.compile(f) for inputs of one shape. With `recompute` the backward pass computes
+    elementwise results again. The private settings only save time or memory, so a PyTorch without one of
+    them gives the same numbers."""
     from torch._dynamo import config as dynamo
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
@@ -1248,7 +1243,7 @@ def compiled(
         elif recompute and name.startswith("ban_recompute"):
             raise UserError(f"torch {torch.__version__} cannot recompute: --recompute=False")
     options = {"post_grad_custom_pre_pass": onednn_pass()} if has_onednn(device) else None
-    return torch.compile(f, mode=None if options else mode, dynamic=False, options=options)
+    return torch.compile(f, dynamic=False, options=options)
 
 
 @contextlib.contextmanager

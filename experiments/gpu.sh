@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure what only a CUDA GPU can show, on one card, in two parts of at most seven minutes each:
 #
-#     RESULTS=results bash experiments/gpu.sh 1      # ceilings, the step, other trainers, decoding
+#     RESULTS=results bash experiments/gpu.sh 1      # ceilings, the step, other trainers
 #     RESULTS=results bash experiments/gpu.sh 2      # 32 layers, checks, options, each FFN's cost
 #     RESULTS=results bash experiments/gpu.sh 2 checks ddp      # only these steps of a part
 #     DEVICE=cpu bash experiments/gpu.sh             # a dry run of both parts at toy sizes
@@ -26,7 +26,7 @@ mkdir -p "$work" "$results"
 
 full="--n_layer=32 --n_head=8 --n_embd=512 --ffn_hidden=2048 --block_size=2048 --micro_batch_size=16"
 small=${full/32/8}  # eight layers compile in half a minute, 32 in two, and show the same per layer
-decode="--n_layer=16" ffn="--n_embd=512 --ffn_hidden=2048 --tokens=32768 --block_size=2048"
+ffn="--n_embd=512 --ffn_hidden=2048 --tokens=32768 --block_size=2048"
 tiny="--n_layer=2 --n_head=2 --n_kv_head=2 --n_embd=128 --ffn_hidden=256 --block_size=128 --batch_size=8
     --micro_batch_size=4 --val_tokens=8192 --ffn=sparseglu --lr_decay_iters=20 --warmup_iters=2"
 rounds=11 eager="" smoke="config/smoke.py --sample_tokens=0"
@@ -34,7 +34,7 @@ if [ "$device" = cpu ]; then
     export OMP_NUM_THREADS=1
     full="--n_layer=1 --n_head=2 --n_embd=64 --ffn_hidden=128 --block_size=32 --micro_batch_size=2
         --vocab_size=384"
-    small=$full decode="--n_layer=1 --n_embd=64 --ffn_hidden=128"
+    small=$full
     ffn="--n_embd=64 --ffn_hidden=128 --tokens=64 --block_size=32"
     rounds=2 eager=--compile=False smoke="config/smoke.py --sample_tokens=0 --max_iters=2 --val_tokens=1024"
 fi
@@ -69,8 +69,6 @@ part1() {
     step facts $python experiments/gpu.py facts "$device" "$work/json" # 33
     bench step8 --mode=step $small --profile # 52; the dry run compiles here, and only here
     for system in ours hf-no-mask hf; do peers $system; done # (150)
-    bench decode --mode=decode $decode $eager --ffn=swiglu,spark,sparseglu:select=stat # (60)
-    bench decode-topk --mode=decode $decode $eager --ffn=sparseglu,sparsegated # (50)
     TORCHINDUCTOR_MIX_ORDER_REDUCTION=0 bench step8-no-mix-order --mode=step $small $eager # (52)
 }
 part2() {
@@ -78,7 +76,8 @@ part2() {
     step checks $python experiments/gpu.py checks "$device" # 73
     bench step8-both --mode=step $small $eager --residual=bfloat16 --recompute=True # (52)
     bench ffn $ffn $eager \
-        --ffn=swiglu,relu2,dsg,asg,sparsegated,dynamicgeglu,sparseglu,sparseglu:select=stat,spark # (60)
+        --ffn=swiglu,relu2,dsg,asg,sparsegated,dynamicgeglu,sparseglu,sparseglu:select=stat,spark # 55
+    bench ffn-flops $ffn $eager --ffn_match=flops --ffn=swiglu,relu2,moe,thresholdmoe # (40)
     [ -f "$work/data/meta.json" ] || $python experiments/gpu.py shards "$work/data"
     train ddp -m torch.distributed.run --standalone --nproc_per_node=1 train.py $tiny --max_iters=20 \
         --out_dir="$work/ddp" $eager # 39

@@ -211,9 +211,18 @@ def test_decode_table(run_here, tmp_path):
     assert math.isclose(by_name["spark"]["speedup"] / by_name["gelu"]["speedup"], faster)
 
 
+def test_decode_on_a_gpu_is_refused():
+    """There every FFN decodes by forward, so that the table would compare nothing."""
+    import torch
+
+    from configurator import UserError
+
+    with pytest.raises(UserError, match="use --device=cpu"):
+        bench.bench_decode(bench.Config(), ["spark"], torch.device("meta"), torch.float32)
+
+
 def test_decode_in_bfloat16(run_here):
-    """The default on a GPU: every FFN runs with its matrices in it, but for the predictor, which works
-    in float32 by design."""
+    """Every FFN has its matrices in it, but for the predictor, which works in float32 by design."""
     from model import FFNS
 
     args = ["--mode=decode", "--n_embd=64", "--ffn_hidden=256", "--n_layer=1", "--dtype=bfloat16"]
@@ -490,9 +499,9 @@ def test_gpu_script_measures_all(gpu_script):
     start, results = gpu_script
     start(LIMIT="600").communicate(timeout=1200)
     lines = {line["name"]: line for line in lines_of(results)}
-    assert len(lines) == 18
+    assert len(lines) == 17
     assert [name for name, line in lines.items() if not line["ok"]] == []
-    assert lines["decode"]["rows"][1]["path"] == "decode"
+    assert lines["ffn-flops"]["rows"][2]["ffn"] == "moe"
     assert lines["peers-hf"]["rows"][0]["system"] == "hf"
     assert lines["smoke"]["rows"][0]["tok_per_s"] > 0
     assert lines["facts"]["attention"]
