@@ -253,13 +253,16 @@ def test_step_table_and_profile(run_here, tmp_path, capsys):
     assert text.count("aten::mm") >= 2
 
 
-def test_where_compiling_fails_nothing_is_reported(tmp_path):
+@pytest.mark.parametrize(
+    "program, what", [("bench.py", "--mode=step"), ("experiments/peers.py", "--systems=ours")]
+)
+def test_where_compiling_fails_nothing_is_reported(tmp_path, program, what):
     """Without a C++ compiler: one line with the reason and the cure, and no figures of eager code under
     the name of compiled ones."""
     env = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     path = tmp_path / "rows.json"
-    args = ["--mode=step", "--rounds=1", "--device=cpu", *STEP, f"--json={path}"]
-    done = call("bench.py", *args, **env)
+    args = [what, "--rounds=1", "--device=cpu", *STEP, f"--json={path}"]
+    done = call(program, *args, **env)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("error: torch.compile does not work here (")
