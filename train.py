@@ -68,10 +68,10 @@ class Config:
     init_from: str = neutral("scratch")  # scratch, resume, or auto: resume if there is a checkpoint
     eval_only: bool = neutral(False)  # evaluate (and sample) once, then stop
     # how often, in steps
-    eval_interval: int = neutral(50)  # validation, and also at step 0 and at the end
+    eval_interval: int = neutral(50)  # between validations; also at step 0 and at the end
     val_tokens: int = resumable(10_485_760)  # tokens of validation; all of them if there are fewer
     log_interval: int = neutral(10)  # a line of progress and a row in log.jsonl
-    save_interval: int = neutral(100)  # a checkpoint, and also at the end
+    save_interval: int = neutral(100)  # between checkpoints; also at the end
     # model: the papers' "134M"
     n_layer: int = 32  # layers
     n_head: int = 8  # attention heads
@@ -80,14 +80,14 @@ class Config:
     block_size: int = 2048  # tokens per sequence
     ffn: str = "swiglu"  # the FFN and its options, e.g. sparseglu or asg:threshold=neuron
     ffn_hidden: int = 2048  # hidden width of the FFN
-    ffn_match: str = "hidden"  # hidden: ffn_hidden as it is; params, flops: as many as SwiGLU has there
+    ffn_match: str = "hidden"  # hidden: ffn_hidden as it is; params, flops: match SwiGLU's at ffn_hidden
     tie_embeddings: bool = True  # lm_head shares the embedding's weight
     residual: str = "float32"  # or bfloat16: type of the residual stream under bfloat16 autocast
     # training: the Dynamic Sparse Gating paper's run
     max_iters: int = resumable(400)  # steps
     batch_size: int = 512  # sequences per step over all ranks
     micro_batch_size: int = resumable(16)  # sequences per device pass
-    learning_rate: float = 6e-4  # at its highest
+    learning_rate: float = 6e-4  # peak
     min_lr: float = 6e-5  # at the end of the schedule
     warmup_iters: int = 40  # steps of linear warm-up
     lr_decay_iters: int = 0  # step at which the schedule ends; 0: max_iters
@@ -107,7 +107,7 @@ class Config:
     # to watch it, and a sample at the end
     wandb_project: str = neutral("")  # also log to this Weights & Biases project
     sample_tokens: int = neutral(0)  # tokens of text to sample at the end
-    prompt: str = neutral("")  # what the sample goes on from; empty: the start of a document
+    prompt: str = neutral("")  # text to continue; empty: the start of a document
     temperature: float = neutral(0.8)  # of sampling; 0: always the likeliest token
     top_k: int = neutral(0)  # sample among the k likeliest tokens; 0: all
 

@@ -59,8 +59,8 @@ class Config(train.Config):
     paper: str = ""  # all rows of these papers' tables: dsg, asg, sparsegated, dynamicgeglu, sparseglu
     baseline: str = "swiglu"  # spec of the FFN that all others are compared with
     ffn_match: str = "hidden"  # equal width; params or flops: as much as SwiGLU; both: hidden and params
-    seeds: int = 3  # runs of each row, with --precision at most: seeds 0 to seeds - 1
-    precision: float = 0.0  # in nats: add seeds until no interval's half-width is larger; 0: all seeds
+    seeds: int = 3  # seeds 0 to seeds - 1 for each row; with --precision at most
+    precision: float = 0.0  # in nats: add seeds until no interval's half-width is larger; 0: off
     horizons: bool = True  # run the baseline at 0.7 and 1.4 times the steps, to price a difference
     lr_sweep: str = ""  # learning rates to try for every row, comma-separated; the best is shown
     name: str = ""  # runs go to out/{name}; empty: the paper's name, else compare
