@@ -540,7 +540,8 @@ class ThresholdMoE(MoE):
 
 def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) -> Tensor:
     """Apply expert e to the next count[e] rows of x (M, d): (M, d). An expert without rows gets zeros as
-    gradients. Stacked weights would be slow on a CPU; on a GPU a loop would wait for the counts."""
+    gradients (on Blackwell perhaps not: pytorch issue 172439). Stacked weights would be slow on a CPU,
+    on a GPU a loop waits for the counts. From Hopper on, one kernel multiplies for all experts."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if on_cpu(x) or dtype != torch.bfloat16 or x.size(-1) % 8:  # grouped_mm wants rows of 16 bytes
@@ -550,9 +551,13 @@ def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) ->
     down = torch.stack([expert.down_proj.weight for expert in experts]).to(dtype)
     more = -up.size(1) % 8  # units whose weights are 0
     up, down = F.pad(up, (0, 0, 0, more)).mT, F.pad(down, (0, more)).mT
-    ends = torch.as_tensor(count, device=device).cumsum(0, dtype=torch.int32)
-    hidden = F.relu(F.grouped_mm(x.to(dtype), up, offs=ends)).square()  # float32 by CUDA's autocast
-    return F.grouped_mm(hidden.to(dtype), down, offs=ends)
+    if isinstance(count, list):  # equal ones, and a copy to a GPU would wait
+        ends = torch.arange(1, len(experts) + 1, device=device, dtype=torch.int32) * count[0]
+    else:
+        ends = count.cumsum(0, dtype=torch.int32)
+    hidden = F.relu(F.grouped_mm(x.to(dtype), up, offs=ends))
+    # A power, square() too, would be float32 by CUDA's autocast.
+    return F.grouped_mm(hidden * hidden, down, offs=ends)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1153,7 +1158,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Multiply float32 exactly, where a few rows and many could be rounded differently."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
+@without_tf32()
 def influences(ffn: nn.Module, x: Tensor) -> tuple[bool, bool]:
     """Whether, for inputs like x (1, T, d), later tokens change an FFN's outputs at earlier ones, and
     earlier tokens those at later ones. Noise is added to the parameters, so that zeros hide nothing."""
@@ -1236,6 +1253,8 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
         # anew at each start, though the cache's key has both: 32 layers take 17 s, not 5.
         (functorch, "autograd_cache_allow_custom_autograd_functions", True),
         (inductor, "unsafe_marked_cacheable_functions", cacheable),
+        # Or the backward pass of what is float32 on purpose would be in autocast's type, unlike eager.
+        (functorch, "backward_pass_autocast", "off"),
         (functorch, "ban_recompute_materialized_backward", not recompute),
     ]:
         if hasattr(config, name):

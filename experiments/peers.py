@@ -151,6 +151,8 @@ def contend(cfg: Config, system: str, pipe) -> None:
     try:
         device, dtype = bench.pick_device(cfg)
         torch.manual_seed(cfg.seed)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # as train.py sets it
         if system == "ours":
             model, calls, optimizers = our_step(cfg, device, dtype)
         else:

@@ -615,6 +615,30 @@ def test_experts_of_a_gpu_give_the_same(spec, training, monkeypatch):
         assert error(a, exact) < 0.1
 
 
+@pytest.mark.parametrize(
+    "spec, name", [("moe", "router.weight"), ("sparseglu:grad=ste", "predictor.0.weight")]
+)
+def test_what_is_float32_on_purpose_is_so_in_a_compiled_backward_pass(spec, name):
+    """Under bfloat16 autocast the gradients of a router and a predictor are those of eager code. PyTorch
+    would compute them in autocast's type, which their forward pass has turned off."""
+
+    def gradient(call) -> torch.Tensor:
+        x = inputs(2, 9, D, dtype=torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = call(x)
+        return torch.autograd.grad(y.float().pow(2).sum(), dict(ffn.named_parameters())[name])[0]
+
+    ffn = any_ffn(spec)
+    with torch.no_grad():
+        for p in ffn.parameters():
+            p.mul_(3)  # so that the gradient is not small
+    eager = gradient(ffn)
+    model_module.compiled(ffn, CPU)  # which sets how the backward pass is traced
+    compiled = gradient(torch.compile(ffn, backend="aot_eager", dynamic=False))
+    assert not torch.equal(compiled, compiled.bfloat16().float())
+    assert error(compiled, eager) < 1e-5
+
+
 @needs_compiler
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
