@@ -1261,7 +1261,8 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
             setattr(config, name, value)
         elif recompute and name.startswith("ban_recompute"):
             raise UserError(f"torch {torch.__version__} cannot recompute: --recompute=False")
-    options = {"post_grad_custom_pre_pass": onednn_pass()} if has_onednn(device) else None
+    onednn = onednn_pass() if device.type == "cpu" else None
+    options = {"post_grad_custom_pre_pass": onednn} if onednn else None
     return torch.compile(f, dynamic=False, options=options)
 
 
@@ -1278,13 +1279,6 @@ def compile_errors() -> Iterator[None]:
         if not dynamo or not isinstance(e, dynamo.TorchDynamoException):
             raise
         raise UserError(f"torch.compile does not work here ({reason(cause)}): --compile=False") from e
-
-
-def has_onednn(device: torch.device) -> bool:
-    """Whether `compiled` gives float32 products to oneDNN: on a CPU where they would be MKL's, which
-    runs CPUs other than Intel's at half their speed where there is AVX-512 (experiments/LOG.md)."""
-    here = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return device.type == "cpu" and here and onednn_pass() is not None
 
 
 @torch.library.custom_op(
@@ -1305,8 +1299,11 @@ onednn_product.register_fake(lambda a, b, c=None: a.new_empty(a.size(0), b.size(
 
 @functools.cache
 def onednn_pass():
-    """Return the pass over a compiled graph that puts onednn_product in place of float32 products, or
-    None where this PyTorch lacks one of the private names that it needs."""
+    """Return the pass over a compiled graph that puts onednn_product in place of float32 products. None
+    where these are not MKL's, which runs CPUs other than Intel's at half their speed where there is
+    AVX-512 (experiments/LOG.md), and where this PyTorch lacks a private name that the pass needs."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return None
     try:
         from torch._inductor import config
         from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files

@@ -222,8 +222,7 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
 def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T + 1) -> (B, T) twice. They are copies: for other strides torch.compile would compile anew,
     and contiguous() would not copy a slice of one row."""
-    x, y = batch[:, :-1], batch[:, 1:]
-    return tuple(t.clone(memory_format=torch.contiguous_format) for t in (x, y))
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in (batch[:, :-1], batch[:, 1:]))
 
 
 def train_step(
@@ -340,8 +339,7 @@ def active_fraction(model: GPT, data: Data, device: torch.device, autocast: Call
         model.model(tokens[:, :-1].to(device))
     for hook in hooks:
         hook.remove()
-    shares = [float(torch.as_tensor(a, dtype=torch.float32).mean()) for a in active]
-    return sum(shares) / len(shares)
+    return float(torch.stack([torch.as_tensor(a).float().mean() for a in active]).mean())
 
 
 def sample(model: GPT, cfg: Config, data: Data, device: torch.device, autocast: Callable) -> str:
@@ -703,7 +701,7 @@ def main() -> None:
             save_now = save_now and training and step != saved_step
             evaluate_now = not (evaluated or stopped) and (last or step % cfg.eval_interval == 0)
             if save_now or evaluate_now:
-                check_finite()
+                check_finite()  # waits for the device, which belongs to the steps' time
                 paused = time.perf_counter()
                 if save_now:  # first, as a signal may not leave the time for both
                     save()
