@@ -258,7 +258,7 @@ def profile(step: Callable, show: bool, device: torch.device) -> str:
 def measure(calls: dict, rounds: int, device: torch.device) -> dict[object, list[float]]:
     """Seconds of each call in each round, after two untimed calls of each."""
     sweep = torch.empty(2**26, device=device)  # 256 MiB, more than most caches
-    sweeps = 1 if device.type == "cpu" else 32  # ms, in which the CPU launches what will be timed
+    sweeps = 1 if device.type == "cpu" else 32  # some ms, for the CPU to launch what will be timed
     for call in calls.values():
         call(), call()
     times = {name: [] for name in calls}

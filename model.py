@@ -1237,8 +1237,8 @@ def set_up(device: torch.device) -> None:
 
 def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Callable:
     """Return torch.compile(f) for inputs of one shape. With `recompute` the backward pass computes
-    elementwise results again. The private settings only save time or memory, so a PyTorch without one of
-    them gives the same numbers."""
+    elementwise results again. A PyTorch without one of the private settings takes more time or memory,
+    or rounds some gradients more coarsely under autocast."""
     from torch._dynamo import config as dynamo
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
