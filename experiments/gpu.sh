@@ -36,7 +36,7 @@ if [ "$device" = cpu ]; then
         --vocab_size=384"
     small=$full
     ffn="--n_embd=64 --ffn_hidden=128 --tokens=64 --block_size=32"
-    rounds=2 eager=--compile=False smoke="config/smoke.py --sample_tokens=0 --max_iters=2 --val_tokens=1024"
+    rounds=2 eager=--compile=False smoke="config/smoke.py --sample_tokens=0 --max_iters=20 --val_tokens=1024"
 fi
 
 # step NAME COMMAND...: run the command, unless it is done, and record what it printed and measured.
