@@ -2,7 +2,7 @@
 Time FFNs, the decoding of one token, and whole training steps.
 
     python bench.py                                        # forward and backward of every FFN
-    python bench.py --mode=decode --ffn=swiglu,sparseglu,spark
+    python bench.py --mode=decode --ffn=swiglu,sparseglu,spark      # on a CPU
     python bench.py --mode=step --n_layer=32 --n_head=8 --n_embd=512 --ffn_hidden=2048
 
 All contenders of a run take turns, in reverse order every other round, so that a machine that is slow

@@ -597,7 +597,7 @@ def straight_through(value: Tensor, to: Tensor) -> Tensor:
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether x is on a CPU, where the fast way to mask and to gather is another than on a GPU."""
+    """Whether x is on a CPU, where the fast way to mask, decode and run experts is not a GPU's."""
     return x.device.type == "cpu"
 
 

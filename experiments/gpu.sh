@@ -76,7 +76,7 @@ part2() {
     step checks $python experiments/gpu.py checks "$device" # 73
     bench step8-both --mode=step $small $eager --residual=bfloat16 --recompute=True # (52)
     bench ffn $ffn $eager \
-        --ffn=swiglu,relu2,dsg,asg,sparsegated,dynamicgeglu,sparseglu,sparseglu:select=stat,spark # 55
+        --ffn=swiglu,relu2,dsg,asg,sparsegated,dynamicgeglu,sparseglu,sparseglu:select=stat,spark # (57)
     bench ffn-flops $ffn $eager --ffn_match=flops --ffn=swiglu,relu2,moe,thresholdmoe # (40)
     [ -f "$work/data/meta.json" ] || $python experiments/gpu.py shards "$work/data"
     train ddp -m torch.distributed.run --standalone --nproc_per_node=1 train.py $tiny --max_iters=20 \

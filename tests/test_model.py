@@ -586,9 +586,9 @@ def test_thresholds_come_to_let_k_experts_through():
 @pytest.mark.parametrize("spec", ["moe", "moe:k=2:share=0", "thresholdmoe"])
 @pytest.mark.parametrize("training", [True, False])
 def test_experts_of_a_gpu_give_the_same(spec, training, monkeypatch):
-    """On a GPU one grouped product in bfloat16 replaces the loop. Outputs and gradients agree in float32
-    and are close under autocast. Expert 2 gets no token, and no width is a multiple of 8 units, as
-    the product's rows must be."""
+    """On a GPU one grouped product in bfloat16 replaces the loop, which stays in float32. Outputs and
+    gradients agree. Expert 2 gets no token, and no width is a multiple of 8 units, as the product's
+    rows must be."""
 
     def results(bf16: bool) -> list[torch.Tensor]:
         ffn = any_ffn(spec, 64, 70).train(training)
@@ -2305,6 +2305,25 @@ def test_noise_is_not_the_future(monkeypatch):
     gpt = GPT(small(ffn="mine"))
     check_ffns(gpt)
     assert gpt.mixes_tokens is False
+
+
+def test_the_causality_check_multiplies_exactly(monkeypatch):
+    """A GPU's TF32, which train.py turns on, may round a few rows and many in different ways, and so
+    show an influence that is not there. Afterwards it is on again."""
+    found, forward, ffn = [], model_module.SwiGLU.forward, make_ffn("swiglu", D, H)
+
+    def spy(self, x):
+        found.append(torch.get_float32_matmul_precision())
+        return forward(self, x)
+
+    monkeypatch.setattr(model_module.SwiGLU, "forward", spy)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert model_module.influences(ffn, inputs(1, 8, D).float()) == (False, False)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(found) == {"highest"}
 
 
 @pytest.mark.parametrize("checked", [True, False])
