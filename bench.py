@@ -26,13 +26,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import train
-from configurator import UserError, configure, run, suggest
+from configurator import UserError, configure, run
 from model import FFNS, GPT, GPTConfig, compile_errors, compiled, ffn_cost, has, influences, make_ffn
 from model import set_up, split_aux
 
@@ -41,7 +42,7 @@ progress = functools.partial(print, file=sys.stderr, flush=True)  # so that stdo
 
 @dataclass
 class Config:
-    mode: str = "ffn"  # ffn, decode or step
+    mode: Literal["ffn", "decode", "step"] = "ffn"  # what is timed
     ffn: str = ""  # specs, comma-separated; empty: every FFN (mode step: swiglu)
     n_layer: int = 0  # mode step: layers; 0: 6. Mode decode: FFNs in a row, timed together; 0: 3
     n_head: int = 6  # attention heads
@@ -49,17 +50,17 @@ class Config:
     n_embd: int = 0  # width of the model; 0: 384 (mode ffn: 768, mode decode: 1536)
     block_size: int = 256  # tokens per sequence
     ffn_hidden: int = 0  # hidden width of the FFN; 0: 1024 (mode ffn: 2048, mode decode: 8960)
-    ffn_match: str = "hidden"  # hidden: keep that width; params, flops: match SwiGLU's
+    ffn_match: Literal["hidden", "params", "flops"] = "hidden"  # hidden: keep it; or match SwiGLU's
     vocab_size: int = 50304  # token ids
     micro_batch_size: int = 8  # mode step: sequences per step
     tokens: int = 1024  # mode ffn: tokens per call, in sequences of block_size
-    optimizer: str = "adamw"  # adamw, or muon for the matrices inside layers
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon for the matrices inside layers
     recompute: bool = False  # compiled: keep less for the backward pass, compute elementwise parts again
     residual: str = "float32"  # bfloat16: also the residual stream, where dtype is bfloat16
     profile: bool = False  # mode step: also print which operators take the most time
     rounds: int = 15  # timed calls of each contender
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on cuda, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on cuda, else float32
     compile: bool = True  # torch.compile
     seed: int = 0  # of weights and inputs
     json: str = ""  # write the rows to this file
@@ -378,9 +379,6 @@ MODES = {  # mode -> its function, and n_embd, ffn_hidden and n_layer where they
 
 def main() -> None:
     cfg, _ = configure(Config, sys.argv[1:])
-    for name, valid in {"mode": MODES, "ffn_match": ["hidden", "params", "flops"]}.items():
-        if getattr(cfg, name) not in valid:
-            raise UserError(f"--{name}={getattr(cfg, name)}: {suggest(getattr(cfg, name), valid)}")
     bench, *sizes = MODES[cfg.mode]
     for name, size in zip(("n_embd", "ffn_hidden", "n_layer", "n_kv_head"), (*sizes, cfg.n_head)):
         setattr(cfg, name, getattr(cfg, name) or size)

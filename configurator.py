@@ -26,7 +26,7 @@ import signal
 import sys
 import time
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 T = typing.TypeVar("T")
 PATIENCE = 10  # seconds for which a rank with an error waits for torchrun to end it
@@ -40,6 +40,15 @@ def reason(e: BaseException) -> str:
     """The first line of what an exception says, with the next where it is a heading; else its name."""
     lines = str(e).strip().splitlines() or [type(e).__name__]
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])[:200]
+
+
+@contextlib.contextmanager
+def user_error(what: str, cure: str, errors: type | tuple = Exception) -> Iterator[None]:
+    """Turn an error of these types into a UserError: what went wrong, why, the cure."""
+    try:
+        yield
+    except errors as e:
+        raise UserError(f"{what} ({reason(e)}): {cure}") from None
 
 
 def run(main: Callable[[], object]) -> None:
@@ -106,30 +115,24 @@ def configure(cls: type[T], argv: list[str], epilog: str = "") -> tuple[T, set[s
 
 
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
 
 
 def parse_value(name: str, text: str, kind: type) -> object:
     """The text of one flag as a value of its field's type."""
+    if choices := {str(choice): choice for choice in typing.get_args(kind)}:  # of a Literal
+        if text not in choices:
+            raise UserError(f"{name}={text[:60]}: {suggest(text, choices)}")
+        return choices[text]
     try:
         if kind is bool:
             return BOOLS[text.lower()]
         value = kind(text)
     except (ValueError, KeyError):
         raise UserError(f"{name} takes {KINDS[kind]}, not {text[:60]!r}") from None
-    if not in_range(value):
-        raise UserError(f"{name} takes {KINDS[kind]} {RANGE}, not {text[:60]!r}")
+    if kind is not str and not abs(value) < (2**63 if kind is int else math.inf):  # or nan
+        raise UserError(f"{name} takes {KINDS[kind]}, finite and within 64 bits, not {text[:60]!r}")
     return value
-
-
-def in_range(value: object) -> bool:
-    """False for inf, nan and whole numbers beyond 64 bits, which no flag can mean."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return not isinstance(value, int) or abs(value) < 2**63
-
-
-KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
-RANGE = "that is finite and fits 64 bits"
 
 
 def read_config_file(path: str, types: dict[str, type]) -> dict[str, object]:
@@ -157,19 +160,15 @@ def read_config_file(path: str, types: dict[str, type]) -> dict[str, object]:
         where = f"{path}:{node.lineno}: {name}"
         if name not in types:
             raise UserError(f"{where} is not a flag: {suggest(name, types)}")
-        try:
-            value = ast.literal_eval(node.value)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            raise UserError(f"{where} must be a literal: a number, a string, True, False") from None
         kind = types[name]
-        if kind is float and type(value) is int and abs(value) < 2**1023:
-            value = float(value)
-        if type(value) is not kind or not in_range(value):
-            # the text itself: repr and ast.unparse fail on an int of over 4300 digits
-            text = " ".join(ast.get_source_segment(source, node.value).split())
-            what = KINDS[kind] + (f" {RANGE}" if type(value) is kind else "")
-            raise UserError(f"{where} takes {what}, not {text[:60]}")
-        values[name] = value
+        try:
+            text = str(value := ast.literal_eval(node.value))  # fails for over 4300 digits
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            what = KINDS.get(kind, "a string")
+            raise UserError(f"{where} takes {what}, as a literal within 64 bits") from None
+        if kind in KINDS and type(value) is not kind and (type(value), kind) != (int, float):
+            raise UserError(f"{where} takes {KINDS[kind]}, not {value!r:.60}")
+        values[name] = parse_value(where, text, kind)
     return values
 
 
@@ -194,7 +193,8 @@ def usage(cls: type, epilog: str) -> str:
     lines = [inspect.getdoc(inspect.getmodule(cls)) or "", "", "flags:"]
     for field in dataclasses.fields(cls):
         found = re.search(rf"^    {field.name}:[^#\n]*#\s*(.*)$", source, re.M)
-        kind = typing.get_type_hints(cls)[field.name].__name__
-        head = f"  --{field.name}={field.default!r} ({kind})"
+        kind = typing.get_type_hints(cls)[field.name]
+        choices = "|".join(map(str, typing.get_args(kind)))  # of a Literal
+        head = f"  --{field.name}={field.default!r} ({choices or kind.__name__})"
         lines.append(f"{head:<44} {found[1] if found else ''}".rstrip())
     return "\n".join([*lines, "", epilog] if epilog else lines)

@@ -25,14 +25,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configurator import UserError, parse_value, reason, suggest
+from configurator import UserError, parse_value, reason, suggest, user_error
 
 Aux = Tensor | None  # a scalar that an FFN may return besides its output, and that the loss gets added
 
@@ -56,14 +56,12 @@ class GELU(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(x)))
 
 
-class ReLU2(nn.Module):
+class ReLU2(GELU):
     """down(ReLU(up x)^2), Primer (arXiv 2109.08668). slope=0.5 squares a leaky ReLU instead, as the
     modded-nanogpt speedruns do."""
 
     def __init__(self, d: int, h: int, *, slope: float = 0.0):
-        super().__init__()
-        self.up_proj = linear(d, h)
-        self.down_proj = linear(h, d)
+        super().__init__(d, h)
         self.slope = slope
 
     def forward(self, x: Tensor) -> Tensor:
@@ -298,7 +296,7 @@ class DynamicGEGLU(SwiGLU):
         return self.down_proj(alpha * F.gelu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class SparseGLU(nn.Module):
+class SparseGLU(SwiGLU):
     """
     SparseGLU: down(SiLU(gate x) * up x * M), M = 1 on the round(k*h) largest scores of a predictor, two
     Linears with p units between them, that sees the first r channels of x (r=0: all of them).
@@ -315,14 +313,12 @@ class SparseGLU(nn.Module):
         grad: Literal["hard", "ste", "gate"] = "hard",
         select: Literal["topk", "stat", "soft", "sparsemax"] = "topk", ramp: int = 0,
     ):  # fmt: skip
-        super().__init__()
+        super().__init__(d, h)
         soft = select in ("soft", "sparsemax")
         if not 0 <= r <= d or p < 1 or ramp < 0:
             raise UserError(f"sparseglu needs 0 <= r <= {d}, p >= 1, ramp >= 0: r={r} p={p} ramp={ramp}")
         if soft and (grad != "hard" or ramp):
             raise UserError(f"sparseglu:select={select} has its own gradient: leave out grad and ramp")
-        self.gate_proj = linear(d, h)
-        self.up_proj = linear(d, h)
         self.down_proj = ColumnLinear(h, d)
         self.predictor = nn.Sequential(nn.Linear(r or d, p), nn.ReLU(), nn.Linear(p, h))
         self.predictor.requires_grad_(soft or grad != "hard")
@@ -496,13 +492,10 @@ class MoE(nn.Module):
         self.bias += self.speed * (1 / self.n - part).sign()
         return None
 
-    def experts_per_token(self, x: Tensor) -> Tensor:
-        """Return the mean number of experts that the tokens x (..., d) use."""
-        return self.route(self.scores(x))[3].sum() * x.size(-1) / x.numel()
-
     def active(self, x: Tensor) -> Tensor:
         shared, one = self.h - self.k * self.width, self.width
-        return (shared + self.experts_per_token(x) * one) / (shared + self.n * one)
+        used = self.route(self.scores(x))[3].sum() * x.size(-1) / x.numel()  # experts for a token
+        return (shared + used * one) / (shared + self.n * one)
 
     def flops(self) -> int:
         return 2 * self.router.in_features * (2 * self.h + self.n)  # of h units and the router
@@ -739,30 +732,21 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
     kinds = {p.name: hints.get(p.name, type(p.default)) for p in params if p.kind is p.KEYWORD_ONLY}
     options: dict[str, object] = {}
     for option, equals, text in (setting.partition("=") for setting in settings):
-        if option in [p.name for p in params][3:] and option not in kinds:
-            cure = "put * before it in __init__(self, d, h, *, ...), in a dataclass _: KW_ONLY"
-            raise UserError(f"{name} has no option {option!r}: {cure}")
         if option not in kinds:
-            known = suggest(option, kinds) if kinds else "it has none"
-            raise UserError(f"{name} has no option {option!r}: {known}")
+            cure = suggest(option, kinds) if kinds else "it has none"
+            if option in [p.name for p in params][3:]:
+                cure = "put * before it in __init__(self, d, h, *, ...), in a dataclass _: KW_ONLY"
+            raise UserError(f"{name} has no option {option!r}: {cure}")
         if option in options or not equals:
             raise UserError(f"{spec!r}: write each option once, as option=value")
-        kind, choices = kinds[option], {str(choice): choice for choice in get_args(kinds[option])}
-        if get_origin(kind) is Literal and text in choices:
-            options[option] = choices[text]
-        elif get_origin(kind) is Literal:
-            raise UserError(f"{name}:{option} cannot be {text!r}: {suggest(text, choices)}")
-        elif kind in (bool, int, float, str):
-            options[option] = parse_value(f"{name}:{option}", text, kind)
-        else:
+        if kinds[option] not in (bool, int, float, str) and get_origin(kinds[option]) is not Literal:
             raise UserError(f"{name}:{option} is no bool, int, float, str or Literal by its type hint")
+        options[option] = parse_value(f"{name}:{option}", text, kinds[option])
     for method, args in METHODS.items():
-        try:
+        given = options if method == "__init__" else {}
+        with user_error(f"{name}.{method}", f"write def {method}({args})", (TypeError, ValueError)):
             if hasattr(cls, method):
-                given = options if method == "__init__" else {}
                 inspect.signature(getattr(cls, method)).bind(*args.split(", *")[0].split(", "), **given)
-        except (TypeError, ValueError) as e:
-            raise UserError(f"{name}: write def {method}({args}) ({reason(e)})") from None
     return cls, options
 
 
@@ -1215,11 +1199,9 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
 
 def set_up(device: torch.device) -> None:
     """Prepare this process for training on a device."""
-    try:
-        import torch._dynamo  # which optimizers import too, and which makes PyTorch's cache folder
-    except OSError as e:
-        cure = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
-        raise UserError(f"PyTorch cannot make its cache folder ({reason(e)}): {cure}") from None
+    cure = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
+    with user_error("PyTorch cannot make its cache folder", cure, OSError):
+        import torch._dynamo  # which optimizers import too
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on purpose
     if device.type != "cpu":

@@ -26,11 +26,11 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from typing import TextIO
+from typing import Literal, TextIO
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import model as model_file
 import prepare_fineweb
-from configurator import UserError, configure, print0, read_launcher, reason, run, suggest
+from configurator import UserError, configure, print0, read_launcher, run, user_error
 from model import FFNS, GPT, GPTConfig, check_ffns, compile_errors, compiled, evaluating
 from model import ffn_code, ffn_cost, has, is_matrix, is_residual, parse_spec, set_up
 from prepare_fineweb import Data, has_shards, load_encoding, locate, lock_folder, open_data
@@ -65,7 +65,7 @@ class Config:
     out_dir: str = neutral("")  # folder of the run; empty: out/{ffn}-s{seed}
     data_dir: str = resumable("data/fineweb")  # folder of token shards
     prepare: str = neutral("")  # arguments for prepare_fineweb.py, run when data_dir has no shards
-    init_from: str = neutral("scratch")  # scratch, resume, or auto: resume if there is a checkpoint
+    init_from: Literal["scratch", "resume", "auto"] = neutral("scratch")  # auto: resume if it can
     eval_only: bool = neutral(False)  # evaluate (and sample) once, then stop
     # how often, in steps
     eval_interval: int = neutral(50)  # between validations; also at step 0 and at the end
@@ -91,17 +91,17 @@ class Config:
     min_lr: float = 6e-5  # at the end of the schedule
     warmup_iters: int = 40  # steps of linear warm-up
     lr_decay_iters: int = 0  # step at which the schedule ends; 0: max_iters
-    schedule: str = "cosine"  # cosine, or wsd: constant, then linear over the last 20%
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear over the last 20%
     weight_decay: float = 0.1  # matrices only
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    optimizer: str = "adamw"  # muon: Muon for the 2-D matrices inside layers, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' 2-D matrices, AdamW for others
     seed: int = 0  # of the initial weights
     data_seed: int = 0  # of the order of the data
     # machine
     device: str = resumable("auto")  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = resumable("auto")  # autocast type: auto, float32, bfloat16
+    dtype: Literal["auto", "float32", "bfloat16"] = resumable("auto")  # autocast type
     compile: bool = resumable(True)  # torch.compile; never on mps
     recompute: bool = resumable(False)  # if compiled: compute elementwise results again, to save memory
     # to watch it, and a sample at the end
@@ -114,11 +114,6 @@ class Config:
 
 def check_flags(cfg: Config, world: int) -> None:
     """Raise UserError for what cannot work, before anything is read or allocated."""
-    choices = {"init_from": ["scratch", "resume", "auto"], "schedule": ["cosine", "wsd"]}
-    choices |= {"optimizer": ["adamw", "muon"], "dtype": ["auto", "float32", "bfloat16"]}
-    for name, valid in choices.items():
-        if getattr(cfg, name) not in valid:
-            raise UserError(f"--{name}={getattr(cfg, name)}: {suggest(getattr(cfg, name), valid)}")
     sizes = "eval_interval log_interval save_interval batch_size micro_batch_size block_size".split()
     least = dict.fromkeys(sizes, 1) | {"val_tokens": cfg.block_size}
     for name, value in vars(cfg).items():
@@ -242,16 +237,15 @@ def train_step(
         both = torch.stack((loss, torch.zeros_like(loss) if aux is None else aux)) / len(batches)
         both.sum().backward()
         total += both.detach()
-    params = [p for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]]
-    if any(p.grad is None for p in params):
-        name = next(n for n, p in model.named_parameters() if p.requires_grad and p.grad is None)
-        name = re.sub(r"^module\.|_orig_mod\.", "", name)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if missing := [name for name, p in trained.items() if p.grad is None]:
+        name = re.sub(r"^module\.|_orig_mod\.", "", missing[0])
         cure = "use it in every pass of forward, or freeze it with requires_grad_(False)"
         raise UserError(f"step {step + 1}: {name} received no gradient: {cure}")
     if isinstance(model, DDP):
         dist.all_reduce(total)
         total /= dist.get_world_size()
-    norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
     finite = torch.isfinite(total.sum() + norm)
     failed.copy_(torch.where((failed == 0) & ~finite, step + 1, failed))
     for optimizer in optimizers:
@@ -298,24 +292,21 @@ def evaluate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     places = [(s, i) for s, n in enumerate(window_counts(data.val, T)) for i in range(n)]
     places = places[: cfg.val_tokens // T]
-    losses, weights = [], []
+    losses = []
     for first in range(0, len(places), world * micro):
         if any_rank(bool(signals)):
             return None
         mine = places[first + rank * micro :][:micro]
         # One shape for all batches, so that torch.compile sees one: rows of padding, not counted.
         batch = torch.full((micro, T + 1), -100)
-        if mine:
-            batch[: len(mine)] = torch.from_numpy(read_windows(data.val, mine, T, data.n_vocab))
+        batch[: len(mine)] = torch.from_numpy(read_windows(data.val, mine, T, data.n_vocab))
         x, y = inputs_and_targets(to_device(batch, device))
         with autocast():
-            losses.append(model(x.clamp(min=0), y)[1])
-        weights.append(len(mine) * T)
-    weight = torch.tensor(weights, dtype=torch.float64)
-    sums = torch.stack(((torch.stack(losses).cpu() * weight).sum(), weight.sum()))
+            losses.append((len(mine), model(x.clamp(min=0), y)[1]))
+    total = sum(n * loss.cpu().double() for n, loss in losses)
     if dist.is_initialized():
-        dist.all_reduce(sums)
-    return float(sums[0] / sums[1])
+        dist.all_reduce(total)
+    return float(total) / len(places)
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
@@ -358,15 +349,6 @@ def sample(model: GPT, cfg: Config, data: Data, device: torch.device, autocast: 
 
 
 # ---- Checkpoint and log -------------------------------------------------------------------------
-
-
-@contextmanager
-def user_error(what: str, cure: str, errors: type | tuple = Exception) -> Iterator[None]:
-    """Turn an error of these types into a UserError: what went wrong, why, the cure."""
-    try:
-        yield
-    except errors as e:
-        raise UserError(f"{what} ({reason(e)}): {cure}") from None
 
 
 def load_checkpoint(path: str) -> dict:
@@ -607,8 +589,8 @@ def find_data(cfg: Config, local_rank: int, checkpoint: dict | None) -> tuple[Da
     if checkpoint and checkpoint["shards"] != shards and not cfg.eval_only:
         raise UserError(f"{cfg.data_dir} has other shards than the checkpoint's run: restore them")
     if windows < cfg.batch_size and not cfg.eval_only:
-        has = f"{windows:,} windows of {cfg.block_size} tokens, fewer than one batch of {cfg.batch_size}"
-        raise UserError(f"{cfg.data_dir} has {has}: lower --batch_size or prepare more data")
+        few = f"{windows:,} windows of {cfg.block_size} tokens, fewer than one batch of {cfg.batch_size}"
+        raise UserError(f"{cfg.data_dir} has {few}: lower --batch_size or prepare more data")
     return data, shards
 
 
