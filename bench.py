@@ -224,6 +224,7 @@ def make_step(
 ) -> tuple[Callable[[], object], list[torch.optim.Optimizer]]:
     """Return a function that does one training step of `model` on random tokens, by train.py's own
     train_step, and the optimizers whose states it fills. Its first call compiles the model."""
+    check_clock(device)
     size = (flags.micro_batch_size, flags.block_size + 1)
     batch = torch.randint(model.config.vocab_size, size).to(device)
     cast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
@@ -361,12 +362,17 @@ def report(cfg: Config, device: torch.device, dtype: torch.dtype, rows: list[dic
         Path(cfg.json).write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
 
 
+def check_clock(device: torch.device) -> None:
+    """Raise UserError for a device whose work cannot be timed."""
+    if device.type == "mps":
+        raise UserError("--device=mps cannot be timed: use --device=cpu")
+
+
 def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
     """The device, made the current one, and the dtype of the matrix products. Raises UserError."""
     name = "cpu" if cfg.device == "auto" and not torch.cuda.is_available() else cfg.device
     device = train.pick_device(name, 0)
-    if device.type == "mps":
-        raise UserError("--device=mps cannot be timed: use --device=cpu")
+    check_clock(device)
     return device, torch.bfloat16 if train.use_bfloat16(cfg.dtype, device) else torch.float32
 
 

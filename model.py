@@ -19,6 +19,7 @@ import hashlib
 import inspect
 import itertools
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -795,7 +796,7 @@ def ffn_code(spec: str) -> str:
     Return a hash of the code behind an FFN: its class, the classes that this extends, and the functions,
     classes and constants of their modules that they refer to, directly or not. Comments and docstrings
     do not count. All of its module counts for a class that a function made. Where the hash differs, two
-    runs of one spec are not of one function. It is empty where Python does not have the source.
+    runs of one spec may not be of one function. It is empty where Python does not have the source.
     """
     code: set[str] = set()
     for cls in parse_spec(spec)[0].__mro__:
@@ -807,26 +808,31 @@ def ffn_code(spec: str) -> str:
         for node in ast.walk(tree):
             if isinstance(node, DEFINITIONS) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
-        for statement in tree.body:
-            for name in names_bound(statement):
-                binding[name].append(statement)
+        for name, statement in bindings(tree):
+            binding[name].append(statement)
         root = cls.__qualname__.partition(".")[0]
         made = "<locals>" in cls.__qualname__ or root not in binding
         names = list(binding) if made else [root]
         while names:
             for statement in binding.pop(names.pop(), ()):
-                code.add(ast.unparse(statement))
+                # Python's versions differ in which empty fields they show.
+                text = re.sub(r"(, )?\w+=(None|\[\]|Load\(\))", "", ast.dump(statement))
+                code.add(text.replace("(, ", "("))
                 names += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
     return hashlib.sha256("\n".join(sorted(code)).encode()).hexdigest()[:16] if code else ""
 
 
-def names_bound(statement: ast.stmt) -> Iterator[str]:
-    """Yield the names that a top-level statement defines, imports, assigns to or changes."""
-    for node in [statement] if isinstance(statement, DEFINITIONS) else ast.walk(statement):
-        if isinstance(getattr(node, "ctx", None), ast.Store):  # x = ..., x[0] = ..., x.y = ...
-            yield from (n.id for n in ast.walk(node) if isinstance(n, ast.Name))
-        elif name := getattr(node, "asname", None) or getattr(node, "name", None):
-            yield name.partition(".")[0]
+def bindings(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
+    """Yield each name that a top-level statement defines, imports, assigns to or changes, with that
+    statement; of an import of several names the part for this one."""
+    for statement in tree.body:
+        imports = isinstance(statement, (ast.Import, ast.ImportFrom))
+        for node in [statement] if isinstance(statement, DEFINITIONS) else ast.walk(statement):
+            if isinstance(getattr(node, "ctx", None), ast.Store):  # x = ..., x[0] = ..., x.y = ...
+                yield from ((n.id, statement) for n in ast.walk(node) if isinstance(n, ast.Name))
+            elif name := getattr(node, "asname", None) or getattr(node, "name", None):
+                part = type(statement)(**vars(statement) | {"names": [node]}) if imports else statement
+                yield name.partition(".")[0], part
 
 
 @functools.cache

@@ -122,6 +122,8 @@ def check_flags(cfg: Config, world: int) -> None:
     for name, limit in {"beta1": 1, "beta2": 1, "seed": 2**32, "data_seed": 2**32}.items():
         if getattr(cfg, name) >= limit:
             raise UserError(f"--{name}={getattr(cfg, name)} must be below {limit}")
+    if 0 < cfg.learning_rate < cfg.min_lr:
+        raise UserError(f"--min_lr={cfg.min_lr} is above --learning_rate={cfg.learning_rate}: lower it")
     parse_spec(cfg.ffn)
     per_pass = world * cfg.micro_batch_size
     if cfg.batch_size % per_pass and not cfg.eval_only:
@@ -131,12 +133,9 @@ def check_flags(cfg: Config, world: int) -> None:
 
 
 def saved_flags(saved: dict) -> dict:
-    """The flags of a checkpoint or config.json, with defaults for flags that are newer than it."""
-    flags = asdict(Config(**saved))
-    for name, value in flags.items():
-        if type(value) is not type(getattr(Config, name)):
-            raise ValueError(f"its flag {name} is {value!r}")
-    return flags
+    """The flags of a checkpoint or config.json, checked as a command line's are, with defaults for flags
+    that are newer than it."""
+    return asdict(configure(Config, [f"--{name}={value}" for name, value in saved.items()])[0])
 
 
 def model_config(flags: dict, **more: int) -> GPTConfig:
@@ -237,11 +236,12 @@ def train_step(
         both = torch.stack((loss, torch.zeros_like(loss) if aux is None else aux)) / len(batches)
         both.sum().backward()
         total += both.detach()
+    optimized = {p for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if missing := [name for name, p in trained.items() if p.grad is None]:
+    if missing := [name for name, p in trained.items() if p.grad is None or p not in optimized]:
         name = re.sub(r"^module\.|_orig_mod\.", "", missing[0])
         cure = "use it in every pass of forward, or freeze it with requires_grad_(False)"
-        raise UserError(f"step {step + 1}: {name} received no gradient: {cure}")
+        raise UserError(f"step {step + 1}: {name} received no gradient or was frozen at first: {cure}")
     if isinstance(model, DDP):
         dist.all_reduce(total)
         total /= dist.get_world_size()
@@ -496,7 +496,7 @@ def resolve_flags(argv: list[str], world: int) -> tuple[Config, dict | None]:
         resumable = {f.name for f in fields(Config) if f.metadata}
         flags["lr_decay_iters"] = cfg.lr_decay_iters or saved["lr_decay_iters"]  # 0: max_iters, as then
         for name in sorted(given - resumable):
-            if flags[name] != saved[name] and not cfg.eval_only:
+            if flags[name] != saved[name] and (not cfg.eval_only or hasattr(GPTConfig, name)):
                 cure = "leave it out to go on, or name another --out_dir"
                 raise UserError(f"--{name}={flags[name]}, the checkpoint has {saved[name]}: {cure}")
         cfg = Config(**saved | {name: flags[name] for name in given & resumable})
@@ -617,7 +617,7 @@ def main() -> None:
     counts = window_counts(data.train, cfg.block_size)
     config = model_config(vars(cfg), vocab_size=math.ceil(data.n_vocab / 128) * 128)
     config.check()
-    cfg.compile = cfg.compile and training and device.type != "mps"  # a prototype there
+    compile = cfg.compile and training and device.type != "mps"  # a prototype there
     wandb = None
     if rank == 0 and training:
         made_with = about(cfg, data, config, device, world)
@@ -638,7 +638,7 @@ def main() -> None:
     print0(describe(raw_model, cfg, data, world))
     if resumed:
         print0(f"resumed at step {step} of {cfg.max_iters}")
-    fast_model = compiled(raw_model, device, recompute=cfg.recompute) if cfg.compile else raw_model
+    fast_model = compiled(raw_model, device, recompute=cfg.recompute) if compile else raw_model
     model = fast_model  # evaluation uses fast_model: inside DDP its graph would be cut into pieces
     if ddp and training:
         warnings.filterwarnings("ignore", ".*broadcast_buffers")  # torch 2.11 lacks what replaces it
@@ -728,7 +728,7 @@ def main() -> None:
                 row |= dict.fromkeys(clock) if first else clock
                 report(row, cfg, wandb)
                 if first:
-                    print0(f"first   {seconds:.1f} s{' with compiling' * cfg.compile}, not counted")
+                    print0(f"first   {seconds:.1f} s{' with compiling' * compile}, not counted")
                     # Python's garbage collector can take half a second: from now on at evaluations.
                     gc.collect()
                     gc.freeze()
@@ -742,7 +742,7 @@ def main() -> None:
         if training:
             print0(f"go on with: the same command and --init_from=resume --out_dir={out_dir}")
     else:
-        print0(f"\nvalidation loss  {val_loss:.4f} nats per token at step {step}")
+        print0(f"\nvalidation loss  {val_loss:.4f} nats per token at step {step or '0 (untrained)'}")
         if training:
             print0(f"checkpoint       {ckpt_path}")
             print0(f"plot             python experiments/compare.py --report {out_dir}")

@@ -169,7 +169,10 @@ def find_runs(places: list[str]) -> tuple[list[Run], dict]:
                 folder = unpacked
                 try:
                     with tarfile.open(place) as tar:
-                        tar.extractall(folder, filter="data")
+                        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # from 3.11.4
+                        inside = r"(?!/)(?!(.*/)?\.\.(/|$))"  # the folder, whatever the archive says
+                        files = [m for m in tar if m.isfile() and re.match(inside, m.name)]
+                        tar.extractall(folder, files)
                         tar.fileobj.read()  # to the end of the file, with its checksum
                 except Exception as e:  # each compression has errors of its own
                     why = f"{place} is not a whole archive ({type(e).__name__})"
@@ -256,7 +259,7 @@ def print_plan(runs: list[Run], cfg: Config) -> None:
         make = f"python prepare_fineweb.py {cfg.prepare} --out_dir={cfg.data_dir}"
         raise UserError(f"{cfg.data_dir} has no shards yet: make them with {make}")
     n_vocab = open_data(cfg.data_dir, cfg.block_size).n_vocab
-    device, seconds = torch.device("cuda" if gpus(cfg) else "cpu"), {}
+    device, seconds = train.pick_device(cfg.device, 0), {}
     for r in runs:
         if r.row not in seconds:
             r.made["vocab_size"] = math.ceil(n_vocab / 128) * 128
@@ -430,9 +433,8 @@ def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> 
         except (UserError, RuntimeError, AssertionError) as e:  # no memory, no such device here
             print(f"no step time of {r.label}: {' '.join(str(e).split())[:200]}")
             continue
-        logs = [math.log(a / b) for a, b in zip(own, theirs)]
-        error = 1.25 * stdev(logs) / math.sqrt(ROUNDS)  # of a median
-        times[key] = {"ratio": bench.ratio(own, theirs), "std_error": error}
+        of_median = 1.25 * stdev(math.log(a / b) for a, b in zip(own, theirs)) / math.sqrt(ROUNDS)
+        times[key] = {"ratio": bench.ratio(own, theirs), "std_error": of_median}
         Path(folder, "step_times.json").write_text(json.dumps(times, indent=1))
 
 
@@ -737,8 +739,7 @@ def main() -> None:
         if cfg.archive:
             write_archive(cfg.archive, ended)
     except OSError as e:
-        where = e.filename or path
-        raise UserError(f"cannot write to {where} ({e.strerror}): name another --out") from None
+        raise UserError(f"cannot write {e.filename or path} ({e.strerror}): try another --out") from None
     print(markdown(record))
     print(f"wrote {path}.md, {path}.json, {path}.png {cfg.archive}")
     if failed:

@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 import configurator
+import model
 
 ROOT = Path(__file__).resolve().parent.parent
 # One round: a median of ratios is then the ratio of the medians, and one checks the other.
@@ -219,6 +221,13 @@ def test_decode_on_a_gpu_is_refused():
 
     with pytest.raises(UserError, match="use --device=cpu"):
         bench.bench_decode(bench.Config(), ["spark"], torch.device("meta"), torch.float32)
+
+
+def test_mps_is_not_timed():
+    """Its work would still be in the queue when the clock is read. compare.py times by make_step."""
+    gpt = model.GPT(model.GPTConfig(8, 128, 1, 1, 1, 8, ffn_hidden=8))
+    with pytest.raises(configurator.UserError, match="mps cannot be timed"):
+        bench.make_step(gpt, bench.train.Config(), torch.device("mps"), torch.float32)
 
 
 def test_decode_in_bfloat16(run_here):

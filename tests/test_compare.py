@@ -15,6 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -518,6 +520,24 @@ def test_a_committed_archive_gives_its_table(tmp_path):
         for key in ("ffn", "match", "hidden", "n", "val_loss", "difference", "low", "high", "verdict"):
             same = pytest.approx(b[key], abs=1e-9) if isinstance(b[key], float) else b[key]
             assert a[key] == same, (a["ffn"], key)
+
+
+def test_an_archive_writes_into_its_folder_only(tmp_path, monkeypatch, compare):
+    """Whatever it says, and with a Python whose tarfile does not check that (Debian 12 has 3.11.2)."""
+    folder = ROOT / "experiments" / "results" / "equal_flops"
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    runs, times = compare.find_runs([str(folder / "runs.tar.xz")])
+    assert len(runs) > 10
+    assert times
+    with tarfile.open(tmp_path / "evil.tar.xz", "w:xz") as tar:
+        for name in ("../evil", "a/../../evil", f"{tmp_path}/evil", ".../fine", "..a/fine"):
+            tar.addfile(tarfile.TarInfo(name))
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "evil")
+        tar.addfile(link)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert compare.find_runs([str(tmp_path / "evil.tar.xz")]) == ([], {})
+    assert [p.name for p in tmp_path.iterdir()] == ["evil.tar.xz"]
 
 
 def errors(mask: np.ndarray, tables: int, seed: int) -> float:

@@ -403,6 +403,7 @@ BAD_CHECKPOINTS = {
     "flags of another shape": other_flags(n_embd=64),
     "an unknown flag": other_flags(colour="red"),
     "a flag of another type": other_flags(n_layer="many"),
+    "a choice that there is not": other_flags(schedule="linear"),
     "flags are text": saves(flags=lambda f: "flags"),
     "no optimizer": saves(optimizers=lambda o: []),
     "optimizer of another shape": saves(optimizers=other_state),

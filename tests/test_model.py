@@ -1677,6 +1677,7 @@ def test_the_hash_sees_what_a_class_refers_to(tmp_path, monkeypatch):
     was = hashes(tmp_path, ffns)
     assert len(set(was.values())) == len(was)
     assert all(len(code) == 16 for code in was.values())
+    assert was["mine"] == "d2ae198c80506822"  # with Python 3.10 to 3.13
     mine, made = {"mine", "made", "typed"}, {"made", "typed"}
     for old, new, changed in [
         ("return torch.relu(x)", "return torch.tanh(x)", mine),
@@ -1689,6 +1690,9 @@ def test_the_hash_sees_what_a_class_refers_to(tmp_path, monkeypatch):
         ("  # a comment", "", set()),
         ("Squared.", "The square.", set()),
         ("import math\n", "\n\nimport math\n", set()),
+        ("import nn\n", "import fx, nn\n", made),
+        ("import FFNS, SwiGLU, linear", "import FFNS, SwiGLU, linear, has", made),
+        ("import FFNS, SwiGLU, linear", "import FFNS, SwiGLU, has as linear", mine),
     ]:
         assert IDEA.count(old) == 1
         now = hashes(tmp_path, ffns, idea=IDEA.replace(old, new))

@@ -174,6 +174,9 @@ def test_validation_loss(here: Path, val_tokens: int, windows: int, ranks: int, 
         only = {"out_dir": "o", "val_tokens": val_tokens, "micro_batch_size": 3}
         run = train(here, "--eval_only", init_from="resume", **only, learning_rate=9, batch_size=1)
         assert f"{expected:.4f}" in run.out
+        other = {"init_from": "resume", "out_dir": "o", "block_size": 16}  # which would be ignored
+        start(here, "--eval_only", **other).fails("--block_size=16", "the checkpoint has 32")
+        assert "at step 0 (untrained)" in train(here, "--eval_only", out_dir="o").out
         assert {p.name: p.read_bytes() for p in (here / "o").iterdir()} == before
 
 
@@ -730,6 +733,20 @@ def test_a_gradient_that_is_missing_in_a_later_step(here: Path):
     done.fails("step 3: model.layers.0.mlp.extra.weight", "every pass")
 
 
+def test_a_parameter_that_is_unfrozen_too_late(here: Path):
+    """No optimizer would train it, and its gradient would add up and count in the clipping."""
+    code = """
+        class Mine(model.SwiGLU):
+            def __init__(self, d, h):
+                super().__init__(d, h)
+                self.up_proj.requires_grad_(False)
+            def set_progress(self, step, max_iters):
+                self.up_proj.requires_grad_(step >= 2)
+    """
+    done = train_with(here, code, *flags(out_dir="o", max_iters=9, ffn="mine", n_layer=1))
+    done.fails("step 3: model.layers.0.mlp.up_proj.weight", "frozen at first")
+
+
 def test_a_gradient_that_is_missing_with_two_ranks(here: Path):
     """On one rank: torchrun's summary, the last thing that it prints, has the cause too."""
     script = here / "mine.py"
@@ -947,6 +964,7 @@ BAD_FLAGS = [
     ({"log_interval": 0}, ["log_interval"]),
     ({"max_iters": -1}, ["max_iters"]),
     ({"learning_rate": -1e-3}, ["learning_rate"]),
+    ({"learning_rate": 1e-4, "min_lr": 1e-3}, ["--min_lr=0.001", "--learning_rate=0.0001"]),
     ({"learning_rate": "nan"}, ["learning_rate"]),
     ({"beta2": 1.0}, ["beta2"]),
     ({"seed": -1}, ["seed"]),
