@@ -5,7 +5,7 @@ Train a Qwen3-style language model whose FFN is picked by a flag, on shards of t
     torchrun --nproc_per_node=8 train.py --ffn=sparseglu             # the full run
 
 In order: the flags, the schedule and the optimizer, one step, evaluation, checkpoint and log, the run.
-Step n is the state after n updates. Batches depend only on data_seed and the step, initial weights
+Step n is the state after n updates. Batches depend only on data_seed and the step, initial matrices
 only on seed, name and shape. So two runs that differ in --ffn see the same tokens from the same start,
 on any number of GPUs, resumed or not.
 """
