@@ -111,7 +111,7 @@ def products(
     """Return a function that multiplies n tokens with each of the layer's matrices as the layer does,
     forward and backward, and its FLOPs. A frozen matrix has a forward product only; the matrices of an
     expert multiply only the tokens that reach it."""
-    # Compiled, a CPU with AVX-512 multiplies with another library. On a GPU compiling would only add launches.
+    # Compiled, a CPU with AVX-512 uses another library. On a GPU compiling would only add launches.
     three = prepared(products_of_one, cfg, device) if device.type == "cpu" else products_of_one
     multiplied = {m.weight for m in layer.modules() if isinstance(m, nn.Linear)}
     looked_up = {m.weight for m in layer.modules() if isinstance(m, nn.Embedding)} - multiplied

@@ -1014,7 +1014,8 @@ class GPT(nn.Module):
     """
     Qwen3-style decoder. Its initial weights are float32 on the CPU. Matrices have the same bits
     for the same seed, name, shape and n_layer. `overwritten` names the parameters that an FFN set to a
-    constant and init_weights changed; `mixes_tokens` is whether an FFN reads earlier tokens, None if not known.
+    constant and init_weights changed; `mixes_tokens` is whether an FFN reads earlier tokens, None if not
+    known.
     """
 
     def __init__(self, config: GPTConfig):
