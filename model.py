@@ -1250,9 +1250,7 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
             setattr(config, name, value)
         elif recompute and name.startswith("ban_recompute"):
             raise UserError(f"torch {torch.__version__} cannot recompute: --recompute=False")
-    # MKL runs AMD's CPUs with AVX-512 at half their speed; with AVX2 it is the faster one.
-    avx512 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    onednn = onednn_pass() if avx512 else None
+    onednn = onednn_pass() if device.type == "cpu" else None
     options = {"post_grad_custom_pre_pass": onednn} if onednn else None
     return torch.compile(f, dynamic=False, options=options)
 
@@ -1290,8 +1288,10 @@ onednn_product.register_fake(lambda a, b, c=None: a.new_empty(a.size(0), b.size(
 
 @functools.cache
 def onednn_pass():
-    """Return the pass over a compiled graph that puts onednn_product in place of float32 products. None
-    where these are not MKL's, or where this PyTorch lacks a private name that the pass needs."""
+    """Return the pass over a compiled graph that puts onednn_product in place of float32 products: of
+    all on a CPU with AVX-512, where MKL has half the speed on AMD's, else of those of one row
+    (experiments/LOG.md). None where they are not MKL's, or where this PyTorch lacks a private name that
+    the pass needs."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return None
     try:
@@ -1304,19 +1304,21 @@ def onednn_pass():
 
     class ToOneDNN(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
-            aten = torch.ops.aten
+            aten, avx512 = torch.ops.aten, torch.backends.cpu.get_cpu_capability() == "AVX512"
             for node in graph.nodes:
                 if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
                     continue
                 *bias, a, b = node.args
                 out, first, *rest = (x.meta["val"] for x in (node, a, b, *bias))
-                if out.dtype == torch.float32 and all(c.shape == out.shape[1:] for c in rest[1:]):
+                wanted = avx512 or (type(out.size(0)) is int and out.size(0) == 1)  # int: known by now
+                fits = out.dtype == torch.float32 and all(c.shape == out.shape[1:] for c in rest[1:])
+                if wanted and fits:
                     node.target, node.args = getattr(torch.ops, OPS).product.default, (a, b, *bias)
                     # The compiler must write `a` contiguous: oneDNN would copy it, and slowly.
                     node.meta["eager_input_vals"] = ((first.contiguous(), *rest), {})
 
         def uuid(self) -> bytes:
-            return get_hash_for_files((__file__,))
+            return get_hash_for_files((__file__,), torch.backends.cpu.get_cpu_capability())
 
     return ToOneDNN()
 
