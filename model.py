@@ -1289,7 +1289,7 @@ onednn_product.register_fake(lambda a, b, c=None: a.new_empty(a.size(0), b.size(
 @functools.cache
 def onednn_pass():
     """Return the pass over a compiled graph that puts onednn_product in place of float32 products: of
-    all on a CPU with AVX-512, where MKL has half the speed on AMD's, else of those of one row
+    all on a CPU with AVX-512, where MKL is slow on AMD's, else of those of one row
     (experiments/LOG.md). None where they are not MKL's, or where this PyTorch lacks a private name that
     the pass needs."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):

@@ -1231,6 +1231,7 @@ def test_compiled_products_are_right(cpu, monkeypatch):
     shapes. Forward and backward must agree with float64, and oneDNN must really be called. With AVX2 it
     would take a fifth longer than MKL, but for the products of one row."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    torch.compiler.reset()  # or the first CPU's graph would be the second's
     rng = np.random.default_rng(0)
     leaves = [rng.standard_normal(shape) for shape in ((6, 40), (40, 24), (24,))]
     ones = [torch.tensor(x, dtype=torch.float32, requires_grad=True) for x in leaves]
