@@ -56,7 +56,7 @@ class Config:
     tokens: int = 1024  # mode ffn: tokens per call, in sequences of block_size
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon for the matrices inside layers
     recompute: bool = False  # compiled: keep less for the backward pass, compute elementwise parts again
-    residual: str = "float32"  # bfloat16: also the residual stream, where dtype is bfloat16
+    residual: Literal["float32", "bfloat16"] = "float32"  # residual stream, where dtype is bfloat16
     profile: bool = False  # mode step: also print which operators take the most time
     rounds: int = 15  # timed calls of each contender
     device: str = "auto"  # auto, cpu, cuda, cuda:1

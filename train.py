@@ -80,9 +80,9 @@ class Config:
     block_size: int = 2048  # tokens per sequence
     ffn: str = "swiglu"  # the FFN and its options, e.g. sparseglu or asg:threshold=neuron
     ffn_hidden: int = 2048  # hidden width of the FFN
-    ffn_match: str = "hidden"  # hidden: ffn_hidden as it is; params, flops: match SwiGLU's at ffn_hidden
+    ffn_match: Literal["hidden", "params", "flops"] = "hidden"  # hidden: as it is; or match SwiGLU's
     tie_embeddings: bool = True  # lm_head shares the embedding's weight
-    residual: str = "float32"  # or bfloat16: type of the residual stream under bfloat16 autocast
+    residual: Literal["float32", "bfloat16"] = "float32"  # residual stream under bfloat16 autocast
     # training: the Dynamic Sparse Gating paper's run
     max_iters: int = resumable(400)  # steps
     batch_size: int = 512  # sequences per step over all ranks
