@@ -73,7 +73,8 @@ def make_data(folder: Path, sizes: dict[str, int] = SIZES, **meta) -> Path:
 # ---- processes ----------------------------------------------------------------------------------
 
 FORK = multiprocessing.get_context("forkserver")
-PRELOADED = ["torch", "torch._dynamo", "numpy", "torch.distributed.elastic.multiprocessing"]
+PRELOADED = ["torch", "torch._dynamo", "torch._inductor.compile_fx", "numpy"]
+PRELOADED += ["torch.distributed.elastic.multiprocessing"]
 FORK.set_forkserver_preload(PRELOADED)
 
 
