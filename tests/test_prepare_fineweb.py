@@ -1150,11 +1150,12 @@ def test_pretokenized_that_cannot_be_had(tmp_path, hub, how):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_input(tmp_path):
-    """Four times the text, the same peak (parent and workers) to 15%."""
+    """Four times the text, the same peak (parent and workers) to 15%. With 20 MB of text the queues are
+    not always full yet, so there are 40 at least."""
     texts = english("fineweb_legal.parquet")
     psutil = pytest.importorskip("psutil")
     peaks = []
-    for copies in (1, 4):
+    for copies in (2, 8):
         for i in range(copies):
             write_parquet(tmp_path / f"{copies}-{i}.parquet", texts, rows=500)
         flags = [f"--input={tmp_path}/{copies}-*.parquet", "--encoding=bytes", "--workers=2",
@@ -1174,5 +1175,5 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
         assert process.returncode == 0
         peaks.append((peak.pop(process.pid), max(peak.values())))
     print(peaks)
-    for one, four in zip(*peaks, strict=True):
-        assert four < 1.15 * one
+    for small, large in zip(*peaks, strict=True):
+        assert large < 1.15 * small
