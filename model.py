@@ -22,7 +22,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -792,16 +792,22 @@ DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def ffn_code(spec: str) -> str:
+    """Return a hash of the code behind an FFN, its class and those that this extends. Where it differs,
+    two runs of one spec may not be of one function."""
+    return code_hash(parse_spec(spec)[0].__mro__)
+
+
+def code_hash(roots: Iterable[type | Callable]) -> str:
     """
-    Return a hash of the code behind an FFN: its class, the classes that this extends, and the functions,
-    classes and constants of their modules that they refer to, directly or not. Comments and docstrings
-    do not count. All of its module counts for a class that a function made. Where the hash differs, two
-    runs of one spec may not be of one function. It is empty where Python does not have the source.
+    Return a hash of the code of classes and functions and of the functions, classes and constants of
+    their modules that they refer to, directly or not, but not through FFNS. Comments and docstrings do
+    not count. All of its module counts for a class that a function made. The hash is empty where Python
+    does not have the source.
     """
     code: set[str] = set()
-    for cls in parse_spec(spec)[0].__mro__:
-        file = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
-        library = cls.__module__.partition(".")[0] in ("torch", *sys.stdlib_module_names)
+    for root in roots:
+        file = getattr(sys.modules.get(root.__module__), "__file__", None) or ""
+        library = root.__module__.partition(".")[0] in ("torch", *sys.stdlib_module_names)
         if library or not file.endswith(".py"):
             continue
         tree, binding = ast.parse(Path(file).read_bytes()), defaultdict(list)
@@ -810,9 +816,10 @@ def ffn_code(spec: str) -> str:
                 node.body = node.body[1:]
         for name, statement in bindings(tree):
             binding[name].append(statement)
-        root = cls.__qualname__.partition(".")[0]
-        made = "<locals>" in cls.__qualname__ or root not in binding
-        names = list(binding) if made else [root]
+        binding.pop("FFNS", None)  # or a decoder would depend on every FFN
+        start = root.__qualname__.partition(".")[0]
+        made = "<locals>" in root.__qualname__ or start not in binding
+        names = list(binding) if made else [start]
         while names:
             for statement in binding.pop(names.pop(), ()):
                 # Python's versions differ in which empty fields they show.

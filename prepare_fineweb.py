@@ -12,9 +12,8 @@ tokens. Every document is <|endoftext|> and then its ordinary encoding; document
 shards. The stream's first val_tokens tokens are the validation shard, the rest training shards.
 
 A run can be killed at any moment: the same command goes on from the last complete shard, to the same
-bytes. It counts the documents begun and skips as many. In parquet files it skips whole row groups by
-the footer, two small requests for each of the hub's files: seconds for the 15 of sample-10BT, but
-hours for the tens of thousands of all FineWeb. jsonl is read from the start.
+bytes. In parquet files it skips whole row groups by the footer: seconds for the 15 files of
+sample-10BT, hours for the tens of thousands of all FineWeb. jsonl is read from the start.
 """
 
 from __future__ import annotations
@@ -160,12 +159,9 @@ def find_source(cfg: Config, meta: dict) -> list[str]:
         meta["revision"], paths = find_dataset(cfg, meta.get("revision") or cfg.revision or None)
         meta["source"] = f"{cfg.dataset} {cfg.name} {cfg.split} at {meta['revision']}"
         return paths
-    if cfg.input == "stdlib":
-        paths = stdlib_files()
-        meta["source"] = f"the standard library of Python {sys.version.split()[0]}"
-    else:
-        paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(cfg.input), recursive=True)))
-        meta["source"] = f"{cfg.input} ({len(paths)} files)"
+    paths = input_files(cfg.input)
+    stdlib = f"the standard library of Python {sys.version.split()[0]}"
+    meta["source"] = stdlib if cfg.input == "stdlib" else f"{cfg.input} ({len(paths)} files)"
     if not paths:
         raise UserError(f"--input={cfg.input!r} matches no file: quote the glob, check the path")
     for path in paths:  # all at once, and not after hours in the last file
@@ -195,8 +191,10 @@ def find_dataset(cfg: Config, revision: str | None) -> tuple[str, list[str]]:
     return commit, list(files[cfg.split])
 
 
-def stdlib_files() -> list[str]:
-    """The sources of the running Python's standard library, without packages and tests, sorted."""
+def input_files(pattern: str) -> list[str]:
+    """The files of a glob, sorted; for "stdlib" Python's own sources, without packages and tests."""
+    if pattern != "stdlib":
+        return sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
     skip = re.compile(r".*-packages|__pycache__|tests?|.*_tests?")
     paths = []
     for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
@@ -245,19 +243,19 @@ def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
     for path in paths:
         with open_input(path) as f:
             if kind_of(path) == "parquet":
-                file, groups = open_parquet(f, path, column), []
-                for group in range(file.num_row_groups):
-                    rows = file.metadata.row_group(group).num_rows
-                    if skip >= rows and not groups:
-                        skip -= rows  # without reading them
-                    else:
-                        groups.append(group)
-                batches = file.iter_batches(64, groups, [column])  # few rows: a novel is a megabyte
+                file, first = open_parquet(f, path, column), 0
+                n = file.num_row_groups
+                while first < n and skip >= (rows := file.metadata.row_group(first).num_rows):
+                    first, skip = first + 1, skip - rows  # without reading them
+                batches = file.iter_batches(64, list(range(first, n)), [column])  # a novel is 1 MB
                 texts = (text for batch in batches for text in batch.column(0).to_pylist())
             elif kind_of(path) == "jsonl":
                 texts = json_texts(f, path, column)
             else:
-                texts = [f.read().decode("utf-8", "replace")]  # carriage returns stay
+                raw = f.read()
+                texts = [raw.decode("utf-8-sig", "replace")]  # carriage returns stay
+                if "\ufffd" in texts[0] and "\ufffd".encode() not in raw:
+                    print(f"warning: {path} is not UTF-8: its other bytes become U+FFFD", flush=True)
             for text in texts:
                 if skip:
                     skip -= 1
@@ -284,9 +282,8 @@ def no_text(column: str, path: str, names: list[str], kind: str) -> UserError:
 
 def json_texts(f: BinaryIO, path: str, column: str) -> Iterator[str | None]:
     """Yield the text of each line of jsonl. Invalid UTF-8 is replaced, a byte-order mark left out."""
-    for line in io.TextIOWrapper(f, encoding="utf-8-sig", errors="replace", newline="\n"):
-        if not line.strip():
-            continue
+    lines = io.TextIOWrapper(f, encoding="utf-8-sig", errors="replace", newline="\n")
+    for line in filter(str.strip, lines):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
@@ -516,6 +513,7 @@ class Data(NamedTuple):
     encoding: str
     n_vocab: int  # of the encoding: token ids are below it
     source: str  # where the text comes from; empty if no meta.json says it
+    digest: str  # of the encoding and of the shards' entries in meta.json, sha256 included
 
 
 def shard_names(folder: str, split: str) -> list[str]:
@@ -576,9 +574,8 @@ def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
         if len(sets := sorted({name.rsplit("_", 1)[0] for name in names})) > 1:
             wrong.append(f"{folder} has shards of two sets, {' and '.join(sets)}: move one away")
         numbers = sorted(int(re.findall(r"\d+", name)[-1]) for name in names)
-        for before, after in itertools.pairwise(numbers):
-            if after > before + 1 and not gone:
-                wrong.append(f"{folder} lacks {split} shard {before + 1}: {make}")
+        gaps = [a + 1 for a, b in itertools.pairwise(numbers) if b > a + 1 and not gone]
+        wrong += [f"{folder} lacks {split} shard {number}: {make}" for number in gaps]
     return meta, splits, wrong
 
 
@@ -591,7 +588,8 @@ def open_data(data_dir: str, block_size: int) -> Data:
         if window_counts(shards, block_size).sum() < 1:
             raise UserError(f"no {split} shard of {data_dir} has block_size + 1 = {block_size + 1} "
                             "tokens: lower --block_size or prepare more data")  # fmt: skip
-    return Data(splits["train"], splits["val"], meta["encoding"], meta["vocab_size"], meta["source"])
+    digest = hashlib.sha256(json.dumps([meta["encoding"], meta["shards"]]).encode()).hexdigest()
+    return Data(*splits.values(), meta["encoding"], meta["vocab_size"], meta["source"], digest[:16])
 
 
 @functools.lru_cache(maxsize=32)
@@ -703,6 +701,8 @@ def main() -> None:
         with lock_folder(cfg.out_dir, wait=True):
             meta = begin(cfg)
             if meta["complete"]:
+                if cfg.input and input_files(cfg.input):  # which may be gone by now
+                    find_source(cfg, meta)
                 return print(f"{cfg.out_dir} is finished already, nothing to do")
             (download if cfg.pretokenized else prepare)(cfg, meta)
             meta["complete"] = True

@@ -43,7 +43,7 @@ import model as model_file
 import prepare_fineweb
 from configurator import UserError, configure, print0, read_launcher, run, user_error
 from model import FFNS, GPT, GPTConfig, check_ffns, compile_errors, compiled, evaluating
-from model import ffn_code, ffn_cost, has, is_matrix, is_residual, parse_spec, set_up
+from model import code_hash, ffn_code, ffn_cost, has, is_matrix, is_residual, parse_spec, set_up
 from prepare_fineweb import Data, has_shards, load_encoding, locate, lock_folder, open_data
 from prepare_fineweb import read_windows, whole_file, window_counts
 
@@ -51,8 +51,7 @@ from prepare_fineweb import read_windows, whole_file, window_counts
 
 
 def resumable(default: object, neutral: bool = False):
-    """A flag that a resumed run may change. A neutral one cannot change a loss, so that compared runs
-    may differ in it too."""
+    """A flag that a resumed run may change. A neutral one changes no loss: compared runs may differ."""
     return field(default=default, metadata={"neutral": neutral})
 
 
@@ -133,8 +132,7 @@ def check_flags(cfg: Config, world: int) -> None:
 
 
 def saved_flags(saved: dict) -> dict:
-    """The flags of a checkpoint or config.json, checked as a command line's are, with defaults for flags
-    that are newer than it."""
+    """The flags of a checkpoint or config.json, checked like a command line's; newer ones by default."""
     return asdict(configure(Config, [f"--{name}={value}" for name, value in saved.items()])[0])
 
 
@@ -214,8 +212,8 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
 
 
 def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T + 1) -> (B, T) twice. They are copies: for other strides torch.compile would compile anew,
-    and contiguous() would not copy a slice of one row."""
+    """(B, T + 1) -> (B, T) twice, as copies, which contiguous() would not make of a slice of one row:
+    for other strides torch.compile would compile anew."""
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in (batch[:, :-1], batch[:, 1:]))
 
 
@@ -256,8 +254,7 @@ def train_step(
     return total[0], None if aux is None else total[1], norm
 
 
-# Dense bfloat16 TFLOP/s by the vendors' data sheets. A GPU that is not listed prints n/a. The first
-# name that matches wins, and $ keeps out a laptop's card of the same name.
+# Dense bfloat16 TFLOP/s by the data sheets. The first match wins; $ keeps out a laptop's card.
 PEAK_TFLOPS = {"B200": 2250, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835}
 PEAK_TFLOPS |= {"H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090$": 165, "RTX 3090$": 71}
 
@@ -360,8 +357,8 @@ def load_checkpoint(path: str) -> dict:
         step, needed = checkpoint["step"], {"model", "optimizers", "flags", "shards"}
         if not needed <= checkpoint.keys() or type(step) is not int or step < 0:
             raise ValueError("not a checkpoint of train.py")
-        checkpoint["flags"] = saved_flags(checkpoint["flags"])
-        return checkpoint
+        flags, shards = saved_flags(checkpoint["flags"]), dict(checkpoint["shards"])
+        return checkpoint | {"flags": flags, "shards": shards}
 
 
 def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
@@ -435,6 +432,7 @@ def about(cfg: Config, data: Data, config: GPTConfig, device: torch.device, worl
     tokens = {f"{k}_tokens": sum(s.tokens for s in getattr(data, k)) for k in ("train", "val")}
     return {
         "run_id": os.urandom(4).hex(), "ffn_code": ffn_code(cfg.ffn), "git_commit": commit or "unknown",
+        "trainer_code": code_hash([GPT, main, locate, read_windows]), "data_digest": data.digest,
         "data": {"dir": cfg.data_dir, "encoding": data.encoding, "source": data.source, **tokens},
         "vocab_size": config.vocab_size, "world": world, "device": f"{device.type} {name}".strip(),
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
@@ -458,7 +456,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
                 # The old code's hash stays, so that compare.py refuses a run of two codes.
                 made_with |= {"run_id": began["run_id"], "ffn_code": began["ffn_code"]}
         elif os.path.exists(path("ckpt.pt")) or any(row["step"] for row in log):
-            print0(f"note: the run that was in {cfg.out_dir} is kept there as *.prev")
+            print0(f"note: {cfg.out_dir} keeps its earlier run as *.prev, in place of any older *.prev")
             for name in ("log.jsonl", "ckpt.pt", "config.json", "model.py"):
                 with suppress(FileNotFoundError):
                     os.replace(path(name), path(name + ".prev"))
@@ -585,8 +583,10 @@ def find_data(cfg: Config, local_rank: int, checkpoint: dict | None) -> tuple[Da
     data = open_data(cfg.data_dir, cfg.block_size)
     splits = {"train": data.train, "val": data.val}
     shards = {k: [[os.path.basename(s.path), s.tokens] for s in split] for k, split in splits.items()}
+    shards |= {"encoding": data.encoding, "digest": data.digest}
     windows = window_counts(data.train, cfg.block_size).sum()
-    if checkpoint and checkpoint["shards"] != shards and not cfg.eval_only:
+    saved = shards | checkpoint["shards"] if checkpoint else shards
+    if saved["encoding"] != data.encoding or (saved != shards and not cfg.eval_only):
         raise UserError(f"{cfg.data_dir} has other shards than the checkpoint's run: restore them")
     if windows < cfg.batch_size and not cfg.eval_only:
         few = f"{windows:,} windows of {cfg.block_size} tokens, fewer than one batch of {cfg.batch_size}"

@@ -278,15 +278,39 @@ def test_sources(tmp_path, monkeypatch):
         flags = ["--text_column=body [x]"] if end == "jsonl" else []
         in_process(monkeypatch, f"--input={tmp_path}/*.{end}", "--encoding=bytes", "--workers=1",
                    "--shard_tokens=1000", f"--out_dir={out}", *flags)  # fmt: skip
-        assert stream(out) == bytes_stream(texts), end
+        # At the start of a file, U+FEFF is a byte-order mark.
+        expected = [text.removeprefix("\ufeff") for text in texts] if end in ("txt", "py") else texts
+        assert stream(out) == bytes_stream(expected), end
 
 
-def test_invalid_utf8_is_replaced(tmp_path, monkeypatch):
+def test_invalid_utf8_is_replaced_and_said(tmp_path, monkeypatch, capsys):
+    """A file of another encoding is named. One that has U+FFFD of its own is in UTF-8."""
     (tmp_path / "a.txt").write_bytes(b"ab\xff\xfe\xc3(\r\n")
+    (tmp_path / "b.txt").write_bytes("\ufffd".encode())
     out = tmp_path / "out"
-    in_process(monkeypatch, f"--input={tmp_path}/a.txt", "--encoding=bytes", f"--out_dir={out}",
+    in_process(monkeypatch, f"--input={tmp_path}/*.txt", "--encoding=bytes", f"--out_dir={out}",
                "--shard_tokens=3", "--workers=1")  # fmt: skip
-    assert stream(out) == bytes_stream([b"ab\xff\xfe\xc3(\r\n".decode("utf-8", "replace")])
+    assert stream(out) == bytes_stream([b"ab\xff\xfe\xc3(\r\n".decode("utf-8", "replace"), "\ufffd"])
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/a.txt is not UTF-8" in printed
+    assert "b.txt is" not in printed
+
+
+def test_a_finished_folder_is_not_that_of_other_texts(tmp_path, monkeypatch, capsys):
+    """The same command with a file more is an error; with the texts gone, all is well."""
+    (tmp_path / "a.txt").write_text("some words " * 9)
+    flags = [f"--input={tmp_path}/*.txt", "--encoding=bytes", f"--out_dir={tmp_path}/out"]
+    for change in ("none", "none", "one more", "gone"):
+        if change == "one more":
+            (tmp_path / "b.txt").write_text("more")
+            with pytest.raises(UserError, match="are not those"):
+                in_process(monkeypatch, *flags, "--val_tokens=9", "--workers=1")
+            continue
+        if change == "gone":
+            for name in "ab":
+                (tmp_path / f"{name}.txt").unlink()
+        in_process(monkeypatch, *flags, "--val_tokens=9", "--workers=1")
+    assert capsys.readouterr().out.count("finished already") == 2
 
 
 def test_compressed_jsonl_is_the_plain_one(tmp_path, monkeypatch):
@@ -318,7 +342,7 @@ def test_stdlib(tmp_path):
     assert len(tokens) == 2_500_000
     root = Path(sysconfig.get_path("stdlib"))
     at = 0
-    for path in prepare_fineweb.stdlib_files():
+    for path in prepare_fineweb.input_files("stdlib"):
         part = bytes_stream([path_text(Path(path))])[: len(tokens) - at]
         assert tokens[at : at + len(part)] == part, path
         at += len(part)

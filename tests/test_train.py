@@ -47,6 +47,8 @@ from trainer import (
 
 sys.path.insert(0, str(ROOT))
 
+import model as model_file
+import prepare_fineweb
 import train as train_py
 from model import FFNS, GPT, GPTConfig, make_ffn
 
@@ -434,7 +436,7 @@ def test_scratch_keeps_what_an_earlier_run_left(here: Path):
     before = {p.name: p.read_bytes() for p in (here / "o").iterdir() if p.name != ".lock"}
     assert before.keys() == {"config.json", "log.jsonl", "ckpt.pt", "model.py"}
     said = train(here, out_dir="o", max_iters=3, seed=1).out
-    assert "the run that was in o is kept there as *.prev\n" in said
+    assert "o keeps its earlier run as *.prev, in place of any older *.prev\n" in said
     for name, content in before.items():
         assert (here / "o" / f"{name}.prev").read_bytes() == content
         assert (here / "o" / name).read_bytes() != content or name == "model.py"
@@ -818,6 +820,60 @@ def test_public_shards_without_meta_are_gpt2(here: Path):
     assert load(here / "o")["model"]["lm_head.weight"].shape == (50304, 32)
     assert losses(here / "o", "val_loss")[0] == pytest.approx(math.log(50304), abs=0.1)
     assert "error" not in run.err
+
+
+def test_resuming_on_other_data_of_the_same_size_is_refused(here: Path):
+    """Shards prepared again from another text may have the names and counts of those before: what tells
+    is meta.json's sha256. A run may be evaluated on other data, but not in another encoding, whose ids
+    are other words. A checkpoint from before the digest was kept goes on."""
+    path = here / "data" / "meta.json"
+    meta = json.loads(path.read_text())
+
+    def rewrite(digest: str, **more: object) -> None:
+        shards = [shard | {"sha256": digest} for shard in meta["shards"]]
+        path.write_text(json.dumps(meta | {"shards": shards, **more}))
+
+    rewrite("a")
+    train(here, out_dir="o", max_iters=2, lr_decay_iters=4)
+    again = ["--data_dir=data", "--init_from=resume", "--out_dir=o", "--max_iters=4"]
+    rewrite("b")
+    Run(here, again).fails("data has other shards")
+    assert "validation loss" in resume(here, *again, "--eval_only").out
+    rewrite("a", encoding="other")
+    Run(here, again).fails("data has other shards")
+    Run(here, [*again, "--eval_only"]).fails("data has other shards")
+    rewrite("a")
+    checkpoint = load(here / "o")
+    for key in ("digest", "encoding"):
+        del checkpoint["shards"][key]
+    torch.save(checkpoint, here / "o" / "ckpt.pt")
+    resume(here, *again)
+    assert max(losses(here / "o")) == 4
+
+
+def test_config_json_tells_versions_of_the_trainer_apart(here: Path, monkeypatch):
+    """Its hash changes with train.py, the decoder and the reader of shards, but not with a comment or a
+    new FFN."""
+    train(here, out_dir="o", max_iters=0)
+    expected = json.loads((here / "o" / "config.json").read_text())["trainer_code"]
+    for old, new, same in [
+        ("", "", True),
+        ("# -- the loop.", "# -- a loop.", True),
+        ("class GELU(", "class New(nn.Module):\n    pass\n\n\nclass GELU(", True),
+        ('    "gelu": GELU,\n', '    "gelu": GELU,\n    "gelu2": GELU,\n', True),
+        ('group["initial_lr"] * schedule', '0.9 * group["initial_lr"] * schedule', False),
+        ("b * cos + a * sin", "b * cos - a * sin", False),
+        ("permutation(len(counts), data_seed", "permutation(len(counts), 1", False),
+    ]:
+        changed = 0
+        for module in (train_py, prepare_fineweb, model_file):
+            source = (ROOT / f"{module.__name__}.py").read_text()
+            changed += source.count(old) if old else 1
+            (here / f"{module.__name__}.py").write_text(source.replace(old, new))
+            monkeypatch.setattr(module, "__file__", str(here / f"{module.__name__}.py"))
+        assert changed == (1 if old else 3)
+        roots = [GPT, train_py.main, prepare_fineweb.locate, prepare_fineweb.read_windows]
+        assert (model_file.code_hash(roots) == expected) is same, new
 
 
 @pytest.mark.skipif(
