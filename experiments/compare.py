@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import io
 import itertools
 import json
 import math
@@ -89,7 +90,6 @@ PAPERS = {
 NEUTRAL = {flag.name for flag in fields(train.Config) if flag.metadata.get("neutral")}
 VARIED = {"ffn", "ffn_match", "seed", "data_seed", "learning_rate", "min_lr"}
 ROUNDS = 15  # timed steps of each FFN
-LOSSES = ("val_loss", "train_loss")  # of a log's rows
 HORIZONS = (0.7, 1.4)  # the baseline's further runs have this many times the steps
 
 
@@ -125,11 +125,10 @@ class Run:
 
     def too_early(self) -> str:
         """Why its last loss cannot be judged yet; empty if it can."""
-        rates = [row["lr"] for row in self.rows if "lr" in row]
-        if self.flags["max_iters"] <= self.flags["warmup_iters"]:
+        cfg = train.Config(**self.flags)
+        if cfg.max_iters <= cfg.warmup_iters:
             return "ended in warm-up"
-        high = rates and rates[-1] > self.flags["learning_rate"] / 2
-        return "learning rate not down" if high else ""
+        return "learning rate not down" if train.schedule(cfg.max_iters - 1, cfg) > 0.5 else ""
 
 
 def printed(folder: str) -> str:
@@ -147,8 +146,8 @@ def read_run(folder: str) -> Run | None:
         log = train.read_log(os.path.join(folder, "log.jsonl"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    rows = [row for row in log if all(type(row.get(k, 0)) in (int, float) for k in LOSSES)]
-    return Run(folder, flags, made, [row for row in rows if type(row.get("tokens")) is int])
+    rows = [r for r in log if {type(r.get(k, 0)) for k in ("val_loss", "train_loss")} <= {int, float}]
+    return Run(folder, flags, made, [r for r in rows if type(r.get("tokens")) is int])
 
 
 def read_times(folder: str) -> dict[str, dict]:
@@ -159,8 +158,7 @@ def read_times(folder: str) -> dict[str, dict]:
 
 
 def find_runs(places: list[str]) -> tuple[list[Run], dict]:
-    """The runs in folders (a run's own, or one that holds runs' folders) and archives, and the step
-    times that were measured for them."""
+    """The runs in folders (a run's own, or one of runs' folders) and archives, and their step times."""
     runs, times = {}, {}
     for place in places:
         with tempfile.TemporaryDirectory() as unpacked:
@@ -188,16 +186,18 @@ def find_runs(places: list[str]) -> tuple[list[Run], dict]:
     return list(runs.values()), times
 
 
-def write_archive(path: str, runs: list[Run]) -> None:
+def write_archive(path: str, runs: list[Run], times: dict[str, dict]) -> None:
     """Write what --report needs to make the table again, a few KB a run."""
+    names = [os.path.basename(r.dir) for r in runs]
     with tarfile.open(path, "w:xz") as tar:
-        for r in runs:
+        for i, (r, name) in enumerate(zip(runs, names)):
+            folder = name if names.count(name) == 1 else f"{name}-{i}"  # of two folders
             said = ["train.txt"] if r.diverged and printed(r.dir) else []
-            for name in ("config.json", "log.jsonl", *said):
-                tar.add(os.path.join(r.dir, name), os.path.join(os.path.basename(r.dir), name))
-        for times in {os.path.join(os.path.dirname(r.dir), "step_times.json") for r in runs}:
-            if os.path.exists(times):
-                tar.add(times, "step_times.json")
+            for file in ("config.json", "log.jsonl", *said):
+                tar.add(os.path.join(r.dir, file), os.path.join(folder, file))
+        text, member = json.dumps(times, indent=1).encode(), tarfile.TarInfo("step_times.json")
+        member.size = len(text)
+        tar.addfile(member, io.BytesIO(text))
 
 
 # ---- what to run ------------------------------------------------------------------------------
@@ -215,8 +215,7 @@ def stretched(flags: dict, factor: float) -> dict:
 
 
 def plan(cfg: Config, base: train.Config) -> list[Run]:
-    """Every run that the flags ask for, in the order of running: all rows of a seed before the next
-    seed, so that a slow hour of the machine meets all of them."""
+    """Every run that the flags ask for, in order: all rows of a seed before those of the next seed."""
     specs = [cfg.baseline, *filter(None, cfg.ffn.split(","))]
     for paper in filter(None, cfg.paper.split(",")):
         if paper not in PAPERS:
@@ -253,8 +252,7 @@ def plan(cfg: Config, base: train.Config) -> list[Run]:
 
 
 def print_plan(runs: list[Run], cfg: Config) -> None:
-    """Print how many runs there are, how long they take by a few timed steps, and how precise the
-    comparison will be if a run's loss has --noise."""
+    """Print the runs, the hours by a few timed steps, and the precision to expect with --noise."""
     if cfg.prepare and not has_shards(cfg.data_dir):
         make = f"python prepare_fineweb.py {cfg.prepare} --out_dir={cfg.data_dir}"
         raise UserError(f"{cfg.data_dir} has no shards yet: make them with {make}")
@@ -266,13 +264,12 @@ def print_plan(runs: list[Run], cfg: Config) -> None:
             seconds[r.row] = median(bench.measure({"step": step_of(r, device)}, 3, device)["step"])
     passes = cfg.batch_size / cfg.micro_batch_size / (cfg.jobs if cfg.launch else max(1, len(gpus(cfg))))
     hours = sum(seconds[r.row] * passes * r.flags["max_iters"] for r in runs) / 3600
-    rows = len(seconds)
-    print(f"{len(runs)} runs of {rows} rows, about {hours:.2g} hours"
+    print(f"{len(runs)} runs of {len(seconds)} rows, about {hours:.2g} hours"
           f"{' with one device a run' * bool(cfg.launch)}, besides compiling and evaluation.\n"
           f"If FFN and seed leave a noise of {cfg.noise:g} nats (--noise) in a run's loss:")  # fmt: skip
     print("\nseeds  half-width of all 95% intervals  a difference found 4 times in 5")
-    for n in sorted({3, 5, 8, 12, 20, cfg.seeds} - {1, 2}) if rows > 1 else ():
-        width, found = blocks.expected_precision(rows, n, cfg.noise)
+    for n in sorted({3, 5, 8, 12, 20, cfg.seeds} - {1, 2}) if len(seconds) > 1 else ():
+        width, found = blocks.expected_precision(len(seconds), n, cfg.noise)
         print(f"{n:5}  {width:32.4f}  {found:31.4f}")
 
 
@@ -324,18 +321,19 @@ def why_failed(folder: str, code: int) -> str:
 
 def to_do(runs: list[Run], cfg: Config) -> list[Run]:
     """The runs that have not ended. Refuses folders that were made with other flags or another class."""
-    waiting, cure = [], "choose another --name, or delete that folder"
-    for p in runs:
-        old, code = read_run(p.dir), ffn_code(p.flags["ffn"])
-        if old and (name := differing(p.flags, old.flags)):
+    found, cure = {p: read_run(p.dir) for p in runs}, "choose another --name, or delete that folder"
+    waiting, data = [p for p, old in found.items() if not (old and old.ended)], None
+    if waiting and (has_shards(cfg.data_dir) or not cfg.prepare):
+        data = open_data(cfg.data_dir, cfg.block_size)  # one error now instead of one for each
+    for p, old in ((p, old) for p, old in found.items() if old):
+        if name := differing(p.flags, old.flags):
             made = f"{p.dir} was made with --{name}={old.flags[name]}"
             raise UserError(f"{made}, not {p.flags[name]}: {cure}")
-        if old and (old.made.get("ffn_code") or code) != code:
+        code = ffn_code(p.flags["ffn"])
+        if (old.made.get("ffn_code") or code) != code:
             raise UserError(f"the class of {p.flags['ffn']} has changed since {p.dir} was made: {cure}")
-        if not (old and old.ended):
-            waiting.append(p)
-    if not cfg.prepare and waiting:
-        open_data(cfg.data_dir, cfg.block_size)  # one error now instead of one for each
+        if data and old.made.get("data_digest", data.digest) != data.digest:
+            raise UserError(f"{cfg.data_dir} has changed since {p.dir} was made: {cure}")
     begun = sum(os.path.exists(os.path.join(p.dir, "ckpt.pt")) for p in waiting)
     print(f"{len(runs)} runs: {len(runs) - len(waiting)} done, {begun} to go on with, "
           f"{len(waiting) - begun} to start", flush=True)  # fmt: skip
@@ -414,8 +412,10 @@ def step_of(r: Run, device: torch.device):
 
 
 def timed_as(r: Run, base: Run) -> str:
-    """The key of a row's step time: these two classes at these widths."""
-    return " / ".join(f"{x.row[0]} {x.row[1]} {x.made.get('ffn_code', '')}" for x in (r, base))
+    """The key of a row's step time: these classes at these widths, on this device with these flags."""
+    ffns = " / ".join(f"{x.row[0]} {x.row[1]} {x.made.get('ffn_code', '')}" for x in (r, base))
+    flags = [f"{k}={v}" for k, v in base.flags.items() if k not in NEUTRAL | VARIED]
+    return " ".join([ffns, base.made["device"], *flags])
 
 
 def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> None:
@@ -468,11 +468,13 @@ def check_alike(runs: list[Run], baseline: str) -> None:
         twin = seen.setdefault((*r.row, r.flags["learning_rate"], r.seeds, r.factor), r)
         if twin is not r:
             raise UserError(f"{twin.dir} and {r.dir} are the same run twice: leave one out")
-        if code := r.made.get("ffn_code"):
-            other = codes.setdefault(r.row[0], r)
-            if code != other.made["ffn_code"]:
-                changed = f"the class of {r.flags['ffn']} changed between {other.dir} and {r.dir}"
-                raise UserError(f"{changed}: run the older one again")
+        classes = f"the class of {r.flags['ffn']}", r.row[0], "ffn_code"
+        for what, which, key in (classes, ("the data", "", "data_digest")):
+            if code := r.made.get(key):
+                other = codes.setdefault((which, key), r)
+                if code != other.made[key]:
+                    changed = f"{what} changed between {other.dir} and {r.dir}"
+                    raise UserError(f"{changed}: run the older one again")
     # A learning rate may differ where all rows tried it, whether or not they came to an end.
     for a, b in itertools.product({r.flags["learning_rate"]: r for r in done}.values(), done):
         if (b.row, a.flags["learning_rate"]) not in tried:
@@ -501,11 +503,8 @@ def group_runs(runs: list[Run], baseline: str) -> list[list[Run]]:
 def judge(groups: list[list[Run]]) -> tuple[list[dict], dict]:
     """What analyse finds for each group."""
     seeds = sorted({r.seeds for group in groups for r in group})
-    table = np.full((len(groups), len(seeds)), np.nan)
-    for i, group in enumerate(groups):
-        for r in group:
-            table[i, seeds.index(r.seeds)] = r.loss
-    return blocks.analyse(table)
+    losses = [{r.seeds: r.loss for r in group} for group in groups]
+    return blocks.analyse(np.array([[row.get(seed, np.nan) for seed in seeds] for row in losses]))
 
 
 # ---- the table --------------------------------------------------------------------------------
@@ -515,7 +514,8 @@ def summarize(runs: list[Run], times: dict[str, dict], baseline: str) -> dict:
     """compare.json's baseline, noise, exchange rate and rows, the baseline's first."""
     groups = group_runs(runs, baseline)
     results, noise = judge(groups)
-    line = [r for r in runs if r.done and groups[0] and r.row == groups[0][0].row]
+    like = [(r.row, r.flags["learning_rate"]) for r in groups[0][:1]]
+    line = [r for r in runs if r.done and (r.row, r.flags["learning_rate"]) in like]
     exchange = blocks.exchange_rate([(r.tokens, r.seeds, r.loss) for r in line])
     papers = {identity(spec): text for paper in PAPERS.values() for spec, text in paper.items()}
     rows = []
@@ -532,8 +532,7 @@ def summarize(runs: list[Run], times: dict[str, dict], baseline: str) -> dict:
         step = times.get(timed_as(first, groups[0][0])) if groups[0] and not is_base else None
         row = {"ffn": first.flags["ffn"], "match": first.match, "hidden": first.row[1]}
         row |= {"label": first.label, "learning_rate": first.flags["learning_rate"], "baseline": is_base}
-        row |= {"params": cost["params"], "total_params": model.param_counts()["total"]}
-        row |= {"flops": cost["flops"], "ideal_flops": cost["ideal_flops"]}
+        row |= {**cost, "total_params": model.param_counts()["total"]}
         row |= {"n": len(done), "diverged": len(group) - len(done)}
         row |= {"active": mean(active) if active else None}
         row |= {"val_loss": mean(r.loss for r in done) if done else None}
@@ -607,14 +606,13 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
     rates = sorted({r.flags["learning_rate"] for r in runs if r.ended})
     hidden = NEUTRAL | VARIED - ({"learning_rate", "min_lr"} if len(rates) == 1 else set())
     given = [f"--{k}={flags[k]}" for k in flags if k not in hidden and flags[k] != defaults[k]]
-    about = [data.get("dir", flags["data_dir"]), data.get("encoding", made.get("encoding"))]
-    about += [data.get("source"), *(f"{data[k]:,} {k}" for k in data if k.endswith("_tokens"))]
-    commits = ", ".join(sorted({str(r.made.get("git_commit")) for r in runs if r.ended}))
+    about = [f"{v:,} {k}" if type(v) is int else v for k, v in data.items()] or [flags["data_dir"]]
+    by = {f"torch {r.made.get('torch')}, commit {r.made.get('git_commit')}" for r in runs if r.ended}
     notes = [
         f"Each run has {flags['max_iters']} steps of {first.tokens // flags['max_iters']:,} tokens, "
         f"{first.tokens:,} in all. Flags besides the defaults: `{shlex.join(given) or 'none'}`.",
         f"The data: {', '.join(str(x) for x in about if x)}.",
-        f"The runs were made on {made.get('device')} with torch {made.get('torch')}, commit {commits}.",
+        f"The runs were made on {made.get('device')} with {'; '.join(sorted(by))}.",
         "The validation loss is in nats per token at the last step: mean ± standard deviation over n "
         "seeds. FLOPs are of all FFNs' forward passes; the ideal ones skip what is zero.",
     ]
@@ -643,6 +641,8 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
         )
     if len(rates) > 1:
         notes.append(f"The learning rates {rates} were tried for every row, which shows its best.")
+    if len({r.made.get("trainer_code") for r in runs if r.ended} - {None}) > 1:
+        notes.append("Warning: train.py, the decoder or the reader of shards changed between the runs.")
     base = identity(record["baseline"])
     if other := sorted({r.label for r in runs if r.factor != 1 and r.row[0] != base}):
         notes.append(f"Left out, of another length than the table's: runs of {', '.join(other)}.")
@@ -737,7 +737,7 @@ def main() -> None:
         Path(f"{path}.json").write_text(json.dumps(record, indent=1, allow_nan=False))
         plot(record, groups, f"{path}.png")
         if cfg.archive:
-            write_archive(cfg.archive, ended)
+            write_archive(cfg.archive, ended, step_times)
     except OSError as e:
         raise UserError(f"cannot write {e.filename or path} ({e.strerror}): try another --out") from None
     print(markdown(record))
