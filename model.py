@@ -792,18 +792,14 @@ DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def ffn_code(spec: str) -> str:
-    """Return a hash of the code behind an FFN, its class and those that this extends. Where it differs,
-    two runs of one spec may not be of one function."""
+    """Return a hash of an FFN's code: where it differs, runs of one spec may be of two functions."""
     return code_hash(parse_spec(spec)[0].__mro__)
 
 
 def code_hash(roots: Iterable[type | Callable]) -> str:
-    """
-    Return a hash of the code of classes and functions and of the functions, classes and constants of
-    their modules that they refer to, directly or not, but not through FFNS. Comments and docstrings do
-    not count. All of its module counts for a class that a function made. The hash is empty where Python
-    does not have the source.
-    """
+    """Return a hash of the code of classes and functions and of what they refer to in their modules,
+    directly or not, but not through FFNS. Comments and docstrings do not count. All of its module counts
+    for a class that a function made. The hash is empty where Python does not have the source."""
     code: set[str] = set()
     for root in roots:
         file = getattr(sys.modules.get(root.__module__), "__file__", None) or ""

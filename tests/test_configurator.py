@@ -275,6 +275,22 @@ def test_a_value_that_equals_the_default_still_counts_as_given():
     assert configure(Config, ["--n_layer=32"])[1] == {"n_layer"}
 
 
+def test_the_home_folder(tmp_path, monkeypatch):
+    """A shell leaves the ~ of --out_dir=~/x as it is, and a folder named ~ is a trap. Other strings may
+    begin with one."""
+
+    @dataclass
+    class Folders:
+        out_dir: str = ""
+        prompt: str = ""
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.py").write_text("out_dir = '~/x'\nprompt = '~/x'\n")
+    for argv in (["--out_dir=~/x", "--prompt=~/x"], [str(tmp_path / "c.py")]):
+        cfg, _ = configure(Folders, argv)
+        assert (cfg.out_dir, cfg.prompt) == (f"{tmp_path}/x", "~/x")
+
+
 def test_calls_are_independent():
     """Nothing leaks from one call into the class or into the next call, argv stays as it was."""
     argv = ["--n_layer", "4"]
