@@ -812,7 +812,6 @@ def code_hash(roots: Iterable[type | Callable]) -> str:
                 node.body = node.body[1:]
         for name, statement in bindings(tree):
             binding[name].append(statement)
-        binding.pop("FFNS", None)  # or a decoder would depend on every FFN
         start = root.__qualname__.partition(".")[0]
         made = "<locals>" in root.__qualname__ or start not in binding
         names = list(binding) if made else [start]
@@ -821,7 +820,7 @@ def code_hash(roots: Iterable[type | Callable]) -> str:
                 # Python's versions differ in which empty fields they show.
                 text = re.sub(r"(, )?\w+=(None|\[\]|Load\(\))", "", ast.dump(statement))
                 code.add(text.replace("(, ", "("))
-                names += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
+                names += {getattr(node, "id", "FFNS") for node in ast.walk(statement)} - {"FFNS"}
     return hashlib.sha256("\n".join(sorted(code)).encode()).hexdigest()[:16] if code else ""
 
 
