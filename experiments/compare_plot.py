@@ -22,9 +22,9 @@ STYLES = [("#000000", "o"), ("#d55e00", "s"), ("#0072b2", "^"), ("#009e73", "D")
 
 
 def plot_losses(ax, rows: list[dict], groups: list[list]) -> None:
-    """Loss against tokens of the baseline and the best rows: mean and range over the seeds, or where
-    fewer than three validations were made the mean training loss. The first quarter of the runs is
-    left out, because it would flatten all the rest."""
+    """Loss against tokens of the baseline and the best rows: mean and range over the seeds that all of
+    them have, or where fewer than three validations were made the mean training loss. The first quarter
+    of the runs is left out, because it would flatten all the rest."""
     drawn = [i for i, row in enumerate(rows) if row["n"]]
     validated = any(len(r.val) > 2 for i in drawn for r in groups[i])
     if validated and len(groups) == len(groups[0]) == 1:
@@ -34,8 +34,13 @@ def plot_losses(ax, rows: list[dict], groups: list[list]) -> None:
     best = sorted(drawn[1:], key=lambda i: rows[i]["val_loss"])
     kind = "val_loss" if validated else "train_loss"
     title = "Validation loss, band: all seeds" if validated else "Training loss, mean over the seeds"
-    for (color, marker), i in zip(STYLES, [*drawn[:1], *best]):
-        logs = [[row for row in r.rows if kind in row] for r in groups[i] if r.done]
+    shown = [*drawn[:1], *best][: len(STYLES)]
+    done = {i: [r for r in groups[i] if r.done] for i in shown}
+    # A seed has batches of its own, so curves of other seeds would differ by more than their FFNs do.
+    shared = set.intersection(*({r.seeds for r in runs} for runs in done.values())) if done else set()
+    for (color, marker), i in zip(STYLES, shown):
+        runs = [r for r in done[i] if r.seeds in shared or not shared]
+        logs = [[row for row in r.rows if kind in row] for r in runs]
         curves = [{row["tokens"]: row[kind] for row in log if math.isfinite(row[kind])} for log in logs]
         tokens = sorted(set.intersection(*map(set, curves)))
         tokens = [t for t in tokens if t >= tokens[-1] / 4]

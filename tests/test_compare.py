@@ -1035,6 +1035,22 @@ def test_report_reads_odd_files(tmp_path):
         fails(tmp_path, "--report", "out", f"--out={folder}", needles=("cannot write", "--out"))
 
 
+def test_curves_are_means_over_the_seeds_that_all_rows_have(tmp_path, compare):
+    """SwiGLU has two seeds more, and its curve is still beside the other's, which has seed 0."""
+    from compare_plot import plot_losses
+    from matplotlib.figure import Figure
+
+    for spec, seeds in (("swiglu", 3), ("geglu", 1)):
+        for s in range(seeds):
+            losses = [6, 3 + s, 2 + s + 0.01 * (spec == "geglu")]
+            make_run(tmp_path / f"{spec}-s{s}", losses, ffn=spec, seed=s, data_seed=s)
+    runs, _ = compare.find_runs([str(tmp_path)])
+    groups = compare.group_runs(runs, "swiglu")
+    ax = Figure().subplots()
+    plot_losses(ax, compare.summarize(runs, {}, "swiglu")["rows"], groups)
+    assert [line.get_ydata()[-1] for line in ax.lines] == [2, 2.01]
+
+
 def test_one_run_and_many_rows_are_plotted(tmp_path):
     """--report of a single run, which train.py's summary offers, puts its table and plot into the run's
     folder. Many rows also fit one figure."""
