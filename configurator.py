@@ -132,7 +132,7 @@ def parse_value(name: str, text: str, kind: type) -> object:
         raise UserError(f"{name} takes {KINDS[kind]}, not {text[:60]!r}") from None
     if kind is not str and not abs(value) < (2**63 if kind is int else math.inf):  # or nan
         raise UserError(f"{name} takes {KINDS[kind]}, finite and within 64 bits, not {text[:60]!r}")
-    return os.path.expanduser(value) if name.endswith("_dir") else value  # shells leave --x=~/y
+    return os.path.expanduser(value) if name.endswith("_dir") else value  # shells leave --x=~/y alone
 
 
 def read_config_file(path: str, types: dict[str, type]) -> dict[str, object]:
