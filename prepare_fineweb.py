@@ -247,7 +247,7 @@ def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
                 n = file.num_row_groups
                 while first < n and skip >= (rows := file.metadata.row_group(first).num_rows):
                     first, skip = first + 1, skip - rows  # without reading them
-                batches = file.iter_batches(64, list(range(first, n)), [column])  # a novel is 1 MB
+                batches = file.iter_batches(64, list(range(first, n)), [column])  # 64: a novel is 1 MB
                 texts = (text for batch in batches for text in batch.column(0).to_pylist())
             elif kind_of(path) == "jsonl":
                 texts = json_texts(f, path, column)

@@ -132,7 +132,7 @@ def check_flags(cfg: Config, world: int) -> None:
 
 
 def saved_flags(saved: dict) -> dict:
-    """The flags of a checkpoint or config.json, checked like a command line's; newer ones by default."""
+    """The flags of a checkpoint or config.json, checked as a command line's; newer flags by default."""
     return asdict(configure(Config, [f"--{name}={value}" for name, value in saved.items()])[0])
 
 

@@ -191,7 +191,7 @@ def write_archive(path: str, runs: list[Run], times: dict[str, dict]) -> None:
     names = [os.path.basename(r.dir) for r in runs]
     with tarfile.open(path, "w:xz") as tar:
         for i, (r, name) in enumerate(zip(runs, names)):
-            folder = name if names.count(name) == 1 else f"{name}-{i}"  # of two folders
+            folder = name if names.count(name) == 1 else f"{name}-{i}"  # two have it
             said = ["train.txt"] if r.diverged and printed(r.dir) else []
             for file in ("config.json", "log.jsonl", *said):
                 tar.add(os.path.join(r.dir, file), os.path.join(folder, file))
@@ -320,17 +320,17 @@ def why_failed(folder: str, code: int) -> str:
 
 
 def to_do(runs: list[Run], cfg: Config) -> list[Run]:
-    """The runs that have not ended. Refuses folders that were made with other flags or another class."""
-    found, cure = {p: read_run(p.dir) for p in runs}, "choose another --name, or delete that folder"
-    waiting, data = [p for p, old in found.items() if not (old and old.ended)], None
+    """The runs that have not ended. Refuses folders of other flags, another class or other data."""
+    found, data = {p: old for p in runs if (old := read_run(p.dir))}, None
+    waiting = [p for p in runs if not (p in found and found[p].ended)]
+    cure = "choose another --name, or delete that folder"
     if waiting and (has_shards(cfg.data_dir) or not cfg.prepare):
         data = open_data(cfg.data_dir, cfg.block_size)  # one error now instead of one for each
-    for p, old in ((p, old) for p, old in found.items() if old):
+    for p, old in found.items():
         if name := differing(p.flags, old.flags):
             made = f"{p.dir} was made with --{name}={old.flags[name]}"
             raise UserError(f"{made}, not {p.flags[name]}: {cure}")
-        code = ffn_code(p.flags["ffn"])
-        if (old.made.get("ffn_code") or code) != code:
+        if old.made.get("ffn_code") not in (None, "", ffn_code(p.flags["ffn"])):
             raise UserError(f"the class of {p.flags['ffn']} has changed since {p.dir} was made: {cure}")
         if data and old.made.get("data_digest", data.digest) != data.digest:
             raise UserError(f"{cfg.data_dir} has changed since {p.dir} was made: {cure}")
