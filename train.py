@@ -81,6 +81,7 @@ class Config:
     ffn_hidden: int = 2048  # hidden width of the FFN
     ffn_match: Literal["hidden", "params", "flops"] = "hidden"  # hidden: as it is; or match SwiGLU's
     tie_embeddings: bool = True  # lm_head shares the embedding's weight
+    init_std: float = 0.02  # standard deviation of the initial matrices; try 1/sqrt(n_embd) too
     residual: Literal["float32", "bfloat16"] = "float32"  # residual stream under bfloat16 autocast
     # training: the Dynamic Sparse Gating paper's run
     max_iters: int = resumable(400)  # steps
@@ -200,9 +201,8 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
     ]
     lr, betas = cfg.learning_rate, (cfg.beta1, cfg.beta2)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr, betas, fused=True)]
-    if muon:
-        scale = {"adjust_lr_fn": "match_rms_adamw"}  # so that AdamW's learning rate suits it
-        optimizers.append(torch.optim.Muon(muon, lr, cfg.weight_decay, **scale))
+    if muon:  # match_rms_adamw: so that AdamW's learning rate suits it
+        optimizers.append(torch.optim.Muon(muon, lr, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group.setdefault("initial_lr", group["lr"])
     return optimizers

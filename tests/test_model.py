@@ -2609,6 +2609,19 @@ def test_initial_values(name):
     assert len(draws) == matrices  # no two parameters share their numbers
 
 
+@all_names
+def test_init_std_scales_every_matrix_and_nothing_else(name):
+    """The same draws, times a constant: also in attention, embeddings, experts and residual writers."""
+    usual = GPT(small(ffn=name)).state_dict()
+    wide = GPT(small(ffn=name, init_std=0.05)).state_dict()
+    for key, value in usual.items():
+        scale = 2.5 if sum(size > 1 for size in value.shape) > 1 else 1
+        torch.testing.assert_close(wide[key], scale * value, rtol=1e-6, atol=0, msg=key)
+    for bad in (0.0, -0.02, math.nan, math.inf):
+        with pytest.raises(UserError, match="init_std must be above 0"):
+            GPT(small(ffn=name, init_std=bad))
+
+
 def test_only_what_is_called_so_starts_smaller(monkeypatch):
     """down_proj does, whatever its parent is called; updown_proj and two_proj do not."""
 
