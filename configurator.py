@@ -8,7 +8,7 @@ A command line is read from left to right and a later value wins:
     python train.py config/tiny.py --ffn=geglu --learning_rate 3e-4 --compile=False
 
 `config/tiny.py` holds plain `name = literal` lines. It is parsed, never executed: nanoGPT's
-exec() of a config file is a joy to write and a hole to run. A name that the dataclass does not
+exec() of a config file runs any code that is in it. A name that the dataclass does not
 have is an error with a did-you-mean, in a file as on the command line.
 """
 

@@ -534,8 +534,8 @@ class ThresholdMoE(MoE):
 
 def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) -> Tensor:
     """Apply expert e to the next count[e] rows of x (M, d): (M, d). An expert without rows gets zeros as
-    gradients (on Blackwell perhaps not: pytorch issue 172439). Stacked weights would be slow on a CPU,
-    on a GPU a loop waits for the counts. From Hopper on, one kernel multiplies for all experts."""
+    gradients (on Blackwell perhaps not: pytorch issue 172439). A CPU loops, because stacking weights is
+    slow there. On a GPU a loop would wait for the counts; from Hopper on, one kernel does them all."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if on_cpu(x) or dtype != torch.bfloat16 or x.size(-1) % 8:  # grouped_mm wants rows of 16 bytes
@@ -550,7 +550,7 @@ def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) ->
     else:
         ends = count.cumsum(0, dtype=torch.int32)
     hidden = F.relu(F.grouped_mm(x.to(dtype), up, offs=ends))
-    # A power, square() too, would be float32 by CUDA's autocast.
+    # CUDA's autocast would compute square() in float32.
     return F.grouped_mm(hidden * hidden, down, offs=ends)
 
 
@@ -798,8 +798,8 @@ def ffn_code(spec: str) -> str:
 
 def code_hash(roots: Iterable[type | Callable]) -> str:
     """Return a hash of the code of classes and functions and of what they refer to in their modules,
-    directly or not, but not through FFNS. Comments and docstrings do not count. All of its module counts
-    for a class that a function made. The hash is empty where Python does not have the source."""
+    directly or not, but not through FFNS. Comments and docstrings do not count. For a class made in a
+    function the whole module counts. The hash is empty where Python does not have the source."""
     code: set[str] = set()
     for root in roots:
         file = getattr(sys.modules.get(root.__module__), "__file__", None) or ""
@@ -1017,8 +1017,8 @@ def is_residual(name: str) -> bool:
 
 class GPT(nn.Module):
     """
-    Qwen3-style decoder. Its initial weights are float32 on the CPU. Matrices have the same bits
-    for the same seed, name, shape and n_layer. `overwritten` names the parameters that an FFN set to a
+    Qwen3-style decoder. Its initial weights are float32 on the CPU. Matrices have the same bits for the
+    same seed, name, shape, init_std and n_layer. `overwritten` names the parameters that an FFN set to a
     constant and init_weights changed; `mixes_tokens` is whether an FFN reads earlier tokens, None if not
     known.
     """
@@ -1146,7 +1146,7 @@ class GPT(nn.Module):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a while."""
+    """Put a model into evaluation mode inside a with block."""
     training = model.training
     model.eval()
     try:
@@ -1157,7 +1157,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Multiply float32 exactly, where a few rows and many could be rounded differently."""
+    """Turn TF32 off inside a with block: it may round products of few rows and of many differently."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -1207,7 +1207,7 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# What makes it fast. Skip this section on a first reading: without it the model computes the same.
+# What makes it fast. Skip this section on a first reading: it changes when and how, not what.
 
 
 def set_up(device: torch.device) -> None:
@@ -1219,7 +1219,7 @@ def set_up(device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on purpose
     if device.type != "cpu":
         return
-    # Or compiled code adds up an embedding's gradient in the order in which its threads arrive.
+    # Without this, compiled code sums an embedding's gradient in the order in which threads finish.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would take time
     if sys.platform == "linux":
@@ -1248,7 +1248,7 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
         # anew at each start, though the cache's key has both: 32 layers take 17 s, not 5.
         (functorch, "autograd_cache_allow_custom_autograd_functions", True),
         (inductor, "unsafe_marked_cacheable_functions", cacheable),
-        # Or the backward pass of what is float32 on purpose would be in autocast's type, unlike eager.
+        # Off, as in eager mode: the backward pass of what is float32 on purpose stays float32.
         (functorch, "backward_pass_autocast", "off"),
         (functorch, "ban_recompute_materialized_backward", not recompute),
     ]:
@@ -1295,7 +1295,7 @@ onednn_product.register_fake(lambda a, b, c=None: a.new_empty(a.size(0), b.size(
 @functools.cache
 def onednn_pass():
     """Return the pass over a compiled graph that puts onednn_product in place of float32 products: of
-    all on a CPU with AVX-512, where MKL is slow on AMD's, else of those of one row
+    all on a CPU with AVX-512, because MKL is slow on AMD's, elsewhere of those of one row
     (experiments/LOG.md). None where they are not MKL's, or where this PyTorch lacks a private name that
     the pass needs."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):

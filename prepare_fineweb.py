@@ -53,7 +53,7 @@ HEADER_BYTES = 4 * HEADER_INTS
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".py": "text"}
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
 GPT2 = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256}  # meta.json of ready-made shards
-BATCH_DOCUMENTS = 16  # which a worker tokenizes at a time
+BATCH_DOCUMENTS = 16  # documents that a worker takes at a time
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS}  # to lock or sync a folder
 
 
@@ -393,7 +393,7 @@ def prepare(cfg: Config, meta: dict) -> None:
     encoding, paths = load_encoding(cfg.encoding), find_source(cfg, meta)
     meta |= {"vocab_size": encoding.n_vocab, "eot": encoding.eot_token}
     save_meta(cfg.out_dir, meta)
-    # Go on with the last document that the shards have the beginning of, which is `cut` tokens.
+    # The shards may end inside a document: go on after its first `cut` tokens.
     shards = meta["shards"]
     done, begun = (sum(shard[key] for shard in shards) for key in ("tokens", "documents"))
     cut = skip = shards[-1]["cut"] if shards else 0

@@ -5,9 +5,9 @@ Train a Qwen3-style language model whose FFN is picked by a flag, on shards of t
     torchrun --nproc_per_node=8 train.py --ffn=sparseglu             # the full run
 
 In order: the flags, the schedule and the optimizer, one step, evaluation, checkpoint and log, the run.
-Step n is the state after n updates. Batches depend only on data_seed and the step, initial matrices
-only on seed, name and shape. So two runs that differ in --ffn see the same tokens from the same start,
-on any number of GPUs, resumed or not.
+Step n is the state after n updates. Batches do not depend on the model, and the initial matrices of
+equal name and shape do not depend on the FFN. So two runs that differ in --ffn see the same tokens
+from the same start, on any number of GPUs, resumed or not.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from prepare_fineweb import read_windows, whole_file, window_counts
 
 
 def resumable(default: object, neutral: bool = False):
-    """A flag that a resumed run may change. A neutral one changes no loss: compared runs may differ."""
+    """A flag that a resumed run may change. A neutral one cannot change a loss."""
     return field(default=default, metadata={"neutral": neutral})
 
 
@@ -133,7 +133,7 @@ def check_flags(cfg: Config, world: int) -> None:
 
 
 def saved_flags(saved: dict) -> dict:
-    """The flags of a checkpoint or config.json, checked as a command line's; newer flags by default."""
+    """The flags of a checkpoint or config.json, checked as if typed. Flags added since have defaults."""
     return asdict(configure(Config, [f"--{name}={value}" for name, value in saved.items()])[0])
 
 
@@ -212,8 +212,8 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
 
 
 def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T + 1) -> (B, T) twice, as copies, which contiguous() would not make of a slice of one row:
-    for other strides torch.compile would compile anew."""
+    """Split (B, T + 1) into inputs and targets (B, T). They are copies, also of a single row, so that
+    their strides never change and torch.compile compiles once."""
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in (batch[:, :-1], batch[:, 1:]))
 
 
@@ -349,7 +349,7 @@ def sample(model: GPT, cfg: Config, data: Data, device: torch.device, autocast: 
 
 
 def load_checkpoint(path: str) -> dict:
-    """Raises UserError for a file that is not a checkpoint of this program. Runs no code in it."""
+    """The checkpoint in a file, loaded without running code. Raises UserError if it is none of ours."""
     cure = "check --out_dir, or start anew with --init_from=scratch"
     with user_error(f"no checkpoint can be loaded from {path}", cure), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a file that is no zip archive
@@ -554,8 +554,8 @@ def connect(device: torch.device, step: int, shards: dict) -> None:
 
 
 def catch_signals() -> list[float]:
-    """Return a list that gets the time of each SIGTERM, SIGINT or SIGUSR1. A second ends the process,
-    under a launcher only after 5 seconds: one Ctrl-C comes from the terminal and from torchrun."""
+    """Return a list that gets the time of each SIGTERM, SIGINT or SIGUSR1. A second one ends the
+    process; under a launcher only after 5 seconds, because there one Ctrl-C arrives twice."""
     times: list[float] = []
 
     def on_signal(number: int, frame: object) -> None:
@@ -617,7 +617,7 @@ def main() -> None:
     counts = window_counts(data.train, cfg.block_size)
     config = model_config(vars(cfg), vocab_size=math.ceil(data.n_vocab / 128) * 128)
     config.check()
-    compile = cfg.compile and training and device.type != "mps"  # a prototype there
+    compile = cfg.compile and training and device.type != "mps"  # compiling is a prototype there
     wandb = None
     if rank == 0 and training:
         made_with = about(cfg, data, config, device, world)

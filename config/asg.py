@@ -12,7 +12,7 @@ parameters are exactly 640 steps of 2^22 tokens; that this was the batch is our 
                active ratio about 35%
 
 By its own table the method loses to its ablation without the sparse pathway. Multi-Scale and
-Dual-Gated are only named: ours are readings. "Adaptive" it is not as written: through the hard mask
+Dual-Gated are only named: ours are readings. As written it is not adaptive: through the hard mask
 no gradient reaches the threshold, so tau stays sigmoid(0) = 0.5 and the width decides how much is
 active (at init about 27% at d=512). asg:grad=ste learns it.
 """

@@ -15,11 +15,11 @@ import math
 import numpy as np
 from scipy import special
 
-FEWEST_SEEDS = 3  # fewer have no verdict
+FEWEST_SEEDS = 3  # no verdict from fewer
 DRAWS = 200_000
-SHARES = np.linspace(0, 1, DRAWS + 1)  # of sorted draws up to each
+SHARES = np.linspace(0, 1, DRAWS + 1)  # share of the sorted draws up to each
 ODD_NOISE = 0.01  # p of the F-test below which a row is judged by its own noise
-ROUNDING = 1e-9  # nats: smaller deviations are none
+ROUNDING = 1e-9  # nats: smaller deviations are rounding
 
 
 def two_sided_p(t: float | np.ndarray, df: int) -> float | np.ndarray:

@@ -6,10 +6,10 @@ of train.py and turns them into one table and one plot.
     python experiments/compare.py config/tiny.py --paper=asg --precision=0.01 --seeds=12
     python experiments/compare.py --report out/tiny                  # only read finished runs
 
-All flags and config files of train.py are valid here too. Run s of every FFN has --seed=s and
---data_seed=s, so within a seed all FFNs see the same tokens and start from the same shared weights.
-The same command skips the runs that are done and resumes those that were interrupted. --report takes
-folders of runs, folders that hold such folders, and archives that --archive has written.
+All flags and config files of train.py are valid here too, but seed, data_seed, init_from and out_dir
+are set by this program. Run s of every FFN has --seed=s and --data_seed=s, so within a seed all FFNs
+see the same tokens and start from the same shared weights. The same command skips the runs that are
+done and resumes the others. --report takes folders of runs, their parents, and archives of --archive.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench
 import train
-from configurator import UserError, configure, parse_value, run, suggest
+from configurator import UserError, configure, parse_value, run, suggest, user_error
 from model import GPT, ffn_code, ffn_cost, parse_spec, set_up, sketch
 from prepare_fineweb import cores, has_shards, open_data
 
@@ -158,7 +158,7 @@ def read_times(folder: str) -> dict[str, dict]:
 
 
 def find_runs(places: list[str]) -> tuple[list[Run], dict]:
-    """The runs in folders (a run's own, or one of runs' folders) and archives, and their step times."""
+    """The runs in folders (a run's, or a parent of runs') and archives, and their step times."""
     runs, times = {}, {}
     for place in places:
         with tempfile.TemporaryDirectory() as unpacked:
@@ -313,7 +313,7 @@ def start(p: Run, cfg: Config, slot: int) -> subprocess.Popen:
 
 
 def why_failed(folder: str, code: int) -> str:
-    """One line on a run that ended too early: its error, below which torchrun prints a page."""
+    """One line on a run that ended too early: its own error, not the page that torchrun adds."""
     lines = [line.strip() for line in printed(folder).splitlines() if line.strip()]
     lines = [line for line in lines if "error: " in line] or lines or [f"exit {code}"]
     return f"killed by {signal.Signals(-code).name}" if code < 0 else lines[-1]
@@ -510,9 +510,8 @@ def judge(groups: list[list[Run]]) -> tuple[list[dict], dict]:
 # ---- the table --------------------------------------------------------------------------------
 
 
-def summarize(runs: list[Run], times: dict[str, dict], baseline: str) -> dict:
+def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], baseline: str) -> dict:
     """compare.json's baseline, noise, exchange rate and rows, the baseline's first."""
-    groups = group_runs(runs, baseline)
     results, noise = judge(groups)
     like = [(r.row, r.flags["learning_rate"]) for r in groups[0][:1]]
     line = [r for r in runs if r.done and (r.row, r.flags["learning_rate"]) in like]
@@ -668,8 +667,9 @@ def read_command(argv: list[str]) -> tuple[Config, train.Config, list[str]]:
             raise UserError("--report has no folder: name those of the runs")
         if extra := sorted(given - {"report", "out", "archive", "baseline", "name"}):
             raise UserError(f"--report runs nothing: leave out --{' --'.join(extra)}")
-    if set_here := {"seed", "data_seed"} & given:
-        raise UserError(f"--{min(set_here)} is set by compare.py, run by run: use --seeds=N")
+    typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
+    if set_here := {"seed", "data_seed"} & given | {"init_from", "out_dir"} & typed:
+        raise UserError(f"--{min(set_here)} is set by compare.py, run by run: use --seeds and --name")
     if cfg.eval_only:
         raise UserError("--eval_only trains nothing: leave it out, or use --report")
     # Rounding in float32 alone changes a loss by 1e-6 nats.
@@ -677,13 +677,13 @@ def read_command(argv: list[str]) -> tuple[Config, train.Config, list[str]]:
         value = getattr(cfg, name)
         if value < least and not (name == "precision" and value == 0):
             raise UserError(f"--{name}={value} must be at least {least}")
-    if cfg.launch.count("'") % 2 or cfg.launch.count('"') % 2:
-        raise UserError(f"--launch={cfg.launch} has an open quote: close it")
-    if cfg.launch and not shutil.which(shlex.split(cfg.launch)[0]):
+    with user_error(f"--launch={cfg.launch}", "close it", ValueError):  # an open quote
+        launcher = shlex.split(cfg.launch)
+    if cfg.launch and not (launcher and shutil.which(launcher[0])):
         raise UserError(f"--launch={cfg.launch}: there is no such program here: check its name")
     if cfg.archive and not cfg.archive.endswith(".tar.xz"):
         raise UserError(f"--archive={cfg.archive} must end in .tar.xz")
-    if any(arg.startswith("--data_dir") for arg in argv) and not any("--prepare" in arg for arg in argv):
+    if "data_dir" in typed and "prepare" not in typed:
         cfg.prepare = ""  # a config file's is for its own data_dir
     flags = {f.name: getattr(cfg, f.name) for f in fields(train.Config)}
     return cfg, train.Config(**flags | {"ffn": cfg.baseline, "ffn_match": "hidden"}), places
@@ -726,7 +726,7 @@ def main() -> None:
         time_steps(groups, step_times, folder)
     record = {"title": cfg.name or cfg.paper or os.path.basename(os.path.abspath(folder))}
     record |= {"command": shlex.join(["python", "experiments/compare.py", *sys.argv[1:]])}
-    record |= summarize(ended, step_times, cfg.baseline)
+    record |= summarize(ended, groups, step_times, cfg.baseline)
     record["notes"] = notes_on(record, runs)
     flags = {k: v for k, v in ended[0].flags.items() if k not in NEUTRAL | VARIED}
     record |= {"flags": flags, "made": ended[0].made}

@@ -1,5 +1,5 @@
 """
-The parts of gpu.sh that are Python. It calls each by its name; one may be of use by hand:
+The parts of gpu.sh that are Python. It calls each by its name. This one is useful by hand too:
 
     python experiments/gpu.py report RESULTS     # write RESULTS/report.md from RESULTS/results.jsonl
 """

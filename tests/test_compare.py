@@ -235,6 +235,8 @@ def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path, mon
         (["c.py", "--paper=asgg"], ("did you mean asg",)),
         (["c.py"], ("--ffn", "--paper")),
         (["c.py", "--ffn=geglu", "--seed=3"], ("--seed ", "--seeds")),
+        (["c.py", "--ffn=geglu", "--out_dir=mine"], ("--out_dir ", "--name")),
+        (["c.py", "--ffn=geglu", "--init_from=resume"], ("--init_from ",)),
         (["c.py", "--ffn=geglu", "--seeds=0"], ("--seeds=0",)),
         (["c.py", "--ffn=geglu", "--lr_sweep=1e-3,fast"], ("--lr_sweep",)),
         (["c.py", "--ffn=geglu", "--lr_sweep=1e-3,nan"], ("--lr_sweep",)),
@@ -246,7 +248,9 @@ def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path, mon
         (["c.py", "--ffn=geglu", "--baseline=swigluu"], ("did you mean swiglu",)),
         (["c.py", "--ffn=geglu", "--precision=1e-9"], ("--precision=1e-09", "1e-06")),
         (["c.py", "--ffn=geglu", "--launch=no-such-launcher -n 1"], ("no-such-launcher",)),
-        (["c.py", "--ffn=geglu", "--launch=srun '"], ("--launch",)),
+        (["c.py", "--ffn=geglu", "--launch=srun '"], ("--launch", "close it")),
+        (["c.py", "--ffn=geglu", "--launch= "], ("no such program",)),
+        (["c.py", "--ffn=gegluu", """--launch=sh -c "it's" """], ("did you mean geglu",)),
         (["c.py", "--ffn=geglu", "--archive=x.zip"], ("--archive=x.zip", ".tar.xz")),
         (["--report", "nowhere"], ("no finished run",)),
         (["--report"], ("--report has no folder",)),
@@ -1047,7 +1051,7 @@ def test_curves_are_means_over_the_seeds_that_all_rows_have(tmp_path, compare):
     runs, _ = compare.find_runs([str(tmp_path)])
     groups = compare.group_runs(runs, "swiglu")
     ax = Figure().subplots()
-    plot_losses(ax, compare.summarize(runs, {}, "swiglu")["rows"], groups)
+    plot_losses(ax, compare.summarize(runs, groups, {}, "swiglu")["rows"], groups)
     assert [line.get_ydata()[-1] for line in ax.lines] == [2, 2.01]
 
 
