@@ -880,7 +880,7 @@ class GPTConfig:
     ffn_match: str = "hidden"  # or the width that matches SwiGLU's params or flops at ffn_hidden
     tie_embeddings: bool = True
     seed: int = 0
-    init_std: float = 0.02  # standard deviation of the initial matrices
+    ffn_init_std: float = 0.02  # standard deviation of the FFN's initial matrices, but not of down_proj
     residual: str = "float32"  # or bfloat16: type of the residual stream under autocast to bfloat16
 
     @property
@@ -899,8 +899,8 @@ class GPTConfig:
             raise UserError(f"n_embd={self.n_embd} is not a multiple of 2 * n_head = {2 * self.n_head}")
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
-        if not 0 < self.init_std < math.inf:
-            raise UserError(f"init_std must be above 0, not {self.init_std}")
+        if not 0 < self.ffn_init_std < math.inf:
+            raise UserError(f"ffn_init_std must be above 0, not {self.ffn_init_std}")
         if self.residual not in ("float32", "bfloat16"):
             raise UserError(f"residual is float32 or bfloat16, not {self.residual!r}")
         if self.ffn_match not in ("hidden", "params", "flops"):
@@ -1018,9 +1018,9 @@ def is_residual(name: str) -> bool:
 class GPT(nn.Module):
     """
     Qwen3-style decoder. Its initial weights are float32 on the CPU. Matrices have the same bits for the
-    same seed, name, shape, init_std and n_layer. `overwritten` names the parameters that an FFN set to a
-    constant and init_weights changed; `mixes_tokens` is whether an FFN reads earlier tokens, None if not
-    known.
+    same seed, name, shape, n_layer and ffn_init_std. `overwritten` names the parameters that an FFN set
+    to a constant and init_weights changed; `mixes_tokens` is whether an FFN reads earlier tokens, None
+    if not known.
     """
 
     def __init__(self, config: GPTConfig):
@@ -1039,17 +1039,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw matrices from N(0, init_std), those that write to the residual stream scaled by
-        1/sqrt(2 n_layer), and set biases to 0. Vectors and scalars stay as they are. An init_weights of
-        an FFN's own is called last."""
+        """Draw matrices from N(0, 0.02), those that write to the residual stream scaled by
+        1/sqrt(2 n_layer) and others of an FFN from N(0, ffn_init_std), and set biases to 0. Vectors and
+        scalars stay as they are. An init_weights of an FFN's own is called last."""
         for name, p in self.named_parameters():  # a tied weight comes once, as embed_tokens
             constant = (p.numel() > 1 or p.ndim == 0) and not p.is_meta and bool((p == p.max()).all())
             before = p.clone() if constant else p
             if name.endswith(".bias"):
                 p.zero_()
             elif is_matrix(p) and p.is_floating_point():
-                depth = 2 * self.config.n_layer if is_residual(name) else 1
-                std = self.config.init_std / math.sqrt(depth)
+                std = self.config.ffn_init_std if ".mlp." in name else 0.02
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_residual(name) else std
                 seed = hashlib.sha256(f"{self.config.seed}:{name}".encode()).digest()[:8]
                 generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
                 p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))

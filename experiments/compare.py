@@ -88,6 +88,7 @@ PAPERS = {
 
 # Flags that cannot change a loss, and flags by which the runs of one comparison may differ.
 NEUTRAL = {flag.name for flag in fields(train.Config) if flag.metadata.get("neutral")}
+DEFAULTS = asdict(train.Config())
 VARIED = {"ffn", "ffn_match", "seed", "data_seed", "learning_rate", "min_lr"}
 ROUNDS = 15  # timed steps of each FFN
 HORIZONS = (0.7, 1.4)  # the baseline's further runs have this many times the steps
@@ -189,7 +190,7 @@ def find_runs(places: list[str]) -> tuple[list[Run], dict]:
 def write_archive(path: str, runs: list[Run], times: dict[str, dict]) -> None:
     """Write what --report needs to make the table again, a few KB a run."""
     names = [os.path.basename(r.dir) for r in runs]
-    with tarfile.open(path, "w:xz") as tar:
+    with tarfile.open(f"{path}.tmp", "w:xz") as tar:
         for i, (r, name) in enumerate(zip(runs, names)):
             folder = name if names.count(name) == 1 else f"{name}-{i}"  # two have it
             said = ["train.txt"] if r.diverged and printed(r.dir) else []
@@ -198,6 +199,7 @@ def write_archive(path: str, runs: list[Run], times: dict[str, dict]) -> None:
         text, member = json.dumps(times, indent=1).encode(), tarfile.TarInfo("step_times.json")
         member.size = len(text)
         tar.addfile(member, io.BytesIO(text))
+    os.replace(f"{path}.tmp", path)
 
 
 # ---- what to run ------------------------------------------------------------------------------
@@ -412,15 +414,14 @@ def step_of(r: Run, device: torch.device):
 
 
 def timed_as(r: Run, base: Run) -> str:
-    """The key of a row's step time: these classes at these widths, on this device with these flags."""
+    """The key of a row's step time: both classes and widths, the device, flags that are not defaults."""
     ffns = " / ".join(f"{x.row[0]} {x.row[1]} {x.made.get('ffn_code', '')}" for x in (r, base))
-    flags = [f"{k}={v}" for k, v in base.flags.items() if k not in NEUTRAL | VARIED]
+    flags = [f"{k}={v}" for k, v in base.flags.items() if k not in NEUTRAL | VARIED and v != DEFAULTS[k]]
     return " ".join([ffns, base.made["device"], *flags])
 
 
 def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> None:
-    """Time whole training steps of each row in turn with the baseline's, two models at a time. What is
-    new goes into times and into step_times.json in folder."""
+    """Time whole steps of each row in turn with the baseline's, where times and its file lack them."""
     base = groups[0][0]
     for r in (group[0] for group in groups[1:]):
         if (key := timed_as(r, base)) in times:
@@ -601,7 +602,7 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
     rows, noise, exchange = record["rows"], record["noise"], record["exchange"]
     first = next(r for r in runs if r.ended and r.factor == 1)
     flags, made, data = first.flags, first.made, first.made.get("data", {})
-    defaults = asdict(train.Config(lr_decay_iters=flags["max_iters"]))
+    defaults = DEFAULTS | {"lr_decay_iters": flags["max_iters"]}
     rates = sorted({r.flags["learning_rate"] for r in runs if r.ended})
     hidden = NEUTRAL | VARIED - ({"learning_rate", "min_lr"} if len(rates) == 1 else set())
     given = [f"--{k}={flags[k]}" for k in flags if k not in hidden and flags[k] != defaults[k]]
@@ -668,10 +669,8 @@ def read_command(argv: list[str]) -> tuple[Config, train.Config, list[str]]:
         if extra := sorted(given - {"report", "out", "archive", "baseline", "name"}):
             raise UserError(f"--report runs nothing: leave out --{' --'.join(extra)}")
     typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
-    if set_here := {"seed", "data_seed"} & given | {"init_from", "out_dir"} & typed:
+    if set_here := {"seed", "data_seed", "eval_only"} & given | {"init_from", "out_dir"} & typed:
         raise UserError(f"--{min(set_here)} is set by compare.py, run by run: use --seeds and --name")
-    if cfg.eval_only:
-        raise UserError("--eval_only trains nothing: leave it out, or use --report")
     # Rounding in float32 alone changes a loss by 1e-6 nats.
     for name, least in {"seeds": 1, "jobs": 1, "noise": 1e-6, "precision": 1e-6}.items():
         value = getattr(cfg, name)
@@ -683,6 +682,8 @@ def read_command(argv: list[str]) -> tuple[Config, train.Config, list[str]]:
         raise UserError(f"--launch={cfg.launch}: there is no such program here: check its name")
     if cfg.archive and not cfg.archive.endswith(".tar.xz"):
         raise UserError(f"--archive={cfg.archive} must end in .tar.xz")
+    if cfg.archive and (packed := list(filter(os.path.isfile, places))):
+        raise UserError(f"--archive takes folders of runs, and {packed[0]} is a file: unpack it first")
     if "data_dir" in typed and "prepare" not in typed:
         cfg.prepare = ""  # a config file's is for its own data_dir
     flags = {f.name: getattr(cfg, f.name) for f in fields(train.Config)}
@@ -740,8 +741,7 @@ def main() -> None:
             write_archive(cfg.archive, ended, step_times)
     except OSError as e:
         raise UserError(f"cannot write {e.filename or path} ({e.strerror}): try another --out") from None
-    print(markdown(record))
-    print(f"wrote {path}.md, {path}.json, {path}.png {cfg.archive}")
+    print(f"{markdown(record)}\nwrote {path}.md, {path}.json, {path}.png {cfg.archive}")
     if failed:
         sys.exit(f"error: {failed} runs failed, see above and their train.txt")
 

@@ -2610,16 +2610,19 @@ def test_initial_values(name):
 
 
 @all_names
-def test_init_std_scales_every_matrix_and_nothing_else(name):
-    """The same draws, times a constant: also in attention, embeddings, experts and residual writers."""
+def test_ffn_init_std_scales_the_inner_matrices_of_ffns_and_nothing_else(name):
+    """The same draws, times a constant; attention, embeddings and residual writers are as they were."""
     usual = GPT(small(ffn=name)).state_dict()
-    wide = GPT(small(ffn=name, init_std=0.05)).state_dict()
+    wide = GPT(small(ffn=name, ffn_init_std=0.05)).state_dict()
+    scaled = set()
     for key, value in usual.items():
-        scale = 2.5 if sum(size > 1 for size in value.shape) > 1 else 1
-        torch.testing.assert_close(wide[key], scale * value, rtol=1e-6, atol=0, msg=key)
+        inner = ".mlp." in key and "down_proj" not in key and sum(size > 1 for size in value.shape) > 1
+        scaled |= {key} if inner else set()
+        torch.testing.assert_close(wide[key], (2.5 if inner else 1) * value, rtol=1e-6, atol=0, msg=key)
+    assert scaled
     for bad in (0.0, -0.02, math.nan, math.inf):
-        with pytest.raises(UserError, match="init_std must be above 0"):
-            GPT(small(ffn=name, init_std=bad))
+        with pytest.raises(UserError, match="ffn_init_std must be above 0"):
+            GPT(small(ffn=name, ffn_init_std=bad))
 
 
 def test_only_what_is_called_so_starts_smaller(monkeypatch):

@@ -386,7 +386,7 @@ MAY_CHANGE = set(
 OTHER = {
     "ffn": "geglu", "ffn_match": "params", "schedule": "wsd", "optimizer": "muon", "beta1": 0.5,
     "beta2": 0.5, "batch_size": 8, "block_size": 16, "residual": "bfloat16", "tie_embeddings": False,
-    "init_std": 0.05,
+    "ffn_init_std": 0.05,
 }  # fmt: skip
 
 
