@@ -34,6 +34,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, median, median_high, stdev
+from typing import Literal
 
 import numpy as np
 import torch
@@ -59,11 +60,12 @@ class Config(train.Config):
     ffn: str = ""  # specs of the FFNs to compare, comma-separated
     paper: str = ""  # all rows of these papers' tables: dsg, asg, sparsegated, dynamicgeglu, sparseglu
     baseline: str = "swiglu"  # spec of the FFN that all others are compared with
-    ffn_match: str = "hidden"  # equal width; params or flops: as much as SwiGLU; both: hidden and params
+    ffn_match: Literal["hidden", "params", "flops", "both"] = "hidden"  # both: hidden, params
     seeds: int = 3  # seeds 0 to seeds - 1 for each row; with --precision at most
     precision: float = 0.0  # in nats: add seeds until no interval's half-width is larger; 0: off
     horizons: bool = True  # run the baseline at 0.7 and 1.4 times the steps, to price a difference
     lr_sweep: str = ""  # learning rates to try for every row, comma-separated; the best is shown
+    init_sweep: str = ""  # values of --ffn_init_std to try for every row, likewise
     name: str = ""  # runs go to out/{name}; empty: the paper's name, else compare
     jobs: int = 1  # runs side by side
     launch: str = ""  # put before each run's command: "srun --gpus=8 --ntasks=1"; no GPUs: --device=cpu
@@ -89,7 +91,8 @@ PAPERS = {
 # Flags that cannot change a loss, and flags by which the runs of one comparison may differ.
 NEUTRAL = {flag.name for flag in fields(train.Config) if flag.metadata.get("neutral")}
 DEFAULTS = asdict(train.Config())
-VARIED = {"ffn", "ffn_match", "seed", "data_seed", "learning_rate", "min_lr"}
+TUNED = ("learning_rate", "ffn_init_std")  # a row shows its best of those that every row has tried
+VARIED = {"ffn", "ffn_match", "seed", "data_seed", "min_lr", *TUNED}
 ROUNDS = 15  # timed steps of each FFN
 HORIZONS = (0.7, 1.4)  # the baseline's further runs have this many times the steps
 
@@ -114,6 +117,7 @@ class Run:
         self.row = identity(flags["ffn"]), train.model_config(flags).hidden  # of the table
         self.match = "hidden" if self.row[1] == flags["ffn_hidden"] else flags["ffn_match"]
         self.label = flags["ffn"] + ("" if self.match == "hidden" else f" ({self.match})")
+        self.tuned = tuple(flags[name] for name in TUNED)
         self.tokens = flags["max_iters"] * flags["batch_size"] * flags["block_size"]
         self.factor = 1  # its steps over the comparison's: one of HORIZONS, or 1
         self.val = [row for row in rows if math.isfinite(row.get("val_loss", math.nan))]
@@ -225,31 +229,32 @@ def plan(cfg: Config, base: train.Config) -> list[Run]:
         specs += PAPERS[paper]
     if len(specs) == 1:
         raise UserError("name the FFNs to compare: --ffn=geglu,asg or --paper=asg")
-    if cfg.ffn_match not in ("hidden", "params", "flops", "both"):
-        raise UserError(f"--ffn_match={cfg.ffn_match}: valid: hidden, params, flops, both")
     matches = ["hidden", "params"] if cfg.ffn_match == "both" else [cfg.ffn_match]
-    sweep = [parse_value("--lr_sweep", text, float) for text in cfg.lr_sweep.split(",") if text]
-    if sweep and min(base.learning_rate, *sweep) <= 0:  # min_lr is scaled by their ratio
+    rates = [parse_value("--lr_sweep", text, float) for text in cfg.lr_sweep.split(",") if text]
+    stds = [parse_value("--init_sweep", text, float) for text in cfg.init_sweep.split(",") if text]
+    if rates and min(base.learning_rate, *rates) <= 0:  # min_lr is scaled by their ratio
         raise UserError("--lr_sweep and --learning_rate: all rates must be above 0")
     runs: dict[tuple, Run] = {}
-    for seed, rate, spec in itertools.product(range(cfg.seeds), sweep or [base.learning_rate], specs):
+    tuned = itertools.product(rates or [base.learning_rate], stds or [base.ffn_init_std])
+    for seed, (rate, std), spec in itertools.product(range(cfg.seeds), tuned, specs):
         flags = asdict(base) | {"ffn": spec, "seed": seed, "data_seed": seed, "init_from": "auto"}
         flags["lr_decay_iters"] = base.lr_decay_iters or base.max_iters
-        if sweep:
-            flags |= {"learning_rate": rate, "min_lr": base.min_lr * (rate / base.learning_rate)}
+        least = base.min_lr * (rate / base.learning_rate if rates else 1)
+        flags |= {"learning_rate": rate, "min_lr": least, "ffn_init_std": std}
         lengths = [(match, 1) for match in matches]
-        if identity(spec) == identity(cfg.baseline) and cfg.horizons and not sweep:
+        if identity(spec) == identity(cfg.baseline) and cfg.horizons and not rates and not stds:
             lengths += [(matches[0], factor) for factor in HORIZONS]
         for match, factor in lengths:
             mine = flags | stretched(flags, factor) | {"ffn_match": match}
             r = Run("", mine)
             mine["ffn_match"] = r.match
             name = f"{spec.replace('/', '%2F')}-s{seed}" + (f"-{r.match}" if r.match != "hidden" else "")
-            name += (f"-lr{rate:g}" if sweep else "") + (f"-x{factor}" if factor != 1 else "")
+            name += (f"-lr{rate:g}" if rates else "") + (f"-std{std:g}" if stds else "")
+            name += f"-x{factor}" if factor != 1 else ""
             r.dir = mine["out_dir"] = os.path.join("out", cfg.name or cfg.paper or "compare", name)
             train.model_config(mine).check()
             if mine["max_iters"]:  # a run of one step has no shorter one
-                runs.setdefault((r.row, r.seeds, rate, mine["max_iters"]), r)
+                runs.setdefault((r.row, r.seeds, r.tuned, mine["max_iters"]), r)
     return list(runs.values())
 
 
@@ -330,8 +335,7 @@ def to_do(runs: list[Run], cfg: Config) -> list[Run]:
         data = open_data(cfg.data_dir, cfg.block_size)  # one error now instead of one for each
     for p, old in found.items():
         if name := differing(p.flags, old.flags):
-            made = f"{p.dir} was made with --{name}={old.flags[name]}"
-            raise UserError(f"{made}, not {p.flags[name]}: {cure}")
+            raise UserError(f"{p.dir} has --{name}={old.flags[name]}, not {p.flags[name]}: {cure}")
         if old.made.get("ffn_code") not in (None, "", ffn_code(p.flags["ffn"])):
             raise UserError(f"the class of {p.flags['ffn']} has changed since {p.dir} was made: {cure}")
         if data and old.made.get("data_digest", data.digest) != data.digest:
@@ -455,7 +459,7 @@ def check_alike(runs: list[Run], baseline: str) -> None:
     done = [r for r in runs if r.ended]
     steps = median_high(r.flags["max_iters"] for r in done)
     first = next(r for r in done if r.flags["max_iters"] == steps)
-    seen, codes, tried = {}, {}, {(r.row, r.flags["learning_rate"]) for r in runs}
+    seen, codes, tried = {}, {}, {(r.row, r.tuned) for r in runs}
     lengths = {stretched(first.flags, factor)["max_iters"]: factor for factor in HORIZONS}
     whole = {r.row for r in done if r.flags["max_iters"] == steps}
     for r in done:
@@ -466,30 +470,28 @@ def check_alike(runs: list[Run], baseline: str) -> None:
         if name := differing(expected, here):
             differ = f"{first.dir} and {r.dir} differ in --{name}"
             raise UserError(f"{differ} ({expected[name]} and {here[name]}): {cure}")
-        twin = seen.setdefault((*r.row, r.flags["learning_rate"], r.seeds, r.factor), r)
+        twin = seen.setdefault((*r.row, r.tuned, r.seeds, r.factor), r)
         if twin is not r:
             raise UserError(f"{twin.dir} and {r.dir} are the same run twice: leave one out")
         classes = f"the class of {r.flags['ffn']}", r.row[0], "ffn_code"
         for what, which, key in (classes, ("the data", "", "data_digest")):
-            if code := r.made.get(key):
-                other = codes.setdefault((which, key), r)
-                if code != other.made[key]:
-                    changed = f"{what} changed between {other.dir} and {r.dir}"
-                    raise UserError(f"{changed}: run the older one again")
-    # A learning rate may differ where all rows tried it, whether or not they came to an end.
-    for a, b in itertools.product({r.flags["learning_rate"]: r for r in done}.values(), done):
-        if (b.row, a.flags["learning_rate"]) not in tried:
-            raise UserError(f"{a.dir} and {b.dir} differ in --learning_rate, and {b.label} was not "
-                            f"tried at {a.flags['learning_rate']:g}: {cure}, or sweep it")  # fmt: skip
+            old = codes.setdefault((which, key), r) if r.made.get(key) else r
+            if old.made.get(key) != r.made.get(key):
+                raise UserError(f"{what} changed between {old.dir} and {r.dir}: run the older one again")
+    # These may differ where all rows tried them, whether or not they came to an end.
+    for a, b in itertools.product({r.tuned: r for r in done}.values(), done):
+        if (b.row, a.tuned) not in tried:
+            tuned = f"{b.label} was not tried with --{' and --'.join(TUNED)} of {a.dir}"
+            raise UserError(f"{tuned}: {cure}, or sweep them")
 
 
 def group_runs(runs: list[Run], baseline: str) -> list[list[Run]]:
-    """The ended runs of each row at its best learning rate, without horizons. The first group is the
+    """The ended runs of each row at its best TUNED values, without horizons. The first group is the
     baseline's: that FFN, at the width ffn_hidden if there are several; empty if it has no run."""
-    rows: dict[tuple, dict[float, list[Run]]] = {}
+    rows: dict[tuple, dict[tuple, list[Run]]] = {}
     for r in runs:
         if r.ended and r.factor == 1:
-            rows.setdefault(r.row, {}).setdefault(r.flags["learning_rate"], []).append(r)
+            rows.setdefault(r.row, {}).setdefault(r.tuned, []).append(r)
     own = min((row for row in rows if row[0] == identity(baseline)), default=None,
               key=lambda row: row[1] != runs[0].flags["ffn_hidden"])  # fmt: skip
 
@@ -497,7 +499,7 @@ def group_runs(runs: list[Run], baseline: str) -> list[list[Run]]:
         losses = [r.loss for r in group if r.done]
         return -len(losses), mean(losses or [0])
 
-    best = {row: min(rates.values(), key=rank) for row, rates in rows.items()}
+    best = {row: min(tuned.values(), key=rank) for row, tuned in rows.items()}
     return [best.pop(own, []), *best.values()]
 
 
@@ -514,8 +516,8 @@ def judge(groups: list[list[Run]]) -> tuple[list[dict], dict]:
 def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], baseline: str) -> dict:
     """compare.json's baseline, noise, exchange rate and rows, the baseline's first."""
     results, noise = judge(groups)
-    like = [(r.row, r.flags["learning_rate"]) for r in groups[0][:1]]
-    line = [r for r in runs if r.done and (r.row, r.flags["learning_rate"]) in like]
+    like = [(r.row, r.tuned) for r in groups[0][:1]]
+    line = [r for r in runs if r.done and (r.row, r.tuned) in like]
     exchange = blocks.exchange_rate([(r.tokens, r.seeds, r.loss) for r in line])
     papers = {identity(spec): text for paper in PAPERS.values() for spec, text in paper.items()}
     rows = []
@@ -531,7 +533,7 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
         active = [r.val[-1]["active"] for r in done if "active" in r.val[-1]]
         step = times.get(timed_as(first, groups[0][0])) if groups[0] and not is_base else None
         row = {"ffn": first.flags["ffn"], "match": first.match, "hidden": first.row[1]}
-        row |= {"label": first.label, "learning_rate": first.flags["learning_rate"], "baseline": is_base}
+        row |= {"label": first.label, **dict(zip(TUNED, first.tuned)), "baseline": is_base}
         row |= {**cost, "total_params": model.param_counts()["total"]}
         row |= {"n": len(done), "diverged": len(group) - len(done)}
         row |= {"active": mean(active) if active else None}
@@ -566,13 +568,12 @@ def markdown(record: dict) -> str:
     """The table, aligned and without empty columns, and the notes below it."""
     rows, lines = record["rows"], []
     base = rows[0] if rows[0]["baseline"] else {}
-    swept = len({row["learning_rate"] for row in rows}) > 1
     for row in rows:
         loss = "" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
         lines.append({
             "FFN": f"`{row['ffn']}`",
             "width": str(row["hidden"]) + row["label"].removeprefix(row["ffn"]),
-            "learning rate": f"{row['learning_rate']:g}" if swept else "",
+            **{name: f"{row[name]:g}" * (len({r[name] for r in rows}) > 1) for name in TUNED},
             "FFN parameters": big(row["params"], base.get("params")),
             "all": big(row["total_params"]),
             "FFN FLOPs/token": big(row["flops"], base.get("flops")),
@@ -600,12 +601,11 @@ def markdown(record: dict) -> str:
 def notes_on(record: dict, runs: list[Run]) -> list[str]:
     """What a reader must know to read the table."""
     rows, noise, exchange = record["rows"], record["noise"], record["exchange"]
-    first = next(r for r in runs if r.ended and r.factor == 1)
+    first, *more = [r for r in runs if r.ended and r.factor == 1]
     flags, made, data = first.flags, first.made, first.made.get("data", {})
     defaults = DEFAULTS | {"lr_decay_iters": flags["max_iters"]}
-    rates = sorted({r.flags["learning_rate"] for r in runs if r.ended})
-    hidden = NEUTRAL | VARIED - ({"learning_rate", "min_lr"} if len(rates) == 1 else set())
-    given = [f"--{k}={flags[k]}" for k in flags if k not in hidden and flags[k] != defaults[k]]
+    common = {k: v for k, v in flags.items() if all(r.flags[k] == v for r in more)}
+    given = [f"--{k}={v}" for k, v in common.items() if k not in NEUTRAL and v != defaults[k]]
     about = [f"{v:,} {k}" if type(v) is int else v for k, v in data.items()] or [flags["data_dir"]]
     by = {f"torch {r.made.get('torch')}, commit {r.made.get('git_commit')}" for r in runs if r.ended}
     notes = [
@@ -634,13 +634,13 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
                      f"{exchange['std_error']:.4f} (standard error): {', '.join(points)}.")  # fmt: skip
     if any(row["tokens_ratio"] for row in rows):
         notes.append(
-            "Tokens to its loss: how many times the baseline's tokens a row needs to reach the "
-            "baseline's loss, by that line, which is extrapolated outside 0.7 to 1.4. Time to its loss: "
-            "that times the step time over the baseline's. A row wins where its whole interval of time "
-            "lies below 1."
+            "Tokens to its loss: a row's tokens to the baseline's loss over the baseline's, by that "
+            "line (extrapolated outside 0.7 to 1.4). Time to its loss: that times the step time over "
+            "the baseline's. A row wins where its whole interval of time lies below 1."
         )
-    if len(rates) > 1:
-        notes.append(f"The learning rates {rates} were tried for every row, which shows its best.")
+    for name in [name for name in TUNED if name not in common]:
+        tried = sorted({r.flags[name] for r in [first, *more]})
+        notes.append(f"Of --{name}, {tried} were tried for every row, which shows its best.")
     if len({r.made.get("trainer_code") for r in runs if r.ended} - {None}) > 1:
         notes.append("Warning: train.py, the decoder or the reader of shards changed between the runs.")
     base = identity(record["baseline"])

@@ -241,6 +241,8 @@ def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path, mon
         (["c.py", "--ffn=geglu", "--lr_sweep=1e-3,fast"], ("--lr_sweep",)),
         (["c.py", "--ffn=geglu", "--lr_sweep=1e-3,nan"], ("--lr_sweep",)),
         (["c.py", "--ffn=geglu", "--lr_sweep=1e-3", "--learning_rate=0"], ("--learning_rate",)),
+        (["c.py", "--ffn=geglu", "--init_sweep=0.02,wide"], ("--init_sweep",)),
+        (["c.py", "--ffn=geglu", "--init_sweep=0.02,-1"], ("ffn_init_std must be above 0",)),
         (["c.py", "--ffn=geglu", "--ffn_match=wide"], ("--ffn_match=wide",)),
         (["c.py", "--ffn=geglu", "--batch_size=5"], ("--batch_size=5",)),
         (["c.py", "--ffn=geglu", "--data_dir=nowhere"], ("nowhere",)),
@@ -309,6 +311,12 @@ def test_what_is_planned(monkeypatch, tmp_path):
                           "n/swiglu-s0-lr0.01", "n/geglu-s0-lr0.01"]  # fmt: skip
     assert [run["learning_rate"] for run in runs.values()] == [3e-3, 3e-3, 1e-2, 1e-2]
     assert [run["min_lr"] for run in runs.values()] == pytest.approx([3e-4, 3e-4, 1e-3, 1e-3])
+
+    argv = ["c.py", "--ffn=geglu", "--seeds=1", "--init_sweep=0.02,0.06", "--lr_sweep=1e-3", "--name=n"]
+    runs = planned(monkeypatch, tmp_path, *argv)
+    names = [f"n/{spec}-s0-lr0.001-std{std}" for std in (0.02, 0.06) for spec in ("swiglu", "geglu")]
+    assert list(runs) == names
+    assert [run["ffn_init_std"] for run in runs.values()] == [0.02, 0.02, 0.06, 0.06]
 
     runs = planned(monkeypatch, tmp_path, "c.py", "--ffn=asg", "--seeds=1", "--learning_rate=0")
     assert [run["learning_rate"] for run in runs.values()] == [0, 0]
@@ -884,11 +892,29 @@ def test_a_sweep_shows_the_best_rate_of_each(tmp_path):
     rates = {spec: row["learning_rate"] for spec, row in found.items()}
     assert rates == {"swiglu hidden": 2e-3, "geglu hidden": 1e-3}
     assert found["geglu hidden"]["difference"] == pytest.approx(0.055)
-    assert "learning rates [0.001, 0.002] were tried for every row" in out
+    assert "Of --learning_rate, [0.001, 0.002] were tried for every row" in out
 
     for folder in list((tmp_path / "out").glob("geglu-*-lr0.002")):
         folder.rename(tmp_path / folder.name)
     fails(tmp_path, "--report", "out", needles=("--learning_rate", "geglu"))
+
+
+def test_a_sweep_of_start_values_shows_the_best_of_each(tmp_path):
+    """Alone and with learning rates, of which every pair must have been tried for every row."""
+    losses = {("swiglu", 0.02): 2.0, ("swiglu", 0.06): 1.9, ("geglu", 0.02): 1.95, ("geglu", 0.06): 1.97}
+    for (spec, std), loss in losses.items():
+        for s in range(3):
+            make_run(tmp_path / "out" / f"{spec}-s{s}-std{std}", [6, 3, loss + 0.1 * s * s], ffn=spec,
+                     seed=s, data_seed=s, ffn_init_std=std)  # fmt: skip
+    found, out = report(tmp_path)
+    stds = {spec: row["ffn_init_std"] for spec, row in found.items()}
+    assert stds == {"swiglu hidden": 0.06, "geglu hidden": 0.02}
+    assert found["geglu hidden"]["difference"] == pytest.approx(0.05)
+    assert "Of --ffn_init_std, [0.02, 0.06] were tried for every row" in out
+    assert re.search(r"`geglu`.*\| 0\.02 ", out)
+    assert "--ffn_init_std=" not in out.partition("Command")[0]  # no flag that all runs have
+    make_run(tmp_path / "out" / "x", [6, 3, 1.8], ffn_init_std=0.06, learning_rate=2e-3, min_lr=2e-4)
+    fails(tmp_path, "--report", "out", needles=("--ffn_init_std", "geglu"))
 
 
 def test_report_without_a_learning_rate(tmp_path):
