@@ -159,7 +159,7 @@ class ASG(SwiGLU):
 
     tau = sigmoid(t) with one t, one per neuron, or a fixed tau; threshold=input, the paper's future
     work, takes sigmoid(w x + b). With grad=hard no gradient reaches t, so it is frozen at tau = 0.5 and
-    d alone decides how much passes (at init about 27% at d=512, 3% at 128; the paper reports 35%).
+    d and the start values decide how much passes (about 27% at d=512, 3% at 128; the paper says 35%).
     grad=ste uses mask + p - p.detach(), p = sigmoid((|z| - tau) / 0.1). ASG costs 4/3 of SwiGLU.
     """
 
@@ -332,7 +332,7 @@ class SparseGLU(SwiGLU):
 
     def set_progress(self, step: int, max_iters: int) -> None:
         if self.ramp > max_iters:
-            raise UserError(f"ramp={self.ramp} is longer than the run of {max_iters} steps")
+            raise UserError(f"ramp={self.ramp} is longer than the run of {max_iters} steps: lower it")
         if self.ramp:
             share = 1 - (1 - self.share) * (1 - max(0.0, 1 - step / self.ramp) ** 3)
             h = self.down_proj.in_features
@@ -1098,7 +1098,7 @@ class GPT(nn.Module):
         start, caches = max(0, idx.size(1) - size), None
         with evaluating(self):
             if self.mixes_tokens is None:
-                x = torch.empty(1, min(size, 64), self.config.n_embd, device=idx.device)
+                x = self.lm_head.weight.new_empty(1, min(size, 64), self.config.n_embd)
                 self.mixes_tokens = any(influences(layer.mlp, x)[1] for layer in self.model.layers)
             use_cache = use_cache and not self.mixes_tokens
             for _ in range(max_new_tokens):
@@ -1192,7 +1192,7 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
     """Run each FFN on block_size tokens in evaluation mode, and set model.mixes_tokens. Raises UserError
     for one whose output is unlike its input, or changes with later tokens."""
     model.mixes_tokens = False
-    x = torch.ones(1, model.config.block_size, model.config.n_embd, device=model.lm_head.weight.device)
+    x = model.lm_head.weight.new_ones(1, model.config.block_size, model.config.n_embd)
     with evaluating(model):
         for i, layer in enumerate(model.model.layers):
             name = f"model.layers.{i}.mlp"

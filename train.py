@@ -679,6 +679,7 @@ def main() -> None:
         while True:
             stopped = any_rank(bool(signals))
             last = stopped or step >= cfg.max_iters or not training
+            raw_model.set_progress(step, max(cfg.max_iters, cfg.lr_decay_iters))  # if stopped early too
             save_now = last or (step > 0 and step % cfg.save_interval == 0)
             save_now = save_now and training and step != saved_step
             evaluate_now = not (evaluated or stopped) and (last or step % cfg.eval_interval == 0)
@@ -707,7 +708,6 @@ def main() -> None:
             batches = to_device(batch, device).split(cfg.micro_batch_size)
             # For an FFN that draws noise: other noise each step and rank, the same when resumed.
             torch.manual_seed((cfg.seed * 2**20 + step) * 2**10 + rank)
-            raw_model.set_progress(step, cfg.max_iters)
             loss, aux, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             # A running threshold or an expert's bias follows this rank's tokens: take the ranks' mean.
             layers = raw_model.model.layers if ddp else ()

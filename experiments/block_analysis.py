@@ -10,6 +10,7 @@ deviation of the noise. Nothing here knows of files or of PyTorch.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -50,7 +51,8 @@ def fit(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, int]:
     residuals, contrasts, df = design(exists.tobytes(), len(table))
     losses = table[exists] - table[exists][:1]  # centred: sums lose no digits
     squares = ((residuals @ losses) ** 2).sum()
-    return contrasts @ losses, np.linalg.norm(contrasts, axis=1), float(squares), df
+    differences = contrasts @ losses if len(losses) else np.full(len(table), np.nan)
+    return differences, np.linalg.norm(contrasts, axis=1), float(squares), df
 
 
 def rows_of_own_noise(table: np.ndarray) -> list[int]:
@@ -100,7 +102,17 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
 
     Returns, for each row, its difference to row 0, simultaneous 95% interval and adjusted p (None where
     they cannot be told), `edge` (half-width over standard error), whether it is equal to row 0 in every
-    seed and, where its noise differs from the others', its own; and the noise: std, df."""
+    seed and, where its noise differs from the others', its own; and the noise: std, df. Rows that are
+    equal to each other in every seed are judged as one, or its noise would count several times."""
+    table, of = table.copy(), list(range(len(table)))
+    for j, i in itertools.combinations(range(1, len(table)), 2):
+        shared = (table[i] - table[j])[np.isfinite(table[i] - table[j])]
+        if len(shared) and not shared.any():
+            of[i] = of[j]
+            table[of[j]] = np.where(np.isfinite(table[of[j]]), table[of[j]], table[i])
+    if len(kept := sorted(set(of))) < len(of):
+        results, noise = analyse(table[kept])
+        return [dict(results[kept.index(row)]) for row in of], noise
     pairs = [(row - table[0])[np.isfinite(row - table[0])] for row in table]
     equal = [i > 0 and len(d) > 0 and not d.any() for i, d in enumerate(pairs)]
     different = [i for i in range(len(table)) if not equal[i]]

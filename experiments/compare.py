@@ -62,7 +62,7 @@ class Config(train.Config):
     baseline: str = "swiglu"  # spec of the FFN that all others are compared with
     ffn_match: Literal["hidden", "params", "flops", "both"] = "hidden"  # both: hidden, params
     seeds: int = 3  # seeds 0 to seeds - 1 for each row; with --precision at most
-    precision: float = 0.0  # in nats: add seeds until no interval's half-width is larger; 0: off
+    precision: float = 0.0  # add seeds until all half-widths are this, in nats (noise: df >= 10); 0: off
     horizons: bool = True  # run the baseline at 0.7 and 1.4 times the steps, to price a difference
     lr_sweep: str = ""  # learning rates to try for every row, comma-separated; the best is shown
     init_sweep: str = ""  # values of --ffn_init_std to try for every row, likewise
@@ -121,7 +121,7 @@ class Run:
         self.tokens = flags["max_iters"] * flags["batch_size"] * flags["block_size"]
         self.factor = 1  # its steps over the comparison's: one of HORIZONS, or 1
         self.val = [row for row in rows if math.isfinite(row.get("val_loss", math.nan))]
-        self.done = bool(self.val) and self.val[-1]["step"] == flags["max_iters"]
+        self.done = bool(self.val) and self.val[-1]["step"] == flags["max_iters"] > 0
         self.loss = self.val[-1]["val_loss"] if self.done else math.nan  # the last one, not the best
         lost = bool(rows) and not math.isfinite(rows[-1].get("val_loss", 0))
         said = re.search("error: .*not finite", printed(folder))
@@ -481,8 +481,8 @@ def check_alike(runs: list[Run], baseline: str) -> None:
     # These may differ where all rows tried them, whether or not they came to an end.
     for a, b in itertools.product({r.tuned: r for r in done}.values(), done):
         if (b.row, a.tuned) not in tried:
-            tuned = f"{b.label} was not tried with --{' and --'.join(TUNED)} of {a.dir}"
-            raise UserError(f"{tuned}: {cure}, or sweep them")
+            differ = f"{a.dir} and {b.dir} differ in --{' or --'.join(TUNED)} "
+            raise UserError(f"{differ}, and {b.label} did not try those of the former: {cure}, or sweep")
 
 
 def group_runs(runs: list[Run], baseline: str) -> list[list[Run]]:
@@ -519,14 +519,14 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
     like = [(r.row, r.tuned) for r in groups[0][:1]]
     line = [r for r in runs if r.done and (r.row, r.tuned) in like]
     exchange = blocks.exchange_rate([(r.tokens, r.seeds, r.loss) for r in line])
-    papers = {identity(spec): text for paper in PAPERS.values() for spec, text in paper.items()}
+    known = PAPERS if identity(baseline) == identity("swiglu") else {}  # they are minus SwiGLU's
+    papers = {identity(spec): text for paper in known.values() for spec, text in paper.items()}
     rows = []
     for group, result in zip(groups, results):
         if not group:
             continue
         first, done, is_base = group[0], [r for r in group if r.done], group is groups[0]
-        if is_base:
-            result = dict.fromkeys(result)
+        result = dict.fromkeys(result) if is_base else result
         config = train.model_config(first.flags, vocab_size=first.made["vocab_size"])
         model = sketch(lambda config=config: GPT(config))
         cost = {k: v * config.n_layer for k, v in ffn_cost(model.model.layers[0].mlp).items()}
@@ -540,7 +540,7 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
         row |= {"val_loss": mean(r.loss for r in done) if done else None}
         row |= {"std": stdev(r.loss for r in done) if len(done) > 1 else None, **result}
         row |= {"step_time_ratio": step and step["ratio"], **blocks.price(result, exchange, step)}
-        row["paper"] = papers.get(first.row[0]) if first.match == "hidden" else None
+        row["paper"] = papers.get(first.row[0]) if first.match == "hidden" and not is_base else None
         row["verdict"] = blocks.verdict(row, sum(r.done for r in groups[0]), first.too_early())
         judged = row["verdict"] in ("better", "worse", "no difference shown", "identical")
         row["wins"] = judged and (row["time_high"] or 1) < 1
@@ -639,7 +639,7 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
             "the baseline's. A row wins where its whole interval of time lies below 1."
         )
     for name in [name for name in TUNED if name not in common]:
-        tried = sorted({r.flags[name] for r in [first, *more]})
+        tried = sorted({r.flags[name] for r in runs})
         notes.append(f"Of --{name}, {tried} were tried for every row, which shows its best.")
     if len({r.made.get("trainer_code") for r in runs if r.ended} - {None}) > 1:
         notes.append("Warning: train.py, the decoder or the reader of shards changed between the runs.")
@@ -672,7 +672,7 @@ def read_command(argv: list[str]) -> tuple[Config, train.Config, list[str]]:
     if set_here := {"seed", "data_seed", "eval_only"} & given | {"init_from", "out_dir"} & typed:
         raise UserError(f"--{min(set_here)} is set by compare.py, run by run: use --seeds and --name")
     # Rounding in float32 alone changes a loss by 1e-6 nats.
-    for name, least in {"seeds": 1, "jobs": 1, "noise": 1e-6, "precision": 1e-6}.items():
+    for name, least in {"max_iters": 1, "seeds": 1, "jobs": 1, "noise": 1e-6, "precision": 1e-6}.items():
         value = getattr(cfg, name)
         if value < least and not (name == "precision" and value == 0):
             raise UserError(f"--{name}={value} must be at least {least}")

@@ -238,6 +238,7 @@ def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path, mon
         (["c.py", "--ffn=geglu", "--out_dir=mine"], ("--out_dir ", "--name")),
         (["c.py", "--ffn=geglu", "--init_from=resume"], ("--init_from ",)),
         (["c.py", "--ffn=geglu", "--seeds=0"], ("--seeds=0",)),
+        (["c.py", "--ffn=geglu", "--max_iters=0"], ("--max_iters=0",)),
         (["c.py", "--ffn=geglu", "--lr_sweep=1e-3,fast"], ("--lr_sweep",)),
         (["c.py", "--ffn=geglu", "--lr_sweep=1e-3,nan"], ("--lr_sweep",)),
         (["c.py", "--ffn=geglu", "--lr_sweep=1e-3", "--learning_rate=0"], ("--learning_rate",)),
@@ -454,6 +455,31 @@ def compare(monkeypatch):
     return compare
 
 
+def test_rows_that_are_equal_to_each_other_count_once(compare):
+    """A copy of a row, perhaps with fewer seeds, narrows no interval, and is judged as its original."""
+    table = np.random.default_rng(0).normal(0, 0.01, (3, 4))
+    alone, noise = compare.blocks.analyse(table)
+    copy = table[1].copy()
+    copy[3] = np.nan
+    found, found_noise = compare.blocks.analyse(np.vstack([table, table[1], copy]))
+    assert found_noise == noise
+    assert found == [*alone, alone[1], alone[1]]
+    assert found[1] is not found[3]
+
+
+def test_runs_of_no_step_and_rows_without_a_loss_have_no_difference(tmp_path, compare):
+    make_run(tmp_path / "zero", [6], max_iters=0)
+    fails(tmp_path, "--report", "zero", needles=("no finished run",))
+    assert all(row["difference"] is None for row in compare.blocks.analyse(np.full((2, 2), np.nan))[0])
+    for spec in ("swiglu", "geglu"):
+        for s in (0, 1):
+            make_run(tmp_path / "out" / f"{spec}-s{s}", [6, 3, math.nan], ffn=spec, seed=s, data_seed=s)
+    found, out = report(tmp_path)
+    assert found["geglu hidden"]["difference"] is None
+    assert found["geglu hidden"]["verdict"] == "diverged in 2 of 2"
+    assert "+0.0000" not in out
+
+
 def test_one_row_is_the_paired_t_test(tmp_path):
     """Difference, interval and p of one FFN equal scipy's for the losses in the logs, and a seed that
     the baseline lacks changes none of them."""
@@ -505,10 +531,11 @@ def committed_table() -> tuple[list[dict], np.ndarray]:
 
 
 def test_the_committed_losses():
-    """Of 22 rows with 89 losses eight are worse than SwiGLU, and asg:sparse=False equals it."""
+    """Of 22 rows with 89 losses eight are worse than SwiGLU, and asg:sparse=False equals it. The row
+    asg:threshold=neuron, which equals asg, adds nothing to the noise."""
     found, table = committed_table()
     results, noise = block_analysis.analyse(table)
-    assert noise == {"std": pytest.approx(0.0221, abs=5e-5), "df": 60}
+    assert noise == {"std": pytest.approx(0.0224, abs=5e-5), "df": 58}
     clear = {f"{row['ffn']} {row['match']}": round(result["difference"], 4)
              for row, result in zip(found, results)
              if result["low"] is not None and not result["low"] <= 0 <= result["high"]}  # fmt: skip
@@ -831,6 +858,8 @@ def test_costs_papers_and_words(tmp_path):
     assert matched["hidden"] == width
     assert matched["difference"] == pytest.approx(0.05)  # to the same SwiGLU runs
 
+    other, _ = report(tmp_path, "--baseline=geglu")  # the papers' differences are SwiGLU's
+    assert not any(row["paper"] for row in other.values())
     stated = {spec: row["paper"] for spec, row in found.items()}
     assert stated == {
         "swiglu hidden": None, "asg hidden": "+0.18", "asg:sparse=False hidden": "+0.000",

@@ -2757,6 +2757,14 @@ def test_greedy_with_a_cache_is_greedy_without(spec, prompt):
     assert len(set(cached[:, prompt:].flatten().tolist())) > 2  # it does not repeat one token
 
 
+@pytest.mark.parametrize("spec, dtype", [("sparseglu", torch.float64), ("swiglu", torch.bfloat16)])
+def test_a_model_of_another_dtype_generates(spec, dtype):
+    """Unasked, and after the check that train.py makes."""
+    gpt = stir(GPT(small(ffn=spec))).to(dtype)
+    assert gpt.generate(tokens(1, 3), 4, temperature=0.0).shape == (1, 7)
+    check_ffns(gpt)
+
+
 def test_greedy_takes_the_largest_logit_of_forward():
     gpt = stir(GPT(small()))
     idx = tokens(3, 4)

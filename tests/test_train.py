@@ -737,6 +737,30 @@ def test_a_gradient_that_is_missing_in_a_later_step(here: Path):
     done.fails("step 3: model.layers.0.mlp.extra.weight", "every pass")
 
 
+def test_what_an_ffn_is_told_of_the_progress(here: Path):
+    """The same whether a run stops early and is resumed or not; evaluation at step n knows of step n."""
+    code = """
+        class Mine(model.SwiGLU):
+            def __init__(self, d, h):
+                super().__init__(d, h)
+                self.done = torch.nn.Buffer(torch.tensor(-1.0))
+            def set_progress(self, step, max_iters):
+                self.done.fill_(step / max_iters)
+            def forward(self, x):
+                return super().forward(x) * (1 + self.done)
+            def active(self, x):
+                return self.done
+    """
+    values = {"ffn": "mine", "n_layer": 1, "lr_decay_iters": 6, "eval_interval": 3, "val_tokens": 64}
+    train_with(here, code, *flags(out_dir="a", max_iters=6, **values)).works()
+    train_with(here, code, *flags(out_dir="b", max_iters=3, **values)).works()
+    train_with(here, code, *flags(out_dir="b", max_iters=6, init_from="resume", **values)).works()
+    assert_same_run(here / "a", here / "b")
+    for folder in ("a", "b"):
+        assert losses(here / folder, "active") == {0: 0.0, 3: 0.5, 6: 1.0}
+    assert losses(here / "a", "val_loss") == losses(here / "b", "val_loss")
+
+
 def test_a_parameter_that_is_unfrozen_too_late(here: Path):
     """No optimizer would train it, and its gradient would add up and count in the clipping."""
     code = """
