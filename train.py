@@ -424,8 +424,8 @@ def read_log(path: str) -> list[dict]:
     return rows
 
 
-def about(cfg: Config, data: Data, config: GPTConfig, device: torch.device, world: int) -> dict:
-    """What config.json says besides the flags: versions, the FFN's code, the data."""
+def about(cfg: Config, data: Data, model: GPT, device: torch.device, world: int) -> dict:
+    """What config.json says besides the flags: versions, the FFN's code and cost, the data."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
@@ -434,7 +434,9 @@ def about(cfg: Config, data: Data, config: GPTConfig, device: torch.device, worl
         "run_id": os.urandom(4).hex(), "ffn_code": ffn_code(cfg.ffn), "git_commit": commit or "unknown",
         "trainer_code": code_hash([GPT, main, locate, read_windows]), "data_digest": data.digest,
         "data": {"dir": cfg.data_dir, "encoding": data.encoding, "source": data.source, **tokens},
-        "vocab_size": config.vocab_size, "world": world, "device": f"{device.type} {name}".strip(),
+        "hidden": model.config.hidden, "ffn_cost": ffn_cost(model.model.layers[0].mlp),
+        "total_params": model.param_counts()["total"], "vocab_size": model.config.vocab_size,
+        "world": world, "device": f"{device.type} {name}".strip(),
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
     }  # fmt: skip
 
@@ -615,17 +617,15 @@ def main() -> None:
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
     data, shards = find_data(cfg, local_rank, checkpoint)
     counts = window_counts(data.train, cfg.block_size)
-    config = model_config(vars(cfg), vocab_size=math.ceil(data.n_vocab / 128) * 128)
-    config.check()
+    raw_model = GPT(model_config(vars(cfg), vocab_size=math.ceil(data.n_vocab / 128) * 128)).to(device)
     compile = cfg.compile and training and device.type != "mps"  # compiling is a prototype there
     wandb = None
     if rank == 0 and training:
-        made_with = about(cfg, data, config, device, world)
+        made_with = about(cfg, data, raw_model, device, world)
         lock = claim_out_dir(cfg, made_with, saved_step)  # noqa: F841  held until the process ends
         wandb = start_wandb(cfg, made_with["run_id"]) if cfg.wandb_project else None
     if ddp:
         connect(device, step, shards)
-    raw_model = GPT(config).to(device)
     optimizers = make_optimizers(raw_model, cfg)
     if checkpoint:
         restore(raw_model, optimizers, checkpoint, ckpt_path)

@@ -114,7 +114,7 @@ class Run:
     def __init__(self, folder: str, flags: dict, made: dict | None = None, rows: list[dict] = ()):
         self.dir, self.flags, self.made, self.rows = folder, flags, made or {}, rows
         self.seeds = flags["seed"], flags["data_seed"]
-        self.row = identity(flags["ffn"]), train.model_config(flags).hidden  # of the table
+        self.row = identity(flags["ffn"]), self.made.get("hidden") or train.model_config(flags).hidden
         self.match = "hidden" if self.row[1] == flags["ffn_hidden"] else flags["ffn_match"]
         self.label = flags["ffn"] + ("" if self.match == "hidden" else f" ({self.match})")
         self.tuned = tuple(flags[name] for name in TUNED)
@@ -124,8 +124,7 @@ class Run:
         self.done = bool(self.val) and self.val[-1]["step"] == flags["max_iters"] > 0
         self.loss = self.val[-1]["val_loss"] if self.done else math.nan  # the last one, not the best
         lost = bool(rows) and not math.isfinite(rows[-1].get("val_loss", 0))
-        said = re.search("error: .*not finite", printed(folder))
-        self.diverged = not self.done and (lost or bool(said))
+        self.diverged = not self.done and (lost or bool(re.search("error: .*finite", printed(folder))))
         self.ended = self.done or self.diverged
 
     def too_early(self) -> str:
@@ -529,12 +528,13 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
         result = dict.fromkeys(result) if is_base else result
         config = train.model_config(first.flags, vocab_size=first.made["vocab_size"])
         model = sketch(lambda config=config: GPT(config))
-        cost = {k: v * config.n_layer for k, v in ffn_cost(model.model.layers[0].mlp).items()}
+        cost = first.made.get("ffn_cost") or ffn_cost(model.model.layers[0].mlp)  # older runs lack it
+        cost = {k: v * config.n_layer for k, v in cost.items()}
         active = [r.val[-1]["active"] for r in done if "active" in r.val[-1]]
         step = times.get(timed_as(first, groups[0][0])) if groups[0] and not is_base else None
         row = {"ffn": first.flags["ffn"], "match": first.match, "hidden": first.row[1]}
         row |= {"label": first.label, **dict(zip(TUNED, first.tuned)), "baseline": is_base}
-        row |= {**cost, "total_params": model.param_counts()["total"]}
+        row |= {**cost, "total_params": first.made.get("total_params") or model.param_counts()["total"]}
         row |= {"n": len(done), "diverged": len(group) - len(done)}
         row |= {"active": mean(active) if active else None}
         row |= {"val_loss": mean(r.loss for r in done) if done else None}

@@ -480,6 +480,23 @@ def test_runs_of_no_step_and_rows_without_a_loss_have_no_difference(tmp_path, co
     assert "+0.0000" not in out
 
 
+def test_width_and_cost_are_those_of_the_run_and_not_of_todays_class(tmp_path):
+    """config.json has them; of runs that older versions made they are worked out anew."""
+    for spec in ("swiglu", "asg"):
+        for s in range(3):
+            folder = tmp_path / "out" / f"{spec}-s{s}"
+            make_run(folder, [6, 3, 2 + 0.1 * s], ffn=spec, seed=s, data_seed=s, ffn_match="flops")
+            made = json.loads((folder / "config.json").read_text())
+            cost = {"params": 5, "flops": 7, "ideal_flops": 3}
+            if spec == "asg":
+                made |= {"hidden": 40, "ffn_cost": cost, "total_params": 99}
+                (folder / "config.json").write_text(json.dumps(made))
+    found, _ = report(tmp_path)
+    row = found["asg flops"]
+    names = ("hidden", "params", "flops", "ideal_flops", "total_params")
+    assert [row[name] for name in names] == [40, 10, 14, 6, 99]
+
+
 def test_one_row_is_the_paired_t_test(tmp_path):
     """Difference, interval and p of one FFN equal scipy's for the losses in the logs, and a seed that
     the baseline lacks changes none of them."""

@@ -495,6 +495,12 @@ def test_files_of_a_run(here: Path, schedule: str):
     assert config["torch"] == torch.__version__
     counts = {"train_tokens": 3753, "val_tokens": 1201}
     assert config["data"] == {"dir": "data", "encoding": "bytes", "source": "test", **counts}
+    weights = load(out)["model"]
+    inside = sum(p.numel() for name, p in weights.items() if name.startswith("model.layers.0.mlp."))
+    assert config["hidden"] == 64
+    flops = 2 * 4 * 32 * 64
+    assert config["ffn_cost"] == {"params": inside, "flops": flops, "ideal_flops": flops}
+    assert config["total_params"] == sum(p.numel() for p in weights.values()) - 384 * 32  # tied
     checkpoint = load(out)
     assert checkpoint.keys() == {"model", "optimizers", "step", "flags", "shards"}
     assert checkpoint["step"] == 24
