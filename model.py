@@ -332,7 +332,7 @@ class SparseGLU(SwiGLU):
 
     def set_progress(self, step: int, max_iters: int) -> None:
         if self.ramp > max_iters:
-            raise UserError(f"ramp={self.ramp} is longer than the run of {max_iters} steps: lower it")
+            raise UserError(f"ramp={self.ramp} is longer than the run of {max_iters} steps")
         if self.ramp:
             share = 1 - (1 - self.share) * (1 - max(0.0, 1 - step / self.ramp) ** 3)
             h = self.down_proj.in_features
@@ -1207,7 +1207,7 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# What makes it fast. Skip this section on a first reading: it changes when and how, not what.
+# What makes it fast. Skip this section on a first reading: it makes the same numbers faster.
 
 
 def set_up(device: torch.device) -> None:

@@ -455,8 +455,9 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
                     began = json.load(f)
                 if began["ffn_code"] != made_with["ffn_code"]:
                     print0(f"warning: the code of {cfg.ffn} is not what it was when this run began")
-                # The old code's hash stays, so that compare.py refuses a run of two codes.
-                made_with |= {"run_id": began["run_id"], "ffn_code": began["ffn_code"]}
+                # What the run began with stays, so that compare.py refuses a run of two codes.
+                stays = ("run_id", "ffn_code", "hidden", "ffn_cost", "total_params")
+                made_with |= {key: began[key] for key in stays if key in began}
         elif os.path.exists(path("ckpt.pt")) or any(row["step"] for row in log):
             print0(f"note: {cfg.out_dir} keeps its earlier run as *.prev, in place of any older *.prev")
             for name in ("log.jsonl", "ckpt.pt", "config.json", "model.py"):
@@ -532,8 +533,7 @@ step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cf
     if not (has(ffn, "init_weights") or any(map(is_residual, dict(ffn.named_parameters())))):
         text += "\nnote    no matrix of the FFN is named down_proj: none is scaled for the depth"
     if cfg.max_iters > cfg.lr_decay_iters:
-        text += f"\nwarning: the schedule ends at step {cfg.lr_decay_iters}, later steps use min_lr: "
-        text += "only a new run can have another --lr_decay_iters"
+        text += f"\nwarning: the schedule ends at step {cfg.lr_decay_iters}, after which min_lr is used"
     return text
 
 
@@ -668,18 +668,17 @@ def main() -> None:
             kept = "there is none yet" if saved_step < 0 else "the last one is intact"
             what = f"cannot save {ckpt_path} at step {step}"
             cure = f"{kept}: make room, then go on with --init_from=auto"
-            errors = (OSError, RuntimeError)  # torch.save turns a full disk into a RuntimeError
-            with user_error(what, cure, errors), whole_file(ckpt_path) as f:
-                torch.save(state, f)
+            with user_error(what, cure, (OSError, RuntimeError)), whole_file(ckpt_path) as f:
+                torch.save(state, f)  # which turns a full disk into a RuntimeError
         saved_step = step
 
     # -- the loop. Its clock leaves out the first step, which compiles, evaluation and saving
     first_step, mark, window_steps = step, time.perf_counter(), 0
+    length = max(1, cfg.max_iters, cfg.lr_decay_iters)  # in steps: a run may stop early, to be resumed
     with compile_errors():
         while True:
             stopped = any_rank(bool(signals))
             last = stopped or step >= cfg.max_iters or not training
-            raw_model.set_progress(step, max(cfg.max_iters, cfg.lr_decay_iters))  # if stopped early too
             save_now = last or (step > 0 and step % cfg.save_interval == 0)
             save_now = save_now and training and step != saved_step
             evaluate_now = not (evaluated or stopped) and (last or step % cfg.eval_interval == 0)
@@ -689,6 +688,7 @@ def main() -> None:
                 if save_now:  # first, as a signal may not leave the time for both
                     save()
                 if evaluate_now:
+                    raw_model.set_progress(min(step, length - 1), length)
                     with evaluating(raw_model):
                         val_loss = evaluate(fast_model, data, cfg, device, autocast, signals)
                         active = active_fraction(raw_model, data, device, autocast)
@@ -708,6 +708,7 @@ def main() -> None:
             batches = to_device(batch, device).split(cfg.micro_batch_size)
             # For an FFN that draws noise: other noise each step and rank, the same when resumed.
             torch.manual_seed((cfg.seed * 2**20 + step) * 2**10 + rank)
+            raw_model.set_progress(min(step, length - 1), length)
             loss, aux, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             # A running threshold or an expert's bias follows this rank's tokens: take the ranks' mean.
             layers = raw_model.model.layers if ddp else ()
@@ -738,9 +739,8 @@ def main() -> None:
     # -- the end
     out_dir = shlex.quote(cfg.out_dir)
     if stopped:
-        print0(f"stopped at step {step} of {cfg.max_iters}" + f", saved {ckpt_path}" * training)
-        if training:
-            print0(f"go on with: the same command and --init_from=resume --out_dir={out_dir}")
+        more = f", saved {ckpt_path}\ngo on with: the same command and --init_from=resume"
+        print0(f"stopped at step {step} of {cfg.max_iters}" + f"{more} --out_dir={out_dir}" * training)
     else:
         print0(f"\nvalidation loss  {val_loss:.4f} nats per token at step {step or '0 (untrained)'}")
         if training:

@@ -62,7 +62,7 @@ class Config(train.Config):
     baseline: str = "swiglu"  # spec of the FFN that all others are compared with
     ffn_match: Literal["hidden", "params", "flops", "both"] = "hidden"  # both: hidden, params
     seeds: int = 3  # seeds 0 to seeds - 1 for each row; with --precision at most
-    precision: float = 0.0  # add seeds until all half-widths are this, in nats (noise: df >= 10); 0: off
+    precision: float = 0.0  # add seeds until no half-width is larger, in nats, and df >= 10; 0: off
     horizons: bool = True  # run the baseline at 0.7 and 1.4 times the steps, to price a difference
     lr_sweep: str = ""  # learning rates to try for every row, comma-separated; the best is shown
     init_sweep: str = ""  # values of --ffn_init_std to try for every row, likewise
@@ -124,7 +124,7 @@ class Run:
         self.done = bool(self.val) and self.val[-1]["step"] == flags["max_iters"] > 0
         self.loss = self.val[-1]["val_loss"] if self.done else math.nan  # the last one, not the best
         lost = bool(rows) and not math.isfinite(rows[-1].get("val_loss", 0))
-        self.diverged = not self.done and (lost or bool(re.search("error: .*finite", printed(folder))))
+        self.diverged = not self.done and bool(lost or re.search("error: .*not finite", printed(folder)))
         self.ended = self.done or self.diverged
 
     def too_early(self) -> str:
@@ -252,8 +252,7 @@ def plan(cfg: Config, base: train.Config) -> list[Run]:
             name += f"-x{factor}" if factor != 1 else ""
             r.dir = mine["out_dir"] = os.path.join("out", cfg.name or cfg.paper or "compare", name)
             train.model_config(mine).check()
-            if mine["max_iters"]:  # a run of one step has no shorter one
-                runs.setdefault((r.row, r.seeds, r.tuned, mine["max_iters"]), r)
+            runs.setdefault((r.row, r.seeds, r.tuned, mine["max_iters"]), r)
     return list(runs.values())
 
 
@@ -424,7 +423,7 @@ def timed_as(r: Run, base: Run) -> str:
 
 
 def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> None:
-    """Time whole steps of each row in turn with the baseline's, where times and its file lack them."""
+    """Time whole steps of each row in turn with the baseline's. New ones go into times and its file."""
     base = groups[0][0]
     for r in (group[0] for group in groups[1:]):
         if (key := timed_as(r, base)) in times:
@@ -480,7 +479,7 @@ def check_alike(runs: list[Run], baseline: str) -> None:
     # These may differ where all rows tried them, whether or not they came to an end.
     for a, b in itertools.product({r.tuned: r for r in done}.values(), done):
         if (b.row, a.tuned) not in tried:
-            differ = f"{a.dir} and {b.dir} differ in --{' or --'.join(TUNED)} "
+            differ = f"{a.dir} and {b.dir} differ in --{' or --'.join(TUNED)}"
             raise UserError(f"{differ}, and {b.label} did not try those of the former: {cure}, or sweep")
 
 
@@ -547,7 +546,8 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
         row["runs"] = [{"dir": r.dir, "seed": r.flags["seed"], "data_seed": r.flags["data_seed"],
                         "val_loss": r.loss if r.done else None} for r in group]  # fmt: skip
         rows.append(row)
-    return {"baseline": baseline, "noise": noise, "exchange": exchange, "rows": rows}
+    tried = {name: sorted({r.flags[name] for r in runs}) for name in TUNED}
+    return {"baseline": baseline, "noise": noise, "exchange": exchange, "tried": tried, "rows": rows}
 
 
 def big(x: float, of: float | None = None) -> str:
@@ -573,7 +573,7 @@ def markdown(record: dict) -> str:
         lines.append({
             "FFN": f"`{row['ffn']}`",
             "width": str(row["hidden"]) + row["label"].removeprefix(row["ffn"]),
-            **{name: f"{row[name]:g}" * (len({r[name] for r in rows}) > 1) for name in TUNED},
+            **{name: f"{row[name]:g}" * (len(record["tried"][name]) > 1) for name in TUNED},
             "FFN parameters": big(row["params"], base.get("params")),
             "all": big(row["total_params"]),
             "FFN FLOPs/token": big(row["flops"], base.get("flops")),
@@ -634,13 +634,13 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
                      f"{exchange['std_error']:.4f} (standard error): {', '.join(points)}.")  # fmt: skip
     if any(row["tokens_ratio"] for row in rows):
         notes.append(
-            "Tokens to its loss: a row's tokens to the baseline's loss over the baseline's, by that "
-            "line (extrapolated outside 0.7 to 1.4). Time to its loss: that times the step time over "
-            "the baseline's. A row wins where its whole interval of time lies below 1."
+            "Tokens to its loss: how many times the baseline's tokens a row needs for the baseline's "
+            "loss by that line, extrapolated outside 0.7 to 1.4. Time to its loss: that times the step "
+            "time over the baseline's. A row wins where its whole interval of time lies below 1."
         )
-    for name in [name for name in TUNED if name not in common]:
-        tried = sorted({r.flags[name] for r in runs})
-        notes.append(f"Of --{name}, {tried} were tried for every row, which shows its best.")
+    for name, values in record["tried"].items():
+        if len(values) > 1:
+            notes.append(f"Of --{name}, {values} were tried for every row, which shows its best.")
     if len({r.made.get("trainer_code") for r in runs if r.ended} - {None}) > 1:
         notes.append("Warning: train.py, the decoder or the reader of shards changed between the runs.")
     base = identity(record["baseline"])
@@ -670,20 +670,20 @@ def read_command(argv: list[str]) -> tuple[Config, train.Config, list[str]]:
             raise UserError(f"--report runs nothing: leave out --{' --'.join(extra)}")
     typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
     if set_here := {"seed", "data_seed", "eval_only"} & given | {"init_from", "out_dir"} & typed:
-        raise UserError(f"--{min(set_here)} is set by compare.py, run by run: use --seeds and --name")
+        raise UserError(f"--{min(set_here)} cannot be given here: see --seeds, --name and --report")
     # Rounding in float32 alone changes a loss by 1e-6 nats.
     for name, least in {"max_iters": 1, "seeds": 1, "jobs": 1, "noise": 1e-6, "precision": 1e-6}.items():
         value = getattr(cfg, name)
         if value < least and not (name == "precision" and value == 0):
             raise UserError(f"--{name}={value} must be at least {least}")
-    with user_error(f"--launch={cfg.launch}", "close it", ValueError):  # an open quote
+    with user_error(f"--launch={cfg.launch}", "check its quotes", ValueError):
         launcher = shlex.split(cfg.launch)
     if cfg.launch and not (launcher and shutil.which(launcher[0])):
         raise UserError(f"--launch={cfg.launch}: there is no such program here: check its name")
     if cfg.archive and not cfg.archive.endswith(".tar.xz"):
         raise UserError(f"--archive={cfg.archive} must end in .tar.xz")
-    if cfg.archive and (packed := list(filter(os.path.isfile, places))):
-        raise UserError(f"--archive takes folders of runs, and {packed[0]} is a file: unpack it first")
+    if cfg.archive and (packed := [p for p in places if re.search(r"\.tar\.\w+$", p)]):
+        raise UserError(f"--archive takes folders of runs, and {packed[0]} is none: unpack it first")
     if "data_dir" in typed and "prepare" not in typed:
         cfg.prepare = ""  # a config file's is for its own data_dir
     flags = {f.name: getattr(cfg, f.name) for f in fields(train.Config)}

@@ -251,7 +251,7 @@ def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path, mon
         (["c.py", "--ffn=geglu", "--baseline=swigluu"], ("did you mean swiglu",)),
         (["c.py", "--ffn=geglu", "--precision=1e-9"], ("--precision=1e-09", "1e-06")),
         (["c.py", "--ffn=geglu", "--launch=no-such-launcher -n 1"], ("no-such-launcher",)),
-        (["c.py", "--ffn=geglu", "--launch=srun '"], ("--launch", "close it")),
+        (["c.py", "--ffn=geglu", "--launch=srun '"], ("--launch", "check its quotes")),
         (["c.py", "--ffn=geglu", "--launch= "], ("no such program",)),
         (["c.py", "--ffn=gegluu", """--launch=sh -c "it's" """], ("did you mean geglu",)),
         (["c.py", "--ffn=geglu", "--archive=x.zip"], ("--archive=x.zip", ".tar.xz")),
@@ -456,12 +456,12 @@ def compare(monkeypatch):
 
 
 def test_rows_that_are_equal_to_each_other_count_once(compare):
-    """A copy of a row, perhaps with fewer seeds, narrows no interval, and is judged as its original."""
+    """A copy of a row, perhaps with other seeds, narrows no interval, and is judged as its original."""
     table = np.random.default_rng(0).normal(0, 0.01, (3, 4))
     alone, noise = compare.blocks.analyse(table)
-    copy = table[1].copy()
-    copy[3] = np.nan
-    found, found_noise = compare.blocks.analyse(np.vstack([table, table[1], copy]))
+    whole, late = table[1].copy(), table[1].copy()
+    table[1, 3] = late[0] = np.nan
+    found, found_noise = compare.blocks.analyse(np.vstack([table, whole, late]))
     assert found_noise == noise
     assert found == [*alone, alone[1], alone[1]]
     assert found[1] is not found[3]
@@ -693,6 +693,8 @@ def test_verdicts(tmp_path):
         make_run(out / f"relu2-s{s}", [6, 3, 1.5 + 0.01 * s], ffn="relu2", seed=s, data_seed=s)
     (out / "dsg-s1" / "log.jsonl").write_text("")
     (out / "dsg-s1" / "train.txt").write_text("x\nerror: step 3: loss or gradient is not finite\ny\n")
+    make_run(out / "geglu-s9", [6, 3], ffn="geglu", seed=9, data_seed=9)  # lost its node, say
+    (out / "geglu-s9" / "train.txt").write_text("srun: error: retrying indefinitely\n")
     for s in range(3):
         make_run(out / f"spark-s{s}", [6, math.nan], ffn="spark", seed=s, data_seed=s)
     found, printed = report(tmp_path, "--archive=a.tar.xz")
@@ -794,7 +796,7 @@ def test_the_price_of_a_difference(tmp_path, compare, monkeypatch):
     wide.row = swiglu.row
     assert compare.timed_as(relu2, wide) != compare.timed_as(relu2, swiglu)
     key = compare.timed_as(relu2, swiglu)
-    del swiglu.flags["ffn_init_std"]  # as in a run made before train.py had the flag
+    del swiglu.flags["residual"]  # as in a run made before train.py had the flag
     assert compare.timed_as(relu2, swiglu) == key
 
 
@@ -958,8 +960,16 @@ def test_a_sweep_of_start_values_shows_the_best_of_each(tmp_path):
     assert found["geglu hidden"]["difference"] == pytest.approx(0.05)
     assert "Of --ffn_init_std, [0.02, 0.06] were tried for every row" in out
     assert re.search(r"`geglu`.*\| 0\.02 ", out)
+    make_run(tmp_path / "out" / "cut", [6, 3], ffn_init_std=0.5)  # not ended
+    for s in range(3):
+        make_run(tmp_path / "out" / f"geglu-s{s}-std0.1", [6, 3, 1.5], ffn="geglu", seed=s, data_seed=s,
+                 ffn_init_std=0.1)  # fmt: skip
+        make_run(tmp_path / "out" / f"swiglu-s{s}-std0.1", [6, 3, 1.6 + 0.1 * s], seed=s, data_seed=s,
+                 ffn_init_std=0.1)  # fmt: skip
+    assert "[0.02, 0.06, 0.1] were tried" in (out := report(tmp_path)[1])
+    assert len(re.findall(r"\| 0\.1 ", out)) == 2  # shown though all rows chose it
     assert "--ffn_init_std=" not in out.partition("Command")[0]  # no flag that all runs have
-    make_run(tmp_path / "out" / "x", [6, 3, 1.8], ffn_init_std=0.06, learning_rate=2e-3, min_lr=2e-4)
+    make_run(tmp_path / "out" / "x", [6, 3, 1.8], ffn_init_std=0.1, learning_rate=2e-3, min_lr=2e-4)
     fails(tmp_path, "--report", "out", needles=("--ffn_init_std", "geglu"))
 
 
@@ -1005,6 +1015,8 @@ def test_an_archive_keeps_runs_and_times_of_equal_names(tmp_path):
     works(tmp_path, "--report", "lr0.001", "lr0.003", "--out=first", "--archive=a.tar.xz")
     packed = (tmp_path / "a.tar.xz").read_bytes()
     fails(tmp_path, "--report", "a.tar.xz", "--archive=a.tar.xz", needles=("a.tar.xz", "unpack it"))
+    works(tmp_path, "--report", *map(str, (tmp_path / "lr0.001").iterdir()), "--out=third",
+          "--archive=b.tar.xz")  # fmt: skip
     assert (tmp_path / "a.tar.xz").read_bytes() == packed
     works(tmp_path, "--report", "a.tar.xz", "--out=second")
     texts = [(tmp_path / name / "compare.json").read_text() for name in ("first", "second")]

@@ -744,16 +744,18 @@ def test_a_gradient_that_is_missing_in_a_later_step(here: Path):
 
 
 def test_what_an_ffn_is_told_of_the_progress(here: Path):
-    """The same whether a run stops early and is resumed or not; evaluation at step n knows of step n."""
+    """The same whether a run stops early and is resumed or not, with the same random numbers. An
+    evaluation at step n knows of step n, and no step is told that is not before max_iters."""
     code = """
         class Mine(model.SwiGLU):
             def __init__(self, d, h):
                 super().__init__(d, h)
-                self.done = torch.nn.Buffer(torch.tensor(-1.0))
+                self.done, self.noise = torch.nn.Buffer(torch.tensor(-1.0)), 0.0
             def set_progress(self, step, max_iters):
-                self.done.fill_(step / max_iters)
+                self.done.copy_((torch.arange(max_iters) / max_iters)[step])
+                self.noise = torch.rand(())
             def forward(self, x):
-                return super().forward(x) * (1 + self.done)
+                return super().forward(x) * (1 + self.done + self.noise * self.training)
             def active(self, x):
                 return self.done
     """
@@ -763,8 +765,10 @@ def test_what_an_ffn_is_told_of_the_progress(here: Path):
     train_with(here, code, *flags(out_dir="b", max_iters=6, init_from="resume", **values)).works()
     assert_same_run(here / "a", here / "b")
     for folder in ("a", "b"):
-        assert losses(here / folder, "active") == {0: 0.0, 3: 0.5, 6: 1.0}
+        assert losses(here / folder, "active") == pytest.approx({0: 0, 3: 1 / 2, 6: 5 / 6})
     assert losses(here / "a", "val_loss") == losses(here / "b", "val_loss")
+    train_with(here, code, *flags(out_dir="c", max_iters=8, **values)).works()
+    assert losses(here / "c", "active") == pytest.approx({0: 0, 3: 3 / 8, 6: 6 / 8, 8: 7 / 8})
 
 
 def test_a_parameter_that_is_unfrozen_too_late(here: Path):
@@ -814,11 +818,12 @@ def test_other_weights_are_named_on_resume(here: Path):
     path = here / "p" / "config.json"
     made = json.loads(path.read_text())
     assert "warning" not in train(here, out_dir="p", max_iters=3, init_from="resume").out
-    path.write_text(json.dumps(made | {"ffn_code": "0" * 16}))
+    path.write_text(json.dumps(made | {"ffn_code": "0" * 16, "hidden": 7}))
     assert "the code of swiglu is not what it was" in train(
         here, out_dir="p", max_iters=4, init_from="resume"
     ).out
-    assert json.loads(path.read_text())["ffn_code"] == "0" * 16
+    resumed = json.loads(path.read_text())
+    assert (resumed["ffn_code"], resumed["hidden"]) == ("0" * 16, 7)
 
 
 def test_two_runs_in_one_folder(here: Path):
