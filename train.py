@@ -81,7 +81,7 @@ class Config:
     ffn_hidden: int = 2048  # hidden width of the FFN
     ffn_match: Literal["hidden", "params", "flops"] = "hidden"  # hidden: as it is; or match SwiGLU's
     tie_embeddings: bool = True  # lm_head shares the embedding's weight
-    ffn_init_std: float = 0.02  # deviation of the FFN's initial matrices, but not of down_proj
+    ffn_init_std: float = 0.02  # standard deviation of the FFN's initial matrices but down_proj
     residual: Literal["float32", "bfloat16"] = "float32"  # residual stream under bfloat16 autocast
     # training: the Dynamic Sparse Gating paper's run
     max_iters: int = resumable(400)  # steps

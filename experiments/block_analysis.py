@@ -10,7 +10,6 @@ deviation of the noise. Nothing here knows of files or of PyTorch.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 
 import numpy as np
@@ -104,12 +103,11 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
     they cannot be told), `edge` (half-width over standard error), whether it is equal to row 0 in every
     seed and, where its noise differs from the others', its own; and the noise: std, df. Rows that are
     equal to each other in every seed are judged as one, or its noise would count several times."""
-    table, of = table.copy(), list(range(len(table)))
-    for j, i in itertools.combinations(range(1, len(table)), 2):
-        shared = (table[i] - table[j])[np.isfinite(table[i] - table[j])]
-        if len(shared) and not shared.any():
-            of[i] = of[j]
-            table[of[j]] = np.where(np.isfinite(table[of[j]]), table[of[j]], table[i])
+    table, of, gaps = table.copy(), list(range(len(table))), table[:, None] - table
+    same = ((gaps == 0) | np.isnan(gaps)).all(2) & (gaps == 0).any(2)
+    for j, i in np.argwhere(np.triu(same[1:, 1:], 1)) + 1:
+        of[i] = of[j]
+        table[of[j]] = np.where(np.isfinite(table[of[j]]), table[of[j]], table[i])
     if len(kept := sorted(set(of))) < len(of):
         results, noise = analyse(table[kept])
         return [dict(results[kept.index(row)]) for row in of], noise

@@ -60,7 +60,7 @@ class Config(train.Config):
     ffn: str = ""  # specs of the FFNs to compare, comma-separated
     paper: str = ""  # all rows of these papers' tables: dsg, asg, sparsegated, dynamicgeglu, sparseglu
     baseline: str = "swiglu"  # spec of the FFN that all others are compared with
-    ffn_match: Literal["hidden", "params", "flops", "both"] = "hidden"  # both: hidden, params
+    ffn_match: Literal["hidden", "params", "flops", "both"] = "hidden"  # both: hidden and params
     seeds: int = 3  # seeds 0 to seeds - 1 for each row; with --precision at most
     precision: float = 0.0  # add seeds until no half-width is larger, in nats, and df >= 10; 0: off
     horizons: bool = True  # run the baseline at 0.7 and 1.4 times the steps, to price a difference
@@ -90,9 +90,9 @@ PAPERS = {
 
 # Flags that cannot change a loss, and flags by which the runs of one comparison may differ.
 NEUTRAL = {flag.name for flag in fields(train.Config) if flag.metadata.get("neutral")}
-DEFAULTS = asdict(train.Config())
 TUNED = ("learning_rate", "ffn_init_std")  # a row shows its best of those that every row has tried
 VARIED = {"ffn", "ffn_match", "seed", "data_seed", "min_lr", *TUNED}
+DEFAULTS = asdict(train.Config())
 ROUNDS = 15  # timed steps of each FFN
 HORIZONS = (0.7, 1.4)  # the baseline's further runs have this many times the steps
 
@@ -195,7 +195,7 @@ def write_archive(path: str, runs: list[Run], times: dict[str, dict]) -> None:
     names = [os.path.basename(r.dir) for r in runs]
     with tarfile.open(f"{path}.tmp", "w:xz") as tar:
         for i, (r, name) in enumerate(zip(runs, names)):
-            folder = name if names.count(name) == 1 else f"{name}-{i}"  # two have it
+            folder = name if names.count(name) == 1 else f"{name}-{i}"  # several have it
             said = ["train.txt"] if r.diverged and printed(r.dir) else []
             for file in ("config.json", "log.jsonl", *said):
                 tar.add(os.path.join(r.dir, file), os.path.join(folder, file))
