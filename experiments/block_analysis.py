@@ -90,7 +90,10 @@ def smallest_p(mask: bytes, rows: int, own: int = 0) -> np.ndarray:
     smallest = rng.random_sample((DRAWS, own)).min(1, initial=1)
     if len(tested):
         unit = tested / np.linalg.norm(tested, axis=1, keepdims=True)
-        largest = np.abs(rng.multivariate_normal(np.zeros(len(unit)), unit @ unit.T, DRAWS)).max(1)
+        # By Cholesky, and not by multivariate_normal: the eigenvectors that it uses, and with them the
+        # draws, depend on the CPU where eigenvalues are equal.
+        factor = np.linalg.cholesky(unit @ unit.T)
+        largest = np.abs(rng.standard_normal((DRAWS, len(unit))) @ factor.T).max(1)
         t = largest / np.sqrt(rng.chisquare(df, DRAWS) / df)
         smallest = np.minimum(smallest, two_sided_p(t, df))
     return np.concatenate([[0], np.sort(smallest)])
