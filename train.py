@@ -528,12 +528,12 @@ step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cf
     if frozen := [name for name, p in model.named_parameters() if not p.requires_grad]:
         text += f"\nnote    {len(frozen)} parameters have no gradient by design, e.g. {frozen[0]}"
     if names := model.overwritten:
-        text += f"\nnote    {len(names)} constant parameters were drawn anew, e.g. {names[0]}: "
-        text += "define init_weights to keep them"
+        text += f"\nnote    {len(names)} constants were drawn anew (init_weights keeps them): {names[0]}..."
     if not (has(ffn, "init_weights") or any(map(is_residual, dict(ffn.named_parameters())))):
         text += "\nnote    no matrix of the FFN is named down_proj: none is scaled for the depth"
-    if cfg.max_iters > cfg.lr_decay_iters:
-        text += f"\nwarning: the schedule ends at step {cfg.lr_decay_iters}, after which min_lr is used"
+    if not cfg.warmup_iters < cfg.lr_decay_iters >= cfg.max_iters:
+        text += f"\nwarning: the schedule warms up to step {cfg.warmup_iters} and ends at step "
+        text += f"{cfg.lr_decay_iters} of {cfg.max_iters}: only a new run can have another"
     return text
 
 

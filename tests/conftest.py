@@ -12,6 +12,11 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """One worker more than there are cores, because many tests wait for others' processes."""
+    return min(os.cpu_count() or 1, 7) + 1
+
+
 def pytest_collection_finish(session) -> None:
     """What PyTorch has made at import is frozen, or each gc.collect of a test would walk through it."""
     gc.freeze()

@@ -968,13 +968,17 @@ def test_a_recipes_data_stay_in_its_own_folder(here: Path):
 
 
 def test_what_is_said_on_resume(here: Path):
-    """The step, and that a schedule which has ended leaves the rate at its minimum."""
+    """The step, and that a schedule which has ended leaves the rate at its minimum. A run that warms up
+    to its last step, or beyond, is told at once: it never has the rate that was asked for."""
     train(here, out_dir="o", max_iters=4)
     run = train(here, out_dir="o", init_from="resume", max_iters=6)
     assert "resumed at step 4 of 6" in run.out
-    assert "warning: the schedule ends at step 4" in run.out
+    assert "warning: the schedule warms up to step 5 and ends at step 4 of 6" in run.out
     train(here, out_dir="p", max_iters=4, lr_decay_iters=6)
     assert "warning" not in train(here, out_dir="p", init_from="resume", max_iters=6).out
+    for steps in (4, 6):
+        run = train(here, out_dir="q", max_iters=4, warmup_iters=steps)
+        assert f"warning: the schedule warms up to step {steps} and ends at step 4 of 4" in run.out
 
 
 def test_help_lists_the_ffns(here: Path):
