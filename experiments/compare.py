@@ -484,8 +484,8 @@ def check_alike(runs: list[Run], baseline: str) -> None:
 
 
 def group_runs(runs: list[Run], baseline: str) -> list[list[Run]]:
-    """The ended runs of each row at its best TUNED values, without horizons. The first group is the
-    baseline's: that FFN, at the width ffn_hidden if there are several; empty if it has no run."""
+    """The ended runs of each row at its best TUNED values, without horizons; the baseline's first, or []
+    if it has none. The best diverge least, then have the lowest loss in the seeds that all have."""
     rows: dict[tuple, dict[tuple, list[Run]]] = {}
     for r in runs:
         if r.ended and r.factor == 1:
@@ -493,9 +493,11 @@ def group_runs(runs: list[Run], baseline: str) -> list[list[Run]]:
     own = min((row for row in rows if row[0] == identity(baseline)), default=None,
               key=lambda row: row[1] != runs[0].flags["ffn_hidden"])  # fmt: skip
 
-    def rank(group: list[Run]) -> tuple[int, float]:  # most seeds that came to the end, then the loss
-        losses = [r.loss for r in group if r.done]
-        return -len(losses), mean(losses or [0])
+    def rank(group: list[Run]) -> tuple[int, float, int]:
+        others = rows[group[0].row].values()
+        shared = set.intersection(*({r.seeds for r in other if r.done} for other in others))
+        total = sum(r.loss for r in group if r.seeds in shared)
+        return sum(r.diverged for r in group), total, -len(group)
 
     best = {row: min(tuned.values(), key=rank) for row, tuned in rows.items()}
     return [best.pop(own, []), *best.values()]
@@ -520,9 +522,7 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
     known = PAPERS if identity(baseline) == identity("swiglu") else {}  # they are minus SwiGLU's
     papers = {identity(spec): text for paper in known.values() for spec, text in paper.items()}
     rows = []
-    for group, result in zip(groups, results):
-        if not group:
-            continue
+    for group, result in [(g, r) for g, r in zip(groups, results) if g]:
         first, done, is_base = group[0], [r for r in group if r.done], group is groups[0]
         result = dict.fromkeys(result) if is_base else result
         config = train.model_config(first.flags, vocab_size=first.made["vocab_size"])

@@ -933,7 +933,7 @@ def test_a_sweep_shows_the_best_rate_of_each(tmp_path):
               ("geglu", 1e-3): [1.95, 2.16], ("geglu", 2e-3): [1.5]}  # fmt: skip
     for (spec, rate), values in losses.items():
         for s in (0, 1):
-            last = values[s : s + 1]  # none: it diverged
+            last = values[s : s + 1] or [math.nan]  # it diverged
             make_run(tmp_path / "out" / f"{spec}-s{s}-lr{rate}", [6, 3, *last], ffn=spec, seed=s,
                      data_seed=s, learning_rate=rate, min_lr=rate / 10)  # fmt: skip
     found, out = report(tmp_path)
@@ -971,6 +971,21 @@ def test_a_sweep_of_start_values_shows_the_best_of_each(tmp_path):
     assert "--ffn_init_std=" not in out.partition("Command")[0]  # no flag that all runs have
     make_run(tmp_path / "out" / "x", [6, 3, 1.8], ffn_init_std=0.1, learning_rate=2e-3, min_lr=2e-4)
     fails(tmp_path, "--report", "out", needles=("--ffn_init_std", "geglu"))
+
+
+def test_the_best_start_value_is_the_one_of_the_lower_loss_in_the_seeds_of_both(tmp_path):
+    """More seeds at one of them, or easier ones, do not make it the best."""
+    for spec, gain in (("swiglu", 0.0), ("geglu", 0.05)):
+        for s in range(6):  # the last three are easier
+            last = 2 - 0.5 * (s > 2) - gain
+            make_run(tmp_path / "out" / f"{spec}-s{s}-narrow", [6, 3, last], ffn=spec, seed=s,
+                     data_seed=s, ffn_init_std=0.02)  # fmt: skip
+        for s in range(3):
+            make_run(tmp_path / "out" / f"{spec}-s{s}-wide", [6, 3, 1.9 + 0.001 * s], ffn=spec,
+                     seed=s, data_seed=s, ffn_init_std=0.06)  # fmt: skip
+    found, _ = report(tmp_path)
+    assert {row["ffn_init_std"] for row in found.values()} == {0.06}
+    assert {row["n"] for row in found.values()} == {3}
 
 
 def test_report_without_a_learning_rate(tmp_path):
