@@ -1,4 +1,4 @@
-"""A comparison that two CPU cores can carry, a few minutes a run, as in experiments/results/equal_flops
+"""A comparison that two CPU cores can carry, a few minutes a run, as in experiments/results/start_values
 but on bytes of the Python standard library. At this width the FFN is two thirds of the FLOPs and ASG's
 threshold passes some units.
 
@@ -13,6 +13,7 @@ n_head = 4
 n_kv_head = 2
 n_embd = 256
 ffn_hidden = 768
+ffn_init_std = 0.0625  # 1/sqrt(n_embd): SwiGLU gains 0.07 nats by it here; try others with --init_sweep
 block_size = 256
 
 max_iters = 500
