@@ -814,7 +814,7 @@ def test_other_weights_are_named_on_resume(here: Path):
     done = train_with(here, code, *argv)
     done.fails("Missing key", "mlp.gain")
 
-    train(here, out_dir="p", max_iters=2, lr_decay_iters=4)
+    train(here, out_dir="p", max_iters=2, lr_decay_iters=6)
     path = here / "p" / "config.json"
     made = json.loads(path.read_text())
     assert "warning" not in train(here, out_dir="p", max_iters=3, init_from="resume").out
