@@ -528,7 +528,7 @@ step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cf
     if frozen := [name for name, p in model.named_parameters() if not p.requires_grad]:
         text += f"\nnote    {len(frozen)} parameters have no gradient by design, e.g. {frozen[0]}"
     if names := model.overwritten:
-        text += f"\nnote    {len(names)} constants were redrawn (init_weights keeps them): {names[0]}..."
+        text += f"\nnote    {len(names)} constants were redrawn, as {names[0]}: init_weights keeps them"
     if not (has(ffn, "init_weights") or any(map(is_residual, dict(ffn.named_parameters())))):
         text += "\nnote    no matrix of the FFN is named down_proj: none is scaled for the depth"
     if not cfg.warmup_iters < cfg.lr_decay_iters >= cfg.max_iters:

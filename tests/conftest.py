@@ -13,7 +13,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """One worker more than there are cores, because many tests wait for others' processes."""
+    """A worker more than there are cores, because many tests wait for other processes; at most 8."""
     return min(os.cpu_count() or 1, 7) + 1
 
 
