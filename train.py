@@ -634,6 +634,7 @@ def main() -> None:
     peak = peak_flops(device) if bf16 else None
     flops, per_step = raw_model.flops_per_token(), cfg.batch_size * cfg.block_size
     known = f"{peak / 1e12:.0f} TFLOP/s each" if peak else "n/a"
+    signals = catch_signals()  # before anything is printed: who sees a run can stop it cleanly
     print0(f"device  {device} x {world}, {'bfloat16' if bf16 else 'float32'}, peak {known}")
     print0(describe(raw_model, cfg, data, world))
     if resumed:
@@ -645,7 +646,6 @@ def main() -> None:
         model = DDP(fast_model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # -- how to log and save
-    signals = catch_signals()
     failed = torch.zeros((), device=device)  # the first step whose loss or gradient was not finite
 
     def check_finite(weights: bool = False) -> None:
