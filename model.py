@@ -22,7 +22,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -1262,8 +1262,9 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
 
 
 @contextlib.contextmanager
-def compile_errors() -> Iterator[None]:
-    """Turn what torch.compile raises, as a rule at the first call, into a UserError with the cure."""
+def compile_errors(signals: Sequence = ()) -> Iterator[None]:
+    """Turn what torch.compile raises, as a rule at the first call, into a UserError with the cure. A
+    terminal's Ctrl-C, one of the `signals` that came so far, ends the C++ compiler too."""
     try:
         yield
     except Exception as e:
@@ -1273,6 +1274,8 @@ def compile_errors() -> Iterator[None]:
             raise cause from None
         if not dynamo or not isinstance(e, dynamo.TorchDynamoException):
             raise
+        if signals:
+            raise UserError("stopped while compiling: run the same command again") from e
         raise UserError(f"torch.compile does not work here ({reason(cause)}): --compile=False") from e
 
 

@@ -165,6 +165,8 @@ def find_source(cfg: Config, meta: dict) -> list[str]:
     if not paths:
         raise UserError(f"--input={cfg.input!r} matches no file: quote the glob, check the path")
     for path in paths:  # all at once, and not after hours in the last file
+        if path.endswith((".gz", ".zst")) and not os.path.getsize(path):
+            raise UserError(f"cannot read {path} (it is empty): repair it or take it out")
         if kind_of(path) == "parquet":
             with open_input(path) as f:
                 open_parquet(f, path, cfg.text_column)
@@ -194,7 +196,7 @@ def find_dataset(cfg: Config, revision: str | None) -> tuple[str, list[str]]:
 def input_files(pattern: str) -> list[str]:
     """The files of a glob, sorted; for "stdlib" Python's own sources, without packages and tests."""
     if pattern != "stdlib":
-        return sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
+        return sorted({*filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True))})
     skip = re.compile(r".*-packages|__pycache__|tests?|.*_tests?")
     paths = []
     for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
@@ -248,7 +250,7 @@ def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
                 while first < n and skip >= (rows := file.metadata.row_group(first).num_rows):
                     first, skip = first + 1, skip - rows  # without reading them
                 batches = file.iter_batches(64, list(range(first, n)), [column])  # 64: a novel is 1 MB
-                texts = (text for batch in batches for text in batch.column(0).to_pylist())
+                texts = (text for batch in batches for text in batch.column(column).to_pylist())
             elif kind_of(path) == "jsonl":
                 texts = json_texts(f, path, column)
             else:
@@ -270,7 +272,7 @@ def open_parquet(f: BinaryIO, path: str, column: str):
     file = parquet.ParquetFile(f)
     schema = file.schema_arrow
     kind = str(schema.field(column).type) if column in schema.names else ""
-    if not re.fullmatch("(large_)?string|dictionary<values=(large_)?string,.*", kind):
+    if not re.fullmatch(r"(large_)?string(_view)?|dictionary<values=(large_)?string,.*", kind):
         raise no_text(column, path, schema.names, kind)
     return file
 
@@ -363,8 +365,7 @@ def load_meta(folder: str) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        again = "delete the folder and run prepare_fineweb.py again"
-        raise UserError(f"cannot read {path} ({e!r}): {again}") from None
+        raise UserError(f"cannot read {path} ({e!r}): delete {folder} and prepare it again") from None
 
 
 def shard_name(index: int) -> str:
@@ -443,9 +444,8 @@ def prepare(cfg: Config, meta: dict) -> None:
 
 def begin(cfg: Config) -> dict:
     """Return a new meta.json, or that of cfg.out_dir without the shards from the first missing or cut
-    one on. Raises UserError for other flags than it was begun with, and for shards of another run."""
-    free = {"out_dir", "workers", "verify"}  # they do not change the shards
-    flags = {key: value for key, value in asdict(cfg).items() if key not in free}
+    one on. Raises UserError for shards of another run, and for other flags that would change them."""
+    flags = {k: v for k, v in asdict(cfg).items() if k not in ("out_dir", "workers", "verify")}
     meta = load_meta(cfg.out_dir)
     if meta is None and glob.glob("*.bin", root_dir=cfg.out_dir):
         raise UserError(f"{cfg.out_dir} has shards but no meta.json: take another --out_dir")
@@ -687,7 +687,7 @@ def main() -> None:
         if getattr(cfg, mode) and clash:
             raise UserError(f"--{mode} does not go with --{min(clash)}: leave one of them out")
     if cfg.verify:
-        return verify(cfg.verify)
+        return verify(os.path.expanduser(cfg.verify))
     cfg.val_tokens = cfg.val_tokens or cfg.shard_tokens
     least = {"shard_tokens": 1, "val_tokens": 1, "max_tokens": 0, "workers": 0, "pretokenized": 0}
     for name, value in least.items():

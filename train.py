@@ -203,8 +203,6 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr, betas, fused=True)]
     if muon:  # match_rms_adamw: so that AdamW's learning rate suits it
         optimizers.append(torch.optim.Muon(muon, lr, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group.setdefault("initial_lr", group["lr"])
     return optimizers
 
 
@@ -248,7 +246,7 @@ def train_step(
     failed.copy_(torch.where((failed == 0) & ~finite, step + 1, failed))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * schedule(step, cfg)
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(step, cfg)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return total[0], None if aux is None else total[1], norm
@@ -368,20 +366,20 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-            for p, tensors in optimizer.state.items():
-                # Fused AdamW takes shapes on trust and would write beyond a smaller tensor.
+            # Fused AdamW takes shapes on trust and would write beyond a smaller tensor.
+            for p, tensors in optimizer.state.items() if optimizer.defaults.get("fused") else ():
                 if any(t.ndim and t.shape != p.shape for t in tensors.values()):
                     raise ValueError("an optimizer state of another shape")
 
 
 def check_model(model: GPT, optimizers: list, autocast: Callable) -> None:
     """Raise UserError for a model that would train and be wrong: an FFN that sees the future, a
-    parameter that no optimizer has, a checkpoint that could be saved and never be loaded."""
+    parameter that not one optimizer has, a checkpoint that could be saved and never be loaded."""
     check_ffns(model, autocast)
-    optimized = {p for o in optimizers for group in o.param_groups for p in group["params"]}
+    optimized = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     for name, p in model.named_parameters():
-        if p.requires_grad and p not in optimized:
-            raise UserError(f"{name} is in no optimizer: add it in make_optimizers")
+        if p.requires_grad and (n := optimized.count(id(p))) != 1:
+            raise UserError(f"{name} is in {n} optimizers, not in one: see make_optimizers")
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(f"{name} is not a tensor: let get_extra_state return one, or use buffers")
@@ -448,7 +446,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
     path = functools.partial(os.path.join, cfg.out_dir)
     with user_error(f"cannot write to --out_dir={cfg.out_dir}", "name another", OSError):
         lock = lock_folder(cfg.out_dir)
-        log = read_log(path("log.jsonl"))
+        log, kept = read_log(path("log.jsonl")), os.path.exists(path("ckpt.pt.prev"))
         if resumed_step >= 0:
             with suppress(OSError, ValueError, KeyError):
                 with open(path("config.json"), encoding="utf-8") as f:
@@ -458,7 +456,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
                 # What the run began with stays, so that compare.py refuses a run of two codes.
                 stays = ("run_id", "ffn_code", "hidden", "ffn_cost", "total_params")
                 made_with |= {key: began[key] for key in stays if key in began}
-        elif os.path.exists(path("ckpt.pt")) or any(row["step"] for row in log):
+        elif os.path.exists(path("ckpt.pt")) or (any(row["step"] for row in log) and not kept):
             print0(f"note: {cfg.out_dir} keeps its earlier run as *.prev, in place of any older *.prev")
             for name in ("log.jsonl", "ckpt.pt", "config.json", "model.py"):
                 with suppress(FileNotFoundError):
@@ -675,7 +673,7 @@ def main() -> None:
     # -- the loop. Its clock leaves out the first step, which compiles, evaluation and saving
     first_step, mark, window_steps = step, time.perf_counter(), 0
     length = max(1, cfg.max_iters, cfg.lr_decay_iters)  # in steps: a run may stop early, to be resumed
-    with compile_errors():
+    with compile_errors(signals):
         while True:
             stopped = any_rank(bool(signals))
             last = stopped or step >= cfg.max_iters or not training

@@ -283,6 +283,28 @@ def test_sources(tmp_path, monkeypatch):
         assert stream(out) == bytes_stream(expected), end
 
 
+def test_a_pattern_that_finds_a_file_twice(tmp_path, monkeypatch):
+    """It is read once, or its text would be in the training and in the validation shards."""
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    write_jsonl(tmp_path / "in" / "a" / "a.jsonl", DROP_SURROGATES)
+    in_process(monkeypatch, f"--input={tmp_path}/**/**/*.jsonl", "--encoding=bytes", "--workers=1",
+               "--shard_tokens=1000", f"--out_dir={tmp_path / 'out'}")  # fmt: skip
+    assert stream(tmp_path / "out") == bytes_stream(DROP_SURROGATES)
+
+
+def test_odd_columns(tmp_path, monkeypatch):
+    """A column of string_view, whose name is also that of a struct's field."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = {"a": [{"b": "no"}] * len(DROP_SURROGATES)}
+    table["a.b"] = pyarrow.array(DROP_SURROGATES, pyarrow.string_view())
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "x.parquet")
+    in_process(monkeypatch, f"--input={tmp_path}/x.parquet", "--encoding=bytes", "--text_column=a.b",
+               "--workers=1", "--shard_tokens=1000", f"--out_dir={tmp_path / 'out'}")  # fmt: skip
+    assert stream(tmp_path / "out") == bytes_stream(DROP_SURROGATES)
+
+
 def test_invalid_utf8_is_replaced_and_said(tmp_path, monkeypatch, capsys):
     """A file of another encoding is named. One that has U+FFFD of its own is in UTF-8."""
     (tmp_path / "a.txt").write_bytes(b"ab\xff\xfe\xc3(\r\n")
@@ -647,6 +669,7 @@ def inputs(tmp_path_factory) -> Path:
     for name in ("cut.jsonl.gz", "cut.jsonl.zst"):
         data = write_jsonl(folder / name, some_texts(8, 200, 40)).read_bytes()
         (folder / name).write_bytes(data[: len(data) // 2])
+        (folder / f"empty.{name[4:]}").write_bytes(b"")
     (folder / "typed").mkdir()
     write_parquet(folder / "typed" / "0.parquet", some_texts(8, 20, 40))
     for kind, texts in (("struct", [{"x": "a"}]), ("list", [["a"]]), ("null", [None])):
@@ -681,6 +704,8 @@ ERRORS = {
     "json list": (["--input={d}/list.jsonl"], ["not a JSON object"]),
     "cut gzip": (["--input={d}/cut.jsonl.gz"], ["cut.jsonl.gz", "Truncated", "take it out"]),
     "cut zstd": (["--input={d}/cut.jsonl.zst"], ["cut.jsonl.zst", "Truncated"]),
+    "empty gzip": (["--input={d}/[eg]*.jsonl*"], ["empty.jsonl.gz", "it is empty"]),
+    "empty zstd": (["--input={d}/empty.jsonl.zst"], ["empty.jsonl.zst", "take it out"]),
     "typo": (["--encoding=gpt22"], ["mean gpt2?", "bytes"]),
     "plugin": (["--encoding=huge", "--input={d}/good.parquet"], ["65,536"]),
     "no tokenizer": (["--encoding=r50k_base", "--input={d}/good.parquet"], ["TIKTOKEN_CACHE_DIR"]),
@@ -785,7 +810,8 @@ def test_verify(tmp_path, monkeypatch, capsys):
     good = tmp_path / "good"
     in_process(monkeypatch, f"--input={tmp_path}/a.parquet", "--encoding=bytes",
                "--shard_tokens=400", f"--out_dir={good}", "--workers=1")  # fmt: skip
-    assert "is complete" in works(prep("--verify", good))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "is complete" in works(prep("--verify=~/good"))
     name = "fineweb_train_000002.bin"
 
     def damaged(edit) -> str:

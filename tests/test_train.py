@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -341,6 +342,16 @@ def test_where_compiling_fails_the_run_says_so_and_ends(here: Path):
     done = train_with(here, code, *flags(out_dir="o", ffn="mine", compile=True))
     done.fails("torch.compile", "--compile=False")
     assert not (here / "o" / "ckpt.pt").exists()
+    # A terminal's Ctrl-C ends the C++ compiler too, which is not torch.compile's fault.
+    code += """
+        def interrupted(f, **options):
+            f = real(f, **options, fullgraph=True)
+            return lambda *args, **more: (os.kill(os.getpid(), signal.SIGINT), f(*args, **more))[1]
+        import os, signal
+        torch.compile = interrupted
+    """
+    done = train_with(here, code, *flags(out_dir="p", ffn="mine", compile=True))
+    done.fails("stopped while compiling: run the same command again")
 
 
 # What makes the host wait for a GPU: a value that it asks for, or a shape that depends on values.
@@ -441,6 +452,20 @@ def test_scratch_keeps_what_an_earlier_run_left(here: Path):
     for name, content in before.items():
         assert (here / "o" / f"{name}.prev").read_bytes() == content
         assert (here / "o" / name).read_bytes() != content or name == "model.py"
+
+
+def test_prev_is_one_run(here: Path):
+    """A run that saved nothing replaces no file of an earlier one that did; alone, its log is kept."""
+    train(here, out_dir="o", max_iters=2)
+    for out, seed in (("o", 0), ("p", 1)):
+        unsaved = start(here, out_dir=out, max_iters=100_000, seed=1, save_interval=100_000)
+        unsaved.wait_for("step      3/")
+        unsaved.kill(signal.SIGKILL)
+        unsaved.wait()
+        train(here, out_dir=out, max_iters=2, seed=2)
+        assert json.loads((here / out / "config.json.prev").read_text())["flags"]["seed"] == seed
+        steps = [json.loads(row)["step"] for row in open(here / out / "log.jsonl.prev")]
+        assert (max(steps) > 2, (here / out / "ckpt.pt.prev").exists()) == (out == "p", out == "o")
 
 
 # ---- what a run writes --------------------------------------------------------------------------
@@ -898,7 +923,7 @@ def test_config_json_tells_versions_of_the_trainer_apart(here: Path, monkeypatch
         ("# -- the loop.", "# -- a loop.", True),
         ("class GELU(", "class New(nn.Module):\n    pass\n\n\nclass GELU(", True),
         ('    "gelu": GELU,\n', '    "gelu": GELU,\n    "gelu2": GELU,\n', True),
-        ('group["initial_lr"] * schedule', '0.9 * group["initial_lr"] * schedule', False),
+        ('group["lr"]) * schedule', 'group["lr"]) * 0.9 * schedule', False),
         ("b * cos + a * sin", "b * cos - a * sin", False),
         ("permutation(len(counts), data_seed", "permutation(len(counts), 1", False),
     ]:
@@ -984,6 +1009,25 @@ def test_what_is_said_on_resume(here: Path):
 def test_help_lists_the_ffns(here: Path):
     text = resume(here, "--help").out
     assert all(name in text.split("FFNs:")[1] for name in FFNS)
+
+
+def test_added_optimizers(here: Path):
+    """One whose state has other shapes than its parameters is resumed. One that shares parameters with
+    another would see no gradient: refused, as are parameters that none has."""
+
+    def run(line: str, **values) -> Run:
+        source, end = Path(TRAIN).read_text(), "    return optimizers\n"
+        assert source.count(end) == 1
+        (here / "mine.py").write_text(source.replace(end, f"    {line}\n{end}"))
+        argv = flags(out_dir="o", n_layer=1, **values)
+        return Run(here, argv, code="runpy.run_path('mine.py', run_name='__main__')").wait()
+
+    factored = "optimizers = [torch.optim.Adafactor([p for g in groups for p in g['params']], lr)]"
+    run(factored, max_iters=2, lr_decay_iters=4).works()
+    more = {"lr_decay_iters": 4, "init_from": "resume"}
+    assert "resumed at step 2 of 4" in run(factored, max_iters=4, **more).works().out
+    run("optimizers += [torch.optim.SGD(groups[0]['params'])]").fails("2 optimizers, not in one")
+    run("del optimizers[0].param_groups[0]").fails("in 0 optimizers, not in one")
 
 
 def test_a_group_keeps_its_own_learning_rate():
