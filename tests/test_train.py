@@ -464,7 +464,8 @@ def test_prev_is_one_run(here: Path):
         unsaved.wait()
         train(here, out_dir=out, max_iters=2, seed=2)
         assert json.loads((here / out / "config.json.prev").read_text())["flags"]["seed"] == seed
-        steps = [json.loads(row)["step"] for row in open(here / out / "log.jsonl.prev")]
+        log = (here / out / "log.jsonl.prev").read_text().splitlines()
+        steps = [json.loads(row)["step"] for row in log]
         assert (max(steps) > 2, (here / out / "ckpt.pt.prev").exists()) == (out == "p", out == "o")
 
 
