@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import train
-from configurator import UserError, configure, run
+from configurator import UserError, configure, run, user_error
 from model import FFNS, GPT, GPTConfig, compile_errors, compiled, ffn_cost, has, influences, make_ffn
 from model import set_up, split_aux
 
@@ -359,7 +359,8 @@ def report(cfg: Config, device: torch.device, dtype: torch.dtype, rows: list[dic
     print(", ".join(f"{k} {v}" for k, v in result.items() if v not in ("", None)))
     print(table(rows))
     if cfg.json:
-        Path(cfg.json).write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+        with user_error(f"cannot write --json={cfg.json}", "name another file", OSError):
+            Path(cfg.json).write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
 
 
 def check_clock(device: torch.device) -> None:

@@ -448,14 +448,16 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
         lock = lock_folder(cfg.out_dir)
         log, kept = read_log(path("log.jsonl")), os.path.exists(path("ckpt.pt.prev"))
         if resumed_step >= 0:
-            with suppress(OSError, ValueError, KeyError):
-                with open(path("config.json"), encoding="utf-8") as f:
-                    began = json.load(f)
+            with suppress(OSError, ValueError, KeyError), open(path("config.json")) as f:
+                began = json.load(f)
                 if began["ffn_code"] != made_with["ffn_code"]:
                     print0(f"warning: the code of {cfg.ffn} is not what it was when this run began")
                 # What the run began with stays, so that compare.py refuses a run of two codes.
                 stays = ("run_id", "ffn_code", "hidden", "ffn_cost", "total_params")
                 made_with |= {key: began[key] for key in stays if key in began}
+                for key in ("trainer_code", "torch"):  # both, where they differ
+                    both = dict.fromkeys([*began.get(key, "").split(", "), made_with[key]])
+                    made_with[key] = ", ".join(filter(None, both))
         elif os.path.exists(path("ckpt.pt")) or (any(row["step"] for row in log) and not kept):
             print0(f"note: {cfg.out_dir} keeps its earlier run as *.prev, in place of any older *.prev")
             for name in ("log.jsonl", "ckpt.pt", "config.json", "model.py"):

@@ -145,7 +145,8 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
             result["high"] = float(result["difference"] + edge * error)
             p = two_sided_p(result["difference"] / error, freedom)
             result["p"] = float(np.interp(p, draws, SHARES))
-    return results, {"std": std, "df": df}
+    # Where the baseline is the odd one there is no pooled noise: the fewest degrees of freedom count.
+    return results, {"std": std, "df": df or min((len(pairs[i]) - 1 for i in odd), default=0)}
 
 
 def widest(results: list[dict]) -> float:

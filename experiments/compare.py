@@ -50,7 +50,7 @@ from prepare_fineweb import cores, has_shards, open_data
 
 try:
     import block_analysis as blocks
-    from compare_plot import DIFFERENCE, TIME, TOKENS, plot
+    from rendering import big, markdown, plot
 except ImportError as e:
     sys.exit(f"error: {e.name} is missing: pip install -r requirements-dev.txt")
 
@@ -63,7 +63,7 @@ class Config(train.Config):
     ffn_match: Literal["hidden", "params", "flops", "both"] = "hidden"  # both: hidden and params
     seeds: int = 3  # seeds 0 to seeds - 1 for each row; with --precision at most
     precision: float = 0.0  # add seeds until no half-width is larger, in nats, and df >= 10; 0: off
-    horizons: bool = True  # run the baseline at 0.7 and 1.4 times the steps, to price a difference
+    horizons: bool = True  # run the baseline at 0.7 and 1.4 times the steps, if there is no sweep
     lr_sweep: str = ""  # learning rates to try for every row, comma-separated; the best is shown
     init_sweep: str = ""  # values of --ffn_init_std to try for every row, likewise
     name: str = ""  # runs go to out/{name}; empty: the paper's name, else compare
@@ -157,7 +157,7 @@ def read_run(folder: str) -> Run | None:
 def read_times(folder: str) -> dict[str, dict]:
     """The step times that time_steps has written there."""
     with suppress(OSError, ValueError), open(os.path.join(folder, "step_times.json")) as f:
-        return json.load(f)
+        return found if isinstance(found := json.load(f), dict) else {}
     return {}
 
 
@@ -167,7 +167,7 @@ def find_runs(places: list[str]) -> tuple[list[Run], dict]:
     for place in places:
         with tempfile.TemporaryDirectory() as unpacked:
             folder = place
-            if os.path.isfile(place) and re.search(r"\.tar\.\w+$", place):
+            if os.path.isfile(place) and re.search(r"\.(tar\.\w+|t[gx]z)$", place):
                 folder = unpacked
                 try:
                     with tarfile.open(place) as tar:
@@ -181,10 +181,13 @@ def find_runs(places: list[str]) -> tuple[list[Run], dict]:
                     raise UserError(f"{why}: copy it or check it out again") from None
             inner = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
             here = {os.path.realpath(f): r for f in [folder, *inner] if (r := read_run(f))}
-            times |= read_times(os.path.join(folder, os.pardir)) | read_times(folder)
+            lost = [f for f in inner if os.path.exists(f"{f}/config.json") and not read_run(f)]
+            times |= ({} if folder == unpacked else read_times(f"{folder}/..")) | read_times(folder)
         for r in here.values():
             r.dir = os.path.normpath(place + r.dir.removeprefix(folder))
-        if not here and not os.path.isfile(place):  # a shell's * also names tables and plots
+        for f in lost:
+            print(f"left out: {place}{f.removeprefix(folder)} has a config.json that cannot be read")
+        if not here and (folder == unpacked or not os.path.isfile(place)):  # a shell's * names plots too
             print(f"left out: {place} holds no run")
         runs |= here
     return list(runs.values()), times
@@ -267,7 +270,9 @@ def print_plan(runs: list[Run], cfg: Config) -> None:
         if r.row not in seconds:
             r.made["vocab_size"] = math.ceil(n_vocab / 128) * 128
             seconds[r.row] = median(bench.measure({"step": step_of(r, device)}, 3, device)["step"])
-    passes = cfg.batch_size / cfg.micro_batch_size / (cfg.jobs if cfg.launch else max(1, len(gpus(cfg))))
+    n = len(gpus(cfg))
+    busy = cfg.jobs if cfg.launch else max(1, min(n, cfg.jobs * max(1, n // cfg.jobs)))  # GPUs in use
+    passes = cfg.batch_size / cfg.micro_batch_size / busy
     hours = sum(seconds[r.row] * passes * r.flags["max_iters"] for r in runs) / 3600
     print(f"{len(runs)} runs of {len(seconds)} rows, about {hours:.2g} hours"
           f"{' with one device a run' * bool(cfg.launch)}, besides compiling and evaluation.\n"
@@ -350,7 +355,8 @@ def run_all(runs: list[Run], cfg: Config) -> int:
     waiting, running, failed, ended = to_do(runs, cfg), {}, 0, 0
     total, began = len(waiting), time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGHUP: a terminal that closes
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, signal.default_int_handler)
     try:
         while waiting or running:
             for slot in set(range(cfg.jobs)) - set(running):
@@ -431,6 +437,8 @@ def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> 
         print(f"timing steps of {r.label}", flush=True)
         try:
             device = torch.device(base.made["device"].split()[0])
+            if device.type == "cuda" and torch.cuda.get_device_name() not in base.made["device"]:
+                raise UserError(f"this is no {base.made['device']}: run the same command on one")
             calls = {"own": step_of(r, device), "base": step_of(base, device)}
             own, theirs = bench.measure(calls, ROUNDS, device).values()
         except (UserError, RuntimeError, AssertionError) as e:  # no memory, no such device here
@@ -485,19 +493,26 @@ def check_alike(runs: list[Run], baseline: str) -> None:
 
 def group_runs(runs: list[Run], baseline: str) -> list[list[Run]]:
     """The ended runs of each row at its best TUNED values, without horizons; the baseline's first, or []
-    if it has none. The best diverge least, then have the lowest loss in the seeds that all have."""
+    if it has none. Values count where runs of every row have ended. The best of them diverge least, and
+    have the lowest loss in the seeds that all which diverge as little have."""
     rows: dict[tuple, dict[tuple, list[Run]]] = {}
     for r in runs:
         if r.ended and r.factor == 1:
             rows.setdefault(r.row, {}).setdefault(r.tuned, []).append(r)
+    for tuned in rows.values():
+        for values in tuned.keys() - set.intersection(*map(set, rows.values())):
+            del tuned[values]
+    if not all(rows.values()):
+        raise UserError(f"no --{' and --'.join(TUNED)} with ended runs of every row: finish the sweep")
     own = min((row for row in rows if row[0] == identity(baseline)), default=None,
               key=lambda row: row[1] != runs[0].flags["ffn_hidden"])  # fmt: skip
 
     def rank(group: list[Run]) -> tuple[int, float, int]:
+        lost = sum(r.diverged for r in group)
         others = rows[group[0].row].values()
+        others = [other for other in others if sum(r.diverged for r in other) <= lost]
         shared = set.intersection(*({r.seeds for r in other if r.done} for other in others))
-        total = sum(r.loss for r in group if r.seeds in shared)
-        return sum(r.diverged for r in group), total, -len(group)
+        return lost, sum(r.loss for r in group if r.seeds in shared), -len(group)
 
     best = {row: min(tuned.values(), key=rank) for row, tuned in rows.items()}
     return [best.pop(own, []), *best.values()]
@@ -521,7 +536,8 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
     exchange = blocks.exchange_rate([(r.tokens, r.seeds, r.loss) for r in line])
     known = PAPERS if identity(baseline) == identity("swiglu") else {}  # they are minus SwiGLU's
     papers = {identity(spec): text for paper in known.values() for spec, text in paper.items()}
-    rows = []
+    lengths = [h["tokens"] / groups[0][0].tokens for h in exchange["horizons"]] if exchange else [1]
+    rows, least, most = [], min(lengths), max(lengths)
     for group, result in [(g, r) for g, r in zip(groups, results) if g]:
         first, done, is_base = group[0], [r for r in group if r.done], group is groups[0]
         result = dict.fromkeys(result) if is_base else result
@@ -539,6 +555,7 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
         row |= {"val_loss": mean(r.loss for r in done) if done else None}
         row |= {"std": stdev(r.loss for r in done) if len(done) > 1 else None, **result}
         row |= {"step_time_ratio": step and step["ratio"], **blocks.price(result, exchange, step)}
+        row["extrapolated"] = bool(row["tokens_ratio"] and not least <= 1 / row["tokens_ratio"] <= most)
         row["paper"] = papers.get(first.row[0]) if first.match == "hidden" and not is_base else None
         row["verdict"] = blocks.verdict(row, sum(r.done for r in groups[0]), first.too_early())
         judged = row["verdict"] in ("better", "worse", "no difference shown", "identical")
@@ -546,56 +563,9 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
         row["runs"] = [{"dir": r.dir, "seed": r.flags["seed"], "data_seed": r.flags["data_seed"],
                         "val_loss": r.loss if r.done else None} for r in group]  # fmt: skip
         rows.append(row)
-    tried = {name: sorted({r.flags[name] for r in runs}) for name in TUNED}
+    ended = [{r.tuned for r in runs if r.row == g[0].row and r.factor == 1} for g in groups if g]
+    tried = {name: sorted(set(x)) for name, x in zip(TUNED, zip(*set.intersection(*ended)))}
     return {"baseline": baseline, "noise": noise, "exchange": exchange, "tried": tried, "rows": rows}
-
-
-def big(x: float, of: float | None = None) -> str:
-    """12345678 -> 12.3M, and how many times `of` that is."""
-    rounded = float(f"{x:.3g}")
-    unit = (len(str(int(rounded))) - 1) // 3
-    text = f"{rounded / 1000**unit:#.3g}".rstrip(".") + " KMGT"[unit].strip()
-    return text + (f" ({x / of:.2f}x)" if of else "")
-
-
-def shown(row: dict, keys: tuple[str, str, str], spec: str) -> str:
-    """A value and its interval, as far as they are known."""
-    value, low, high = ("" if row[k] is None else format(round(row[k], 4) + 0.0, spec) for k in keys)
-    return value + (f" [{low}, {high}]" if low else "")
-
-
-def markdown(record: dict) -> str:
-    """The table, aligned and without empty columns, and the notes below it."""
-    rows, lines = record["rows"], []
-    base = rows[0] if rows[0]["baseline"] else {}
-    for row in rows:
-        loss = "" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
-        lines.append({
-            "FFN": f"`{row['ffn']}`",
-            "width": str(row["hidden"]) + row["label"].removeprefix(row["ffn"]),
-            **{name: f"{row[name]:g}" * (len(record["tried"][name]) > 1) for name in TUNED},
-            "FFN parameters": big(row["params"], base.get("params")),
-            "all": big(row["total_params"]),
-            "FFN FLOPs/token": big(row["flops"], base.get("flops")),
-            "ideal FLOPs": big(row["ideal_flops"], base.get("flops")),
-            "active units": "" if row["active"] is None else f"{row['active']:.1%}",
-            "val loss": loss + ("" if row["std"] is None else f" ± {row['std']:.4f}"),
-            "n": str(row["n"]),
-            "difference [95% CI]": shown(row, DIFFERENCE, "+.4f"),
-            "p": "" if row["p"] is None else f"{row['p']:.2g}" if row["p"] > 1e-4 else "< 1e-4",
-            "verdict": row["verdict"],
-            "step time": "" if row["step_time_ratio"] is None else f"{row['step_time_ratio']:.2f}",
-            "tokens to its loss": shown(row, TOKENS, ".3g"),
-            "time to its loss": shown(row, TIME, ".3g") + (" wins" if row["wins"] else ""),
-            "paper's difference": row["paper"] or "",
-        })  # fmt: skip
-    columns = [[name, *(line[name] for line in lines)] for name in lines[0]]
-    columns = [column for column in columns if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    cells = [*zip(*columns)]
-    cells.insert(1, ["-" * width for width in widths])
-    table = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells]
-    return "\n".join([f"# {record['title']}", "", *table, "", *(f"- {n}" for n in record["notes"]), ""])
 
 
 def notes_on(record: dict, runs: list[Run]) -> list[str]:
@@ -616,17 +586,19 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
         "The validation loss is in nats per token at the last step: mean ± standard deviation over n "
         "seeds. FLOPs are of all FFNs' forward passes; the ideal ones skip what is zero.",
     ]
-    if noise["std"] is not None and any(row["low"] is not None for row in rows):
+    if any(row["low"] is not None for row in rows):
+        pooled = f" A run's noise is {noise['std'] or 0:.2g} nats ({noise['df']} degrees of freedom)."
         notes.append(
-            "The difference is to the baseline, by least squares of loss = row + seed over all runs. A "
-            f"run's noise is {noise['std']:.2g} nats ({noise['df']} degrees of freedom). The 95% "
-            "intervals hold for all rows together (Dunnett's single step), and p is adjusted alike. "
+            "The difference is to the baseline, by least squares of loss = row + seed over all runs."
+            f"{pooled * bool(noise['std'])} The 95% intervals hold for all rows together (Dunnett's "
+            "single step), and p is adjusted alike. "
             '"No difference shown" does not mean that there is none.'
         )
-    for row in rows:
-        if row["own_noise"] is not None:
-            notes.append(f"The noise of {row['label']} differs from the others' (F-test, p < 0.01): "
-                         f"it is judged by its own, {row['own_noise']:.2g} nats.")  # fmt: skip
+    if own := {row["label"]: row["own_noise"] for row in rows if row["own_noise"] is not None}:
+        which = ", ".join(own) if noise["std"] else "the baseline"
+        notes.append(f"The noise of {which} differs from the others' (F-test, p < 0.01). Rows judged by the "
+                     "spread of their own differences to the baseline, in nats a run: "
+                     f"{', '.join(f'{label} {std:.2g}' for label, std in own.items())}.")  # fmt: skip
     if exchange:
         points = [f"{h['val_loss']:.4f} at {big(h['tokens'])} tokens ({h['off_line']:+.4f} off the line)"
                   for h in exchange["horizons"]]  # fmt: skip
@@ -635,14 +607,16 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
     if any(row["tokens_ratio"] for row in rows):
         notes.append(
             "Tokens to its loss: how many times the baseline's tokens a row needs for the baseline's "
-            "loss by that line, extrapolated outside 0.7 to 1.4. Time to its loss: that times the step "
-            "time over the baseline's. A row wins where its whole interval of time lies below 1."
+            "loss by that line. Time to its loss: that times the step time over the baseline's. With ~ "
+            "the line is extrapolated beyond the lengths measured, and the interval does not know that "
+            "it may bend. A row wins where its whole interval of time lies below 1."
         )
     for name, values in record["tried"].items():
         if len(values) > 1:
             notes.append(f"Of --{name}, {values} were tried for every row, which shows its best.")
-    if len({r.made.get("trainer_code") for r in runs if r.ended} - {None}) > 1:
-        notes.append("Warning: train.py, the decoder or the reader of shards changed between the runs.")
+    codes = [(r.made.get("trainer_code") or "").split(", ") for r in runs if r.ended]
+    if len({*itertools.chain(*codes)} - {""}) > 1:
+        notes.append("Warning: train.py, the decoder or the reader of shards changed meanwhile.")
     base = identity(record["baseline"])
     if other := sorted({r.label for r in runs if r.factor != 1 and r.row[0] != base}):
         notes.append(f"Left out, of another length than the table's: runs of {', '.join(other)}.")

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class Config:
     vocab_size: int = 50304  # token ids
     rounds: int = 15  # timed steps of each
     device: str = "auto"  # cpu, cuda, cuda:1; auto: cuda if there is one
-    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on cuda, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on cuda
     compile: bool = True  # torch.compile
     seed: int = 0  # of weights and tokens
     json: str = ""  # write the rows to this file
@@ -216,6 +217,8 @@ def main() -> None:
     wanted = {*cfg.systems.split(","), *["nanogpt"] * bool(cfg.nanogpt)}
     for name in wanted - {*PEERS, "ours"}:
         raise UserError(f"--systems={cfg.systems}: {suggest(name, [*PEERS, 'ours'])}")
+    if "nanogpt" in wanted and not cfg.nanogpt:
+        raise UserError("--systems has nanogpt: give the folder of your clone with --nanogpt=DIR")
     systems = [system for system in [*PEERS, "ours"] if system in wanted]  # what may be missing is first
     train.check_flags(bench.same_names(train.Config, cfg, batch_size=cfg.micro_batch_size), world=1)
     device, dtype = bench.pick_device(cfg)

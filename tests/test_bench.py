@@ -421,6 +421,20 @@ def test_memory_at_rest_is_that_of_parameters_and_states(name):
     assert bench.at_rest(model, optimizers) == weights + moments + counts - muon
 
 
+@pytest.mark.parametrize(
+    "flag, word",
+    [("--dtype=bf16", "bfloat16"), ("--systems=nanogpt", "--nanogpt=DIR"), ("--systems=gpt", "valid")],
+)
+def test_peers_bad_flags(monkeypatch, flag: str, word: str):
+    """One line, and nothing is timed in another dtype or with our own model as a peer."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    monkeypatch.setattr(sys, "argv", ["peers.py", flag, "--device=cpu"])
+    import peers
+
+    with pytest.raises(configurator.UserError, match=word):
+        peers.main()
+
+
 def test_peers_needs_a_clone():
     """An error of the whole program: its exit code, one line, no traceback."""
     done = call("experiments/peers.py", *TINY, *STEP, "--systems=ours", "--nanogpt=/nowhere")

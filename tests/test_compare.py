@@ -128,7 +128,7 @@ def test_a_signal_stops_the_runs_and_the_same_command_goes_on(tmp_path):
     exit code is 130. Then the run is resumed, and no step is logged twice or lost."""
     steps = 600
     write_config(tmp_path, max_iters=steps, eval_interval=1000, save_interval=10_000)
-    command = [sys.executable, SCRIPT, "c.py", "--ffn=swiglu", "--seeds=1", "--name=t"]
+    command = ["nohup", sys.executable, SCRIPT, "c.py", "--ffn=swiglu", "--seeds=1", "--name=t"]
     command += ["--horizons=False"]
     run_dir = tmp_path / "out" / "t" / "swiglu-s0"
     with open(tmp_path / "printed", "w") as f:
@@ -136,6 +136,9 @@ def test_a_signal_stops_the_runs_and_the_same_command_goes_on(tmp_path):
     try:
         log = run_dir / "log.jsonl"
         wait_until(lambda: log.exists() and log.read_text().count("\n") > 20, 150)
+        process.send_signal(signal.SIGHUP)  # which nohup ignores
+        time.sleep(0.7)
+        assert process.poll() is None
         process.send_signal(signal.SIGINT)
         code = process.wait(100)
     finally:
@@ -149,7 +152,7 @@ def test_a_signal_stops_the_runs_and_the_same_command_goes_on(tmp_path):
     assert rows(run_dir) == cut  # nothing is running any more
     assert "stopped at step" in (run_dir / "train.txt").read_text()
 
-    assert "0 done, 1 to go on with, 0 to start" in works(tmp_path, *command[2:])
+    assert "0 done, 1 to go on with, 0 to start" in works(tmp_path, *command[3:])
     whole = rows(run_dir)
     assert sorted(whole) == list(range(1, steps + 1))
     assert {step: whole[step] for step in cut} == cut
@@ -685,7 +688,12 @@ def test_missing_runs_and_rows_of_another_noise():
     assert found[4]["difference"] == pytest.approx((table[4] - table[0]).mean())
     assert 1 < found[4]["p"] / pairs.pvalue < 4.1  # adjusted for at most four rows
     table[0] += rng.normal(0, 5, 6)  # a noisy baseline: all rows by their own pairs
-    assert all(row["own_noise"] for row in block_analysis.analyse(table)[0][1:])
+    found, noise = block_analysis.analyse(table)
+    assert all(row["own_noise"] for row in found[1:])
+    assert noise == {"std": None, "df": 5}
+    many = np.hstack([table, rng.normal(0, 0.01, (5, 6))])  # enough pairs end a search for precision
+    many[0, 6:] += rng.normal(0, 5, 6)
+    assert block_analysis.precise(*block_analysis.analyse(many), precision=100)
 
 
 def test_verdicts(tmp_path):
@@ -766,7 +774,12 @@ def test_the_price_of_a_difference(tmp_path, compare, monkeypatch):
     assert row["tokens_low"] < row["tokens_ratio"] < row["tokens_high"]
     assert row["time_low"] < row["time_ratio"] < row["time_high"] < 1
     assert (row["verdict"], row["wins"], row["step_time_ratio"]) == ("worse", True, 0.7)
+    assert "~" not in (tmp_path / "first" / "compare.md").read_text().partition("\n- ")[0]
     assert (tmp_path / "first" / "compare.png").stat().st_size > 10_000
+
+    # 1.8 times SwiGLU's tokens: SwiGLU was run at no 1 / 1.8 of its steps.
+    make_priced(compare, tmp_path / "far", 0.3, 1)
+    assert re.search(r"\| ~1\.8\d* \[.*\| ~1\.8", works(tmp_path, "--report", "far"))
 
     works(tmp_path, "--report", "runs.tar.xz", "--out=second")
     second = json.loads((tmp_path / "second" / "compare.json").read_text())
@@ -949,6 +962,40 @@ def test_a_sweep_shows_the_best_rate_of_each(tmp_path):
     for folder in list((tmp_path / "out").glob("geglu-*-lr0.002")):
         folder.rename(tmp_path / folder.name)
     fails(tmp_path, "--report", "out", needles=("--learning_rate", "geglu"))
+
+
+def test_a_rate_at_which_all_diverge_decides_nothing(tmp_path):
+    """The best of the other rates is shown, whether a rate lost all seeds or all but one."""
+    for folder, lost in (("all", 4), ("three", 3)):
+        for spec, losses in (("swiglu", [2.5, 2.0, 1.9]), ("geglu", [2.3, 2.1, 2.2])):
+            for s in range(4):
+                for rate, loss in zip((1e-4, 1e-3, 1e-1), losses):
+                    diverged = spec == "swiglu" and rate == 1e-1 and s < lost
+                    last = math.nan if diverged else loss + 0.01 * s
+                    make_run(tmp_path / folder / f"{spec}-s{s}-lr{rate}", [6, 3, last], ffn=spec, seed=s,
+                             data_seed=s, learning_rate=rate, min_lr=rate / 10)  # fmt: skip
+        works(tmp_path, f"--out={folder}-table", "--report", folder)
+        found = json.loads((tmp_path / f"{folder}-table" / "compare.json").read_text())["rows"]
+        assert [row["learning_rate"] for row in found] == [1e-3, 1e-3]
+        assert found[1]["difference"] == pytest.approx(0.1)
+
+
+def test_a_sweep_that_is_not_finished(tmp_path):
+    """A value that one row has not finished is no row's best; where none is left, there is no table."""
+    for s in range(3):
+        for spec, rate, *last in [("swiglu", 1e-3, 2.0), ("swiglu", 2e-3),
+                                  ("geglu", 1e-3, 2.05), ("geglu", 2e-3, 1.8)]:  # fmt: skip
+            make_run(tmp_path / "out" / f"{spec}-s{s}-lr{rate}", [6, 3, *last], ffn=spec, seed=s,
+                     data_seed=s, learning_rate=rate, min_lr=rate / 10)  # fmt: skip
+    found, out = report(tmp_path)
+    assert {row["learning_rate"] for row in found.values()} == {1e-3}
+    assert found["geglu hidden"]["difference"] == pytest.approx(0.05)
+    assert "were tried for every row" not in out
+    assert re.search("Not finished and left out: .*swiglu-s0-lr0.002", out)
+    for s in range(3):
+        log = tmp_path / "out" / f"geglu-s{s}-lr0.001" / "log.jsonl"
+        log.write_text(log.read_text().rsplit("{", 1)[0])
+    fails(tmp_path, "--report", "out", needles=("finish the sweep", "learning_rate"))
 
 
 def test_a_sweep_of_start_values_shows_the_best_of_each(tmp_path):
@@ -1142,15 +1189,26 @@ def test_report_reads_odd_files(tmp_path):
     (tmp_path / "out" / "file").write_text("not a folder")
     found, out = report(tmp_path)
     assert found == expected
-    for name in ("list", "text", "deep", "old", "kind"):
+    bad = ("list", "text", "deep", "old", "kind")
+    for name in bad:
         assert re.search(rf"left out: .*{name} holds no run", out)
+    # From the folder that holds them, and from archives, too; not every file there is a run's.
+    (tmp_path / "out" / "step_times.json").write_text("[1]")
+    out = works(tmp_path, "--report", "out", "--out=again")
+    assert [line for line in out.splitlines() if line.startswith("left out")] == [
+        f"left out: out/{name} has a config.json that cannot be read" for name in sorted(bad)]
+    for end in ("tar.gz", "tgz"):
+        with tarfile.open(tmp_path / f"deep.{end}", "w:gz") as tar:
+            tar.add(tmp_path / "out" / "geglu-s0", "a/b/c/geglu-s0")
+        assert f"left out: deep.{end} holds no run" in works(
+            tmp_path, "--report", "out/swiglu-s0", "out/geglu-s0", f"deep.{end}", "--out=again")
     for folder in ("out/file", "report/compare.md"):
         fails(tmp_path, "--report", "out", f"--out={folder}", needles=("cannot write", "--out"))
 
 
 def test_curves_are_means_over_the_seeds_that_all_rows_have(tmp_path, compare):
     """SwiGLU has two seeds more, and its curve is still beside the other's, which has seed 0."""
-    from compare_plot import plot_losses
+    from rendering import plot_losses
     from matplotlib.figure import Figure
 
     for spec, seeds in (("swiglu", 3), ("geglu", 1)):

@@ -844,12 +844,15 @@ def test_other_weights_are_named_on_resume(here: Path):
     path = here / "p" / "config.json"
     made = json.loads(path.read_text())
     assert "warning" not in train(here, out_dir="p", max_iters=3, init_from="resume").out
-    path.write_text(json.dumps(made | {"ffn_code": "0" * 16, "hidden": 7}))
+    old = {"ffn_code": "0" * 16, "hidden": 7, "trainer_code": "1" * 16, "torch": made["torch"]}
+    path.write_text(json.dumps(made | old))
     assert "the code of swiglu is not what it was" in train(
         here, out_dir="p", max_iters=4, init_from="resume"
     ).out
     resumed = json.loads(path.read_text())
     assert (resumed["ffn_code"], resumed["hidden"]) == ("0" * 16, 7)
+    assert resumed["trainer_code"] == "1" * 16 + ", " + made["trainer_code"]  # of both its parts
+    assert resumed["torch"] == made["torch"]
 
 
 def test_two_runs_in_one_folder(here: Path):

@@ -1,6 +1,7 @@
 """
-The picture of compare.py: loss curves, differences to the baseline with their intervals, and the time to
-the baseline's loss. Rows are those of compare.json; groups hold each row's runs, in the same order.
+What compare.py shows: the table, and the picture of loss curves, differences to the baseline with their
+intervals, and the time to the baseline's loss. Rows are those of compare.json; groups hold each row's
+runs, in the same order.
 """
 
 from __future__ import annotations
@@ -19,6 +20,55 @@ TIME = ("time_ratio", "time_low", "time_high")
 # readable in black and white: each colour has its own marker
 STYLES = [("#000000", "o"), ("#d55e00", "s"), ("#0072b2", "^"), ("#009e73", "D"),
           ("#cc79a7", "v"), ("#7f6000", "P"), ("#56b4e9", "X"), ("#555555", "*")]  # fmt: skip
+
+
+def big(x: float, of: float | None = None) -> str:
+    """12345678 -> 12.3M, and how many times `of` that is."""
+    rounded = float(f"{x:.3g}")
+    unit = (len(str(int(rounded))) - 1) // 3
+    text = f"{rounded / 1000**unit:#.3g}".rstrip(".") + " KMGT"[unit].strip()
+    return text + (f" ({x / of:.2f}x)" if of else "")
+
+
+def shown(row: dict, keys: tuple[str, str, str], spec: str) -> str:
+    """A value and its interval, as far as they are known."""
+    value, low, high = ("" if row[k] is None else format(round(row[k], 4) + 0.0, spec) for k in keys)
+    return value + (f" [{low}, {high}]" if low else "")
+
+
+def markdown(record: dict) -> str:
+    """The table, aligned and without empty columns, and the notes below it."""
+    rows, lines = record["rows"], []
+    base = rows[0] if rows[0]["baseline"] else {}
+    for row in rows:
+        beyond = "~" * row["extrapolated"]
+        loss = "" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
+        lines.append({
+            "FFN": f"`{row['ffn']}`",
+            "width": str(row["hidden"]) + row["label"].removeprefix(row["ffn"]),
+            **{name: f"{row[name]:g}" * (len(tried) > 1) for name, tried in record["tried"].items()},
+            "FFN parameters": big(row["params"], base.get("params")),
+            "all": big(row["total_params"]),
+            "FFN FLOPs/token": big(row["flops"], base.get("flops")),
+            "ideal FLOPs": big(row["ideal_flops"], base.get("flops")),
+            "active units": "" if row["active"] is None else f"{row['active']:.1%}",
+            "val loss": loss + ("" if row["std"] is None else f" ± {row['std']:.4f}"),
+            "n": str(row["n"]),
+            "difference [95% CI]": shown(row, DIFFERENCE, "+.4f"),
+            "p": "" if row["p"] is None else f"{row['p']:.2g}" if row["p"] > 1e-4 else "< 1e-4",
+            "verdict": row["verdict"],
+            "step time": "" if row["step_time_ratio"] is None else f"{row['step_time_ratio']:.2f}",
+            "tokens to its loss": beyond + shown(row, TOKENS, ".3g"),
+            "time to its loss": beyond + shown(row, TIME, ".3g") + " wins" * row["wins"],
+            "paper's difference": row["paper"] or "",
+        })  # fmt: skip
+    columns = [[name, *(line[name] for line in lines)] for name in lines[0]]
+    columns = [column for column in columns if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    cells = [*zip(*columns)]
+    cells.insert(1, ["-" * width for width in widths])
+    table = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells]
+    return "\n".join([f"# {record['title']}", "", *table, "", *(f"- {n}" for n in record["notes"]), ""])
 
 
 def plot_losses(ax, rows: list[dict], groups: list[list]) -> None:
