@@ -596,8 +596,8 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
         )
     if own := {row["label"]: row["own_noise"] for row in rows if row["own_noise"] is not None}:
         which = ", ".join(own) if noise["std"] else "the baseline"
-        notes.append(f"The noise of {which} differs from the others' (F-test, p < 0.01). Rows judged by the "
-                     "spread of their own differences to the baseline, in nats a run: "
+        notes.append(f"The noise of {which} differs from the others' (F-test, p < 0.01). Rows judged by "
+                     "the spread of their own differences to the baseline, in nats a run: "
                      f"{', '.join(f'{label} {std:.2g}' for label, std in own.items())}.")  # fmt: skip
     if exchange:
         points = [f"{h['val_loss']:.4f} at {big(h['tokens'])} tokens ({h['off_line']:+.4f} off the line)"

@@ -59,6 +59,8 @@ def open_run(folder: Path, code: ModuleType) -> tuple[GPT, dict, dict]:
     options = {k: v for k, v in flags.items() if hasattr(code.GPTConfig, k)}
     gpt = code.GPT(code.GPTConfig(**options, vocab_size=len(weights["model.embed_tokens.weight"])))
     gpt.load_state_dict(weights)
+    length = max(1, flags["max_iters"], flags["lr_decay_iters"])
+    gpt.set_progress(min(checkpoint["step"], length - 1), length)  # as for the run's last evaluation
     return gpt.eval(), checkpoint, about
 
 
@@ -89,7 +91,7 @@ def config_and_code(gpt: GPT, code: Path | None, folder: Path) -> dict:
     for path in (code, ROOT / "configurator.py", ROOT / "experiments" / "modeling_ffn.py"):
         text = path.read_text("utf-8")
         for other in re.findall(r"(?m)^ *(?:from|import) (\w+)", text):
-            if (ROOT / f"{other}.py").exists() and other not in names:
+            if ((ROOT / f"{other}.py").exists() or (ROOT / other).is_dir()) and other not in names:
                 raise UserError(f"{path} imports {other}.py, which is not exported: copy it in")
         text = re.sub(r"(?m)^from (model|configurator)\b", lambda m: f"from .{names[m[1]]}", text)
         (folder / f"{names.get(path.stem, path.stem)}.py").write_text(text, "utf-8")

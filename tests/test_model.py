@@ -719,7 +719,7 @@ def test_the_ramp_compiles_nothing_anew():
         got = run(tokens(2, 9), tokens(2, 9, seed=1))[1].item()
         assert got == pytest.approx(gpt(tokens(2, 9), tokens(2, 9, seed=1))[1].item(), rel=1e-5)
     assert counter.frame_count == 1
-    with pytest.raises(UserError, match=r"model.layers.0.mlp.set_progress: ramp=3 is longer"):
+    with pytest.raises(UserError, match=r"model.layers.0.mlp.set_progress \(ramp=3 is longer"):
         gpt.set_progress(0, 2)
 
 
@@ -2216,7 +2216,7 @@ def test_a_set_progress_that_fails_is_one_line(monkeypatch):
             self.done.fill_(step / 0)
 
     monkeypatch.setitem(FFNS, "fails", Fails)
-    with pytest.raises(UserError, match=r"model.layers.0.mlp.set_progress: division by zero"):
+    with pytest.raises(UserError, match=r"model.layers.0.mlp.set_progress \(division by zero\)"):
         GPT(small(ffn="fails")).set_progress(1, 2)
 
 
@@ -2265,6 +2265,9 @@ def norm_over_tokens(f, x):
         lambda f, x: f(x) + torch.cat((x[:, 1:], x[:, :1]), 1),
         norm_over_tokens,
         lambda f, x: (f(x.cumsum(1).flip(1)), x.mean()),
+        lambda f, x: f(x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)),  # borders at all even tokens
+        lambda f, x: f(x + x.unflatten(1, (2, -1)).mean(2).repeat_interleave(x.size(1) // 2, 1)),
+        lambda f, x: f(x + x.mean(0, keepdim=True)),  # of the batch
     ],
 )
 def test_an_ffn_that_sees_the_future_is_named(monkeypatch, change, bf16, zero):
@@ -2319,7 +2322,72 @@ def test_noise_is_not_the_future(monkeypatch):
     monkeypatch.setitem(FFNS, "mine", swiglu_on(lambda f, x: f(x) * torch.rand_like(x)))
     gpt = GPT(small(ffn="mine"))
     check_ffns(gpt)
-    assert gpt.mixes_tokens is False
+
+
+def test_the_future_is_seen_where_noise_in_the_parameters_makes_nan(monkeypatch):
+    class Mine(FFNS["swiglu"]):
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            self.eps = nn.Parameter(torch.full((d,), 1e-3))
+
+        def forward(self, x):
+            return super().forward(x + x.mean(1, keepdim=True) * self.eps.sqrt())
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    with pytest.raises(UserError, match="sees the future"):
+        check_ffns(GPT(small(ffn="mine")))
+
+
+@pytest.mark.parametrize("spec", FFNS)
+def test_ours_depend_on_no_other_token(spec):
+    """Nor on a position or another sequence: so they generate with a cache."""
+    ffn = make_ffn(spec, D, H).eval()
+    assert model_module.influences(ffn, torch.empty(1, 256, D)) == (False, False)
+
+
+def test_an_ffn_that_depends_on_the_position_generates_right(monkeypatch):
+    """Without a cache, which would give it position 0 for every new token."""
+
+    def forward(f, x):
+        return f(x) * torch.linspace(1, 4, 16)[: x.size(1), None]
+
+    monkeypatch.setitem(FFNS, "mine", swiglu_on(forward))
+    gpt = GPT(small(ffn="mine", block_size=16, tie_embeddings=False))
+    check_ffns(gpt)
+    assert gpt.mixes_tokens is True
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_weights_that_are_no_parameters_are_named(monkeypatch, plain):
+    """They would never be trained or saved: layers in a list, a tensor that only asks for a gradient."""
+
+    class Mine(FFNS["swiglu"]):
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            self.extra = [torch.nn.Linear(d, d)]
+            self.scale = torch.ones(d, requires_grad=True)
+
+        def forward(self, x):
+            return super().forward(self.extra[0](x) if plain else x * self.scale)
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    with pytest.raises(UserError, match=r"layers\.0\.mlp uses a weight that is no parameter"):
+        check_ffns(GPT(small(ffn="mine")))
+
+
+def test_an_ffn_inside_another_is_told_of_the_progress(monkeypatch):
+    class Mine(torch.nn.Module):
+        def __init__(self, d, h):
+            super().__init__()
+            self.inner = make_ffn("sparseglu:ramp=3:k=0.1:r=0", d, h)
+            self.forward = self.inner.forward
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    gpt = GPT(small(ffn="mine"))
+    for step in (0, 3):
+        gpt.set_progress(step, 3)
+        share = 0.1 if step else 1
+        assert gpt.model.layers[0].mlp.inner.limit == round(share * gpt.config.ffn_hidden)
 
 
 def test_the_causality_check_multiplies_exactly(monkeypatch):
@@ -2532,6 +2600,9 @@ def with_parameter(p: torch.Tensor):
         (with_method(set_progress=lambda self, step: None), "mine", "def set_progress(self, step, max_"),
         (with_parameter(torch.ones(4, dtype=torch.complex64)), "mine", "p is torch.complex64"),
         (with_parameter(torch.ones(4, dtype=torch.float64)), "mine", "p is torch.float64"),
+        (with_parameter(torch.ones(4, dtype=torch.bfloat16)), "mine", "p is torch.bfloat16"),
+        (with_parameter(torch.ones(4, 8)[:, :4]), "mine", "p is a part of a tensor"),
+        (with_parameter(torch.ones(4, 1).expand(4, 4)), "mine", "p is a part of a tensor"),
     ],
 )
 def test_a_class_that_cannot_be_used_is_one_line(monkeypatch, cls, spec, says):

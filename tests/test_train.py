@@ -336,22 +336,34 @@ def test_where_compiling_fails_the_run_says_so_and_ends(here: Path):
             def forward(self, x):
                 torch._dynamo.graph_break() if torch.compiler.is_compiling() else None
                 return super().forward(x)
-        real = torch.compile
-        torch.compile = lambda f, **options: real(f, **options, fullgraph=True)
     """
     done = train_with(here, code, *flags(out_dir="o", ffn="mine", compile=True))
     done.fails("torch.compile", "--compile=False")
     assert not (here / "o" / "ckpt.pt").exists()
     # A terminal's Ctrl-C ends the C++ compiler too, which is not torch.compile's fault.
-    code += """
-        def interrupted(f, **options):
-            f = real(f, **options, fullgraph=True)
-            return lambda *args, **more: (os.kill(os.getpid(), signal.SIGINT), f(*args, **more))[1]
+    interrupt = """
         import os, signal
+        real = torch.compile
+        def interrupted(f, **options):
+            f = real(f, **options)
+            return lambda *args, **more: (os.kill(os.getpid(), signal.SIGINT), f(*args, **more))[1]
         torch.compile = interrupted
     """
-    done = train_with(here, code, *flags(out_dir="p", ffn="mine", compile=True))
+    done = train_with(here, code + interrupt, *flags(out_dir="p", ffn="mine", compile=True))
     done.fails("stopped while compiling: run the same command again")
+    # A Python number that changes each step is compiled anew each time, until PyTorch gives up.
+    code = """
+        class Mine(model.SwiGLU):
+            t = 1.0
+            def set_progress(self, step, max_iters):
+                self.t = 1.0 + step / max_iters
+            def forward(self, x):
+                return self.t * super().forward(x)
+        import torch._dynamo
+        torch._dynamo.config.recompile_limit = 2
+    """
+    done = train_with(here, code, *flags(out_dir="q", ffn="mine", n_layer=1, compile=True))
+    done.fails("compiled anew again and again", "in a buffer")
 
 
 # What makes the host wait for a GPU: a value that it asks for, or a shape that depends on values.
