@@ -363,7 +363,9 @@ def test_where_compiling_fails_the_run_says_so_and_ends(here: Path):
         torch._dynamo.config.recompile_limit = 2
     """
     done = train_with(here, code, *flags(out_dir="q", ffn="mine", n_layer=1, compile=True))
-    done.fails("compiled anew again and again", "in a buffer")
+    assert done.code == 1
+    assert "compiled anew again and again: keep what changes in a buffer" in done.err.splitlines()[-1]
+    assert "mlp'].t == " in done.err  # PyTorch's own warning names the number
 
 
 # What makes the host wait for a GPU: a value that it asks for, or a shape that depends on values.
