@@ -456,7 +456,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
                 stays = ("run_id", "ffn_code", "hidden", "ffn_cost", "total_params")
                 made_with |= {key: began[key] for key in stays if key in began}
                 for key in ("trainer_code", "torch"):  # both, where they differ
-                    both = dict.fromkeys([*began.get(key, "").split(", "), made_with[key]])
+                    both = dict.fromkeys([*(began.get(key) or "").split(", "), made_with[key]])
                     made_with[key] = ", ".join(filter(None, both))
         elif os.path.exists(path("ckpt.pt")) or (any(row["step"] for row in log) and not kept):
             print0(f"note: {cfg.out_dir} keeps its earlier run as *.prev, in place of any older *.prev")

@@ -2371,7 +2371,7 @@ def test_weights_that_are_no_parameters_are_named(monkeypatch, plain):
             return super().forward(self.extra[0](x) if plain else x * self.scale)
 
     monkeypatch.setitem(FFNS, "mine", Mine)
-    with pytest.raises(UserError, match=r"layers\.0\.mlp uses a weight that is no parameter"):
+    with pytest.raises(UserError, match=r"layers\.0\.mlp uses a weight that is no parameter:"):
         check_ffns(GPT(small(ffn="mine")))
 
 
