@@ -365,7 +365,7 @@ def load_meta(folder: str) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise UserError(f"cannot read {path} ({e!r}): delete {folder} and prepare it again") from None
+        raise UserError(f"cannot read {path} ({e!r}): delete it, run prepare_fineweb.py again") from None
 
 
 def shard_name(index: int) -> str:

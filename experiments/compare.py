@@ -355,7 +355,7 @@ def run_all(runs: list[Run], cfg: Config) -> int:
     waiting, running, failed, ended = to_do(runs, cfg), {}, 0, 0
     total, began = len(waiting), time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGHUP: a terminal that closes
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, signal.default_int_handler)
     try:
         while waiting or running:

@@ -84,11 +84,11 @@ def plot_losses(ax, rows: list[dict], groups: list[list]) -> None:
     best = sorted(drawn[1:], key=lambda i: rows[i]["val_loss"])
     kind = "val_loss" if validated else "train_loss"
     title = "Validation loss, band: all seeds" if validated else "Training loss, mean over the seeds"
-    shown = [*drawn[:1], *best][: len(STYLES)]
-    done = {i: [r for r in groups[i] if r.done] for i in shown}
+    chosen = [*drawn[:1], *best][: len(STYLES)]
+    done = {i: [r for r in groups[i] if r.done] for i in chosen}
     # A seed has batches of its own, so curves of other seeds would differ by more than their FFNs do.
     shared = set.intersection(*({r.seeds for r in runs} for runs in done.values())) if done else set()
-    for (color, marker), i in zip(STYLES, shown):
+    for (color, marker), i in zip(STYLES, chosen):
         runs = [r for r in done[i] if r.seeds in shared or not shared]
         logs = [[row for row in r.rows if kind in row] for r in runs]
         curves = [{row["tokens"]: row[kind] for row in log if math.isfinite(row[kind])} for log in logs]
@@ -122,9 +122,10 @@ def plot_intervals(ax, rows: list[dict], keys: Sequence[str], mark: float, title
         ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="ok", markerfacecolor=fill)
         if not left <= value <= right:
             ax.plot(right if value > right else left, y, ">k" if value > right else "<k", clip_on=False)
-    ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    ax.set(xlim=(left, right), ylim=(len(rows) - 0.4, -0.6), xlabel=x,
-           title=f"{title}\n(95% intervals; filled: clear of {mark:g})")  # fmt: skip
+    far = [row["extrapolated"] and keys is TIME for row in rows]  # as the table marks it
+    ax.set_yticks(range(len(rows)), ["~ " * x + row["label"] for x, row in zip(far, rows)])
+    legend = f"95% intervals; filled: clear of {mark:g}" + "; ~ extrapolated" * any(far)
+    ax.set(xlim=(left, right), ylim=(len(rows) - 0.4, -0.6), xlabel=x, title=f"{title}\n({legend})")
 
 
 def plot(record: dict, groups: list[list], path: str) -> None:

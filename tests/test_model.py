@@ -1402,11 +1402,11 @@ def test_what_compiling_raises_becomes_one_line(monkeypatch):
     assert str(e.value) == "torch.compile does not work here (not here): --compile=False"
 
     import torch._inductor.config as inductor
+    from torch._inductor.utils import fresh_cache
 
     torch.compiler.reset()
     monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
-    with pytest.raises(UserError) as e, model_module.compile_errors():
+    with fresh_cache(), pytest.raises(UserError) as e, model_module.compile_errors():
         model_module.compiled(lambda x: x.sin().cos(), CPU)(torch.ones(3))
     assert "C++ compiler" in str(e.value)
     assert "--compile=False" in str(e.value)
