@@ -1405,8 +1405,9 @@ def test_what_compiling_raises_becomes_one_line(monkeypatch):
     from torch._inductor.utils import fresh_cache
 
     torch.compiler.reset()
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
-    with fresh_cache(), pytest.raises(UserError) as e, model_module.compile_errors():
+    # Not by monkeypatch, which would hide the setting from the tests that follow.
+    missing = inductor.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with missing, fresh_cache(), pytest.raises(UserError) as e, model_module.compile_errors():
         model_module.compiled(lambda x: x.sin().cos(), CPU)(torch.ones(3))
     assert "C++ compiler" in str(e.value)
     assert "--compile=False" in str(e.value)
