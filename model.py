@@ -1080,10 +1080,11 @@ class GPT(nn.Module):
         return aux if with_aux else None, loss
 
     def set_progress(self, step: int, max_iters: int) -> None:
-        """Tell the FFNs how many training steps are done, outside of compiled code."""
-        for name, module in self.model.named_modules():
-            if has(module, "set_progress"):  # of an FFN or of one inside it
-                with user_error(f"model.{name}.set_progress", "look at the class"):
+        """Tell the FFNs, and FFNs inside them, how many training steps are done, outside of compiled
+        code."""
+        for i, layer in enumerate(self.model.layers):
+            for module in filter(lambda m: has(m, "set_progress"), layer.mlp.modules()):
+                with user_error(f"model.layers.{i}.mlp.set_progress", "look at the class"):
                     module.set_progress(step, max_iters)
 
     # Not by cuDNN, PyTorch's choice on an H100: it would plan anew, for tens of ms, at each length.

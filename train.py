@@ -374,7 +374,7 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
 
 def check_model(model: GPT, optimizers: list, autocast: Callable) -> None:
     """Raise UserError for a model that would train and be wrong: an FFN that sees the future, a
-    parameter that not one optimizer has, a checkpoint that could be saved and never be loaded."""
+    parameter in no optimizer or in several, a checkpoint that could be saved and never be loaded."""
     check_ffns(model, autocast)
     optimized = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     for name, p in model.named_parameters():
@@ -441,8 +441,8 @@ def about(cfg: Config, data: Data, model: GPT, device: torch.device, world: int)
 
 def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
     """Make the run's folder with config.json, log.jsonl and model.py, or fail now and not at the first
-    save. Returns its lock, which is held while the file is open. A run from scratch (resumed_step: -1)
-    renames what an earlier one left to *.prev; a resumed one cuts the log at its step."""
+    save. Returns its lock, held while the file is open. A run from scratch (resumed_step: -1) renames an
+    earlier one to *.prev (one that saved nothing replaces none that did); a resumed one cuts the log."""
     path = functools.partial(os.path.join, cfg.out_dir)
     with user_error(f"cannot write to --out_dir={cfg.out_dir}", "name another", OSError):
         lock = lock_folder(cfg.out_dir)

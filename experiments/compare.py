@@ -63,7 +63,7 @@ class Config(train.Config):
     ffn_match: Literal["hidden", "params", "flops", "both"] = "hidden"  # both: hidden and params
     seeds: int = 3  # seeds 0 to seeds - 1 for each row; with --precision at most
     precision: float = 0.0  # add seeds until no half-width is larger, in nats, and df >= 10; 0: off
-    horizons: bool = True  # run the baseline at 0.7 and 1.4 times the steps, if there is no sweep
+    horizons: bool = True  # run the baseline at 0.7 and 1.4 times the steps, for prices; not in a sweep
     lr_sweep: str = ""  # learning rates to try for every row, comma-separated; the best is shown
     init_sweep: str = ""  # values of --ffn_init_std to try for every row, likewise
     name: str = ""  # runs go to out/{name}; empty: the paper's name, else compare
@@ -181,7 +181,8 @@ def find_runs(places: list[str]) -> tuple[list[Run], dict]:
                     raise UserError(f"{why}: copy it or check it out again") from None
             inner = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
             here = {os.path.realpath(f): r for f in [folder, *inner] if (r := read_run(f))}
-            lost = [f for f in inner if os.path.exists(f"{f}/config.json") and not read_run(f)]
+            lost = [f for f in inner if os.path.realpath(f) not in here]
+            lost = [f for f in lost if os.path.exists(os.path.join(f, "config.json"))]
             times |= ({} if folder == unpacked else read_times(f"{folder}/..")) | read_times(folder)
         for r in here.values():
             r.dir = os.path.normpath(place + r.dir.removeprefix(folder))
@@ -499,10 +500,9 @@ def group_runs(runs: list[Run], baseline: str) -> list[list[Run]]:
     for r in runs:
         if r.ended and r.factor == 1:
             rows.setdefault(r.row, {}).setdefault(r.tuned, []).append(r)
-    for tuned in rows.values():
-        for values in tuned.keys() - set.intersection(*map(set, rows.values())):
-            del tuned[values]
-    if not all(rows.values()):
+    ended = set.intersection(*map(set, rows.values()))
+    rows = {row: {v: group for v, group in tuned.items() if v in ended} for row, tuned in rows.items()}
+    if not ended:
         raise UserError(f"no --{' and --'.join(TUNED)} with ended runs of every row: finish the sweep")
     own = min((row for row in rows if row[0] == identity(baseline)), default=None,
               key=lambda row: row[1] != runs[0].flags["ffn_hidden"])  # fmt: skip
@@ -587,12 +587,12 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
         "seeds. FLOPs are of all FFNs' forward passes; the ideal ones skip what is zero.",
     ]
     if any(row["low"] is not None for row in rows):
-        pooled = f" A run's noise is {noise['std'] or 0:.2g} nats ({noise['df']} degrees of freedom)."
+        std, df = noise["std"], noise["df"]
+        pooled = f"A run's noise is {std:.2g} nats ({df} degrees of freedom). " if std else ""
         notes.append(
-            "The difference is to the baseline, by least squares of loss = row + seed over all runs."
-            f"{pooled * bool(noise['std'])} The 95% intervals hold for all rows together (Dunnett's "
-            "single step), and p is adjusted alike. "
-            '"No difference shown" does not mean that there is none.'
+            "The difference is to the baseline, by least squares of loss = row + seed over all runs. "
+            f"{pooled}The 95% intervals hold for all rows together (Dunnett's single step), and p "
+            'is adjusted alike. "No difference shown" does not mean that there is none.'
         )
     if own := {row["label"]: row["own_noise"] for row in rows if row["own_noise"] is not None}:
         which = ", ".join(own) if noise["std"] else "the baseline"

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -360,6 +361,30 @@ def test_a_run_in_a_script(trained):
     done = start(cwd, "script.py", "changed", PYTHONPATH=str(ROOT))
     assert done.returncode == 1
     assert "UserError: the code of dsg is not what it was" in done.stderr.splitlines()[-1]
+
+
+def test_a_loaded_model_is_told_of_its_progress(tmp_path, monkeypatch):
+    """As for the last evaluation: an FFN may keep it in a Python number, which no checkpoint has."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import export_hf
+
+    import model
+    import train as train_py
+
+    class Mine(model.SwiGLU):
+        def set_progress(self, step: int, max_iters: int) -> None:
+            self.told = step, max_iters
+
+    monkeypatch.setitem(model.FFNS, "mine", Mine)
+    shape = {"n_layer": 1, "n_head": 2, "n_kv_head": 2, "n_embd": 16, "block_size": 8, "ffn_hidden": 16}
+    gpt = model.GPT(model.GPTConfig(**shape, vocab_size=384, ffn="mine"))
+    about = {"ffn_code": model.ffn_code("mine"), "git_commit": "abc"}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    for step, told in ((3, (3, 5)), (5, (4, 5))):
+        flags = asdict(train_py.Config(**shape, ffn="mine", max_iters=5, lr_decay_iters=4))
+        saved = {"model": gpt.state_dict(), "optimizers": [], "step": step, "flags": flags, "shards": {}}
+        torch.save(saved, tmp_path / "ckpt.pt")
+        assert export_hf.open_run(tmp_path, model)[0].model.layers[0].mlp.told == told
 
 
 # The three lines of the README.

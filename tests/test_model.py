@@ -2356,6 +2356,12 @@ def test_an_ffn_that_depends_on_the_position_generates_right(monkeypatch):
     gpt = GPT(small(ffn="mine", block_size=16, tie_embeddings=False))
     check_ffns(gpt)
     assert gpt.mixes_tokens is True
+    stir(gpt)
+    idx = tokens(2, 3)
+    right = gpt.generate(idx, 9, temperature=0, use_cache=False)
+    assert torch.equal(gpt.generate(idx, 9, temperature=0), right)
+    gpt.mixes_tokens = False  # what the check is for: with a cache the text is another
+    assert not torch.equal(gpt.generate(idx, 9, temperature=0), right)
 
 
 @pytest.mark.parametrize("plain", [True, False])

@@ -652,8 +652,10 @@ def test_evaluating_and_sampling_are_not_training(here: Path):
     code = """
         class Mine(model.SparseGLU):
             def forward(self, x):
-                checked = len(x) == 1  # before the first step, with gradients
-                assert checked or self.training == torch.is_grad_enabled()
+                if len(x) == 1:  # the check before the first step, which wants gradients, and samples
+                    assert not self.training
+                else:
+                    assert self.training == torch.is_grad_enabled()
                 return super().forward(x)
             decode = forward
     """
