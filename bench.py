@@ -112,7 +112,7 @@ def products(
     forward and backward, and its FLOPs. A frozen matrix has a forward product only; the matrices of an
     expert multiply only the tokens that reach it."""
     # Compiled, a CPU with AVX-512 uses another library. On a GPU compiling would only add launches.
-    three = prepared(products_of_one, cfg, device) if device.type == "cpu" else products_of_one
+    multiply = prepared(products_of_one, cfg, device) if device.type == "cpu" else products_of_one
     multiplied = {m.weight for m in layer.modules() if isinstance(m, nn.Linear)}
     looked_up = {m.weight for m in layer.modules() if isinstance(m, nn.Embedding)} - multiplied
     routed = [m for m in layer.modules() if hasattr(m, "experts") and hasattr(m, "k")]
@@ -129,7 +129,7 @@ def products(
 
     def call() -> None:
         for one in work:
-            three(*one)
+            multiply(*one)
 
     return call, flops
 
@@ -260,7 +260,7 @@ def profile(step: Callable, show: bool, device: torch.device) -> str:
 def measure(calls: dict, rounds: int, device: torch.device) -> dict[object, list[float]]:
     """Seconds of each call in each round, after two untimed calls of each."""
     sweep = torch.empty(2**26, device=device)  # 256 MiB, more than most caches
-    sweeps = 1 if device.type == "cpu" else 32  # some ms, for the CPU to launch what will be timed
+    sweeps = 1 if device.type == "cpu" else 32  # GPU work during which the CPU queues the timed call
     for call in calls.values():
         call(), call()
     times = {name: [] for name in calls}

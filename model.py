@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import UserError, parse_value, reason, suggest, user_error
 
-Aux = Tensor | None  # a scalar that an FFN may return besides its output, and that the loss gets added
+Aux = Tensor | None  # an FFN's auxiliary loss, a scalar that is added to the training loss
 
 # PyTorch frees an operator when another of its name is made. Every copy of this file that a process
 # loads, such as an exported model's, therefore has names of its own.
@@ -124,7 +124,7 @@ class DualGated(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# The five systems, and Spark
+# The FFNs of the five papers, and Spark's
 
 
 class DSG(SwiGLU):
@@ -160,7 +160,8 @@ class ASG(SwiGLU):
     tau = sigmoid(t) with one t, one per neuron, or a fixed tau; threshold=input, the paper's future
     work, takes sigmoid(w x + b). With grad=hard no gradient reaches t, so it is frozen at tau = 0.5 and
     d and the start values decide how much passes (about 27% at d=512, 3% at 128; the paper says 35%).
-    grad=ste uses mask + p - p.detach(), p = sigmoid((|z| - tau) / 0.1). ASG costs 4/3 of SwiGLU.
+    grad=ste uses mask + p - p.detach(), p = sigmoid((|z| - tau) / 0.1). sparse=False leaves z out. ASG
+    costs 4/3 of SwiGLU.
     """
 
     def __init__(
@@ -209,9 +210,9 @@ class SparseGated(nn.Module):
 
     The round(k*h) largest keys are kept. All must be computed to know which, so even ideally the cost is
     (1 + 2k)/3 + d/(3h) of SwiGLU's, never the paper's 0.15. The residual is the FFN's normed input.
-    grad=ste: the gradient of the keys passes as if none was cut. select=adaptive, the paper's future
-    work, keeps the keys over one running threshold, which moves 5% in each training pass towards
-    mean + std * Phi^-1(1 - k) of all its keys.
+    split=False leaves W_v out, gate=False G and the residual. grad=ste: the gradient of the keys passes
+    as if none was cut. select=adaptive, the paper's future work, keeps the keys over one running
+    threshold, which moves 5% in each training pass towards mean + std * Phi^-1(1 - k) of all its keys.
     """
 
     def __init__(
@@ -259,8 +260,7 @@ class SparseGated(nn.Module):
     def decode_one(self, x: Tensor) -> Tensor:
         key = F.gelu(matvec(self.key_proj.weight, x))
         if self.select == "topk":
-            units = key.topk(self.k, sorted=False).indices
-            kept = key[units]
+            kept, units = key.topk(self.k, sorted=False)
         else:
             units, kept = selected(key * self.mask(key))
         if self.split:
@@ -299,11 +299,11 @@ class DynamicGEGLU(SwiGLU):
 
 class SparseGLU(SwiGLU):
     """
-    SparseGLU: down(SiLU(gate x) * up x * M), M = 1 on the round(k*h) largest scores of a predictor, two
-    Linears with p units between them, that sees the first r channels of x (r=0: all of them).
+    SparseGLU: down(SiLU(gate x) * up x * M), M = 1 on the round(k*h) largest scores of a predictor: two
+    Linears with biases, p units and a ReLU between them, on the first r channels of x (r=0: all).
 
     With grad=hard no gradient reaches the predictor, so it is frozen: a random hash of x picks the
-    neurons. grad=ste: M + p - p.detach(), p = sigmoid(score). grad=gate: M * p. select=stat takes the
+    neurons. grad=ste: M + q - q.detach(), q = sigmoid(score). grad=gate: M * q. select=stat takes the
     scores over theta = mean + std * Phi^-1(1 - k), about k*h units. The paper's future work:
     select=soft, M = relu(score - theta); select=sparsemax, M = round(k*h) * sparsemax(score) (arXiv
     1602.02068); ramp=N, the share kept falls from 1 to k over N steps (arXiv 1710.01878).
@@ -433,8 +433,8 @@ class Spark(nn.Module):
 
 class MoE(nn.Module):
     """
-    shared(x) + sum over the k of n experts with the largest sigmoid(s_e) + bias_e of
-    2 sigmoid(s_e) expert_e(x), s = router(x): token choice as in DeepSeek-V3 (arXiv 2412.19437).
+    shared(x) + sum_e 2 sigmoid(s_e) expert_e(x), s = router(x), over the k of n experts e with the
+    largest sigmoid(s_e) + bias_e: token choice as in DeepSeek-V3 (arXiv 2412.19437).
 
     shared and the experts are ReLU2s, round(share*h) and (h - round(share*h)) / k wide: h units work for
     each token, and no token is dropped. After each training pass bias_e moves by `speed` towards equal
@@ -481,10 +481,10 @@ class MoE(nn.Module):
         y = torch.zeros_like(flat, dtype=out.dtype).index_add(0, token, out).view(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
-        aux = self.after(s, s[token, expert], count) if self.training else None
+        aux = self.rebalance(s, s[token, expert], count) if self.training else None
         return y if aux is None else (y, aux)
 
-    def after(self, s: Tensor, taken: Tensor, count: Tensor) -> Tensor | None:
+    def rebalance(self, s: Tensor, taken: Tensor, count: Tensor) -> Tensor | None:
         """Balance the experts after a training pass, or return the aux that does. s: (N, n) scores,
         taken: those of the rows."""
         part = count.to(s.dtype) / count.sum()
@@ -527,7 +527,7 @@ class ThresholdMoE(MoE):
         gate = 2 * torch.sigmoid(s[token, expert]) * chosen[token, expert]
         return expert, token, gate, [room] * self.n
 
-    def after(self, s: Tensor, taken: Tensor, count: list[int]) -> None:
+    def rebalance(self, s: Tensor, taken: Tensor, count: list[int]) -> None:
         if count[0]:
             self.cut.lerp_(taken.detach().view(self.n, -1)[:, -1], 0.05)
 
@@ -586,7 +586,7 @@ def norm_gate(x: Tensor, norm: nn.Module, s: Tensor, b: Tensor) -> Tensor:
 
 
 def straight_through(value: Tensor, to: Tensor) -> Tensor:
-    """Return `value`, bit for bit, whose gradient also flows into `to` as if that had been added."""
+    """Return `value`, bit for bit, with the gradient of value + to."""
     return value + (to - to.detach())
 
 
@@ -939,9 +939,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None) -> Tensor:
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = (f(x).view(B, T, -1, self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj))
+        v = v.transpose(1, 2)
         q = rotate(self.q_norm(q), cos, sin).to(v.dtype).transpose(1, 2)  # (B, heads, T, hd)
         k = rotate(self.k_norm(k), cos, sin).to(v.dtype).transpose(1, 2)
         if cache is not None:  # [k, v] of the tokens so far; empty before the first
@@ -970,9 +969,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: list | None) -> tuple[Tensor, Aux]:
         """Return x (B, T, d) with attention and FFN added, and the FFN's aux or None."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache).to(x.dtype)
-        one_token = cache is not None and x.size(1) == 1
         # A GPU takes longer to gather a few rows than to read them all (experiments/LOG.md).
-        gathers = one_token and on_cpu(x) and has(self.mlp, "decode")
+        gathers = cache is not None and x.size(1) == 1 and on_cpu(x) and has(self.mlp, "decode")
         mlp = self.mlp.decode if gathers else self.mlp
         y, aux = split_aux(mlp(self.post_attention_layernorm(x)))
         return x + y.to(x.dtype), aux
@@ -1065,9 +1063,7 @@ class GPT(nn.Module):
                 layer.mlp.init_weights()
                 self.overwritten.clear()  # the class has the last word
 
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None, with_aux: bool = False
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, with_aux: bool = False) -> tuple:
         """From token ids (B, T) return (logits (B, T, vocab), None). With targets (B, T) return (None,
         the mean cross-entropy in nats over those that are not -100), with_aux (sum of the FFNs' aux or
         None, that loss)."""
@@ -1080,11 +1076,11 @@ class GPT(nn.Module):
         return aux if with_aux else None, loss
 
     def set_progress(self, step: int, max_iters: int) -> None:
-        """Tell the FFNs, and FFNs inside them, how many training steps are done, outside of compiled
+        """Tell each FFN, and each module inside one, the step, 0 to max_iters - 1, outside of compiled
         code."""
         for i, layer in enumerate(self.model.layers):
             for module in filter(lambda m: has(m, "set_progress"), layer.mlp.modules()):
-                with user_error(f"model.layers.{i}.mlp.set_progress", "look at the class"):
+                with user_error(f"model.layers.{i}.mlp.set_progress", "look at its options or class"):
                     module.set_progress(step, max_iters)
 
     # Not by cuDNN, PyTorch's choice on an H100: it would plan anew, for tens of ms, at each length.
@@ -1134,8 +1130,8 @@ class GPT(nn.Module):
         return {"layers": layers, "matrices": layers + self.lm_head.weight.numel(), "total": total}
 
     def flops_per_token(self) -> int:
-        """Return the FLOPs of a training step per token, three times those of the forward pass. Causal
-        attention is counted once (nanoGPT's 12 counts the masked half too)."""
+        """Return the FLOPs of a training step per token, three times those of the forward pass. The
+        masked half of attention is not counted (nanoGPT's 12 counts it)."""
         c = self.config
         ffn = sum(ffn_cost(layer.mlp)["flops"] for layer in self.model.layers)
         rest = [p for layer in self.model.layers for p in layer.self_attn.parameters() if is_matrix(p)]
@@ -1203,8 +1199,8 @@ def influences(ffn: nn.Module, x: Tensor, noise: float = 0.02) -> tuple[bool, bo
 @torch.no_grad()
 def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
     """Run each FFN on block_size tokens in evaluation mode, and set model.mixes_tokens. Raises UserError
-    for one whose output is unlike its input or changes with later tokens, of the first 512, and for one
-    that uses weights which are no parameters."""
+    where an output has another shape or no floating-point type or changes with later tokens (of the
+    first 512), and for a weight that is no parameter."""
     model.mixes_tokens, known = False, {None, *model.parameters()}
     x = model.lm_head.weight.new_ones(1, model.config.block_size, model.config.n_embd)
     with evaluating(model):
@@ -1287,8 +1283,8 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
 
 @contextlib.contextmanager
 def compile_errors(signals: Sequence = ()) -> Iterator[None]:
-    """Turn what torch.compile raises, as a rule at the first call, into a UserError with the cure. A
-    terminal's Ctrl-C, one of the `signals` that came so far, ends the C++ compiler too."""
+    """Turn what torch.compile raises, as a rule at the first call, into a UserError with the cure.
+    Ctrl-C in a terminal ends the C++ compiler too: where `signals` has one, the error says so."""
     try:
         yield
     except Exception as e:
@@ -1414,9 +1410,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def loss_chunks(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For each chunk of n tokens yield its slice, summed loss and log-probabilities (n, V)."""
     limit = LOSS_CHUNK_BYTES["cpu" if on_cpu(x) else "gpu"]
-    at_least = math.ceil(4 * x.size(0) * weight.size(0) / limit)
+    chunks = math.ceil(4 * x.size(0) * weight.size(0) / limit)
     # A power of two makes chunks of one size, which share compiled kernels and fill a GPU's tiles.
-    chunk = math.ceil(x.size(0) / 2 ** (at_least - 1).bit_length())
+    chunk = math.ceil(x.size(0) / 2 ** (chunks - 1).bit_length())
     for i in range(0, x.size(0), chunk):
         part = slice(i, i + chunk)
         log_p = F.log_softmax(upcast(x[part] @ weight.t()), dim=-1)

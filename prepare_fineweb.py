@@ -206,7 +206,7 @@ def input_files(pattern: str) -> list[str]:
 
 
 def kind_of(path: str) -> str:
-    """Whether a file is "parquet", "jsonl" or "text", by its name."""
+    """The kind of a file by its name: "parquet", "jsonl" or "text"."""
     extension = os.path.splitext(re.sub(r"\.(gz|zst)$", "", path))[1]
     if extension not in KINDS:
         raise UserError(f"cannot read {path}: its name must end in {', '.join(KINDS)} (or .gz, .zst)")
@@ -551,12 +551,12 @@ def check_shard(path: str, listed: dict[str, int] | None = None) -> Shard:
 def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
     """Check the shards of a folder without reading their tokens. Returns meta.json (GPT-2's if there
     is none), the sound shards of "train" and of "val", and a line for each thing that is wrong."""
-    make = f"make it with: python prepare_fineweb.py --out_dir={folder}"
+    again = "run the prepare_fineweb.py command that made it again"
     meta, wrong = load_meta(folder), []
     listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]} if meta else None
     meta = meta or GPT2 | {"source": "", "shards": [], "complete": True}
     if not meta["complete"]:
-        wrong.append(f"{folder} is not finished: run its prepare_fineweb.py line again")
+        wrong.append(f"{folder} is not finished: {again}")
     splits: dict[str, list[Shard]] = {"train": [], "val": []}
     for split, shards in splits.items():
         names = shard_names(folder, split)
@@ -568,14 +568,14 @@ def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
         others = sorted({*glob.glob(f"*_{split}[._]*bin", root_dir=folder)} - {*names})
         wrong += [f"{folder}/{name} is not named *_{split}_000001.bin: rename it" for name in others]
         if not names and not others:
-            wrong.append(f"no {split} shards in {folder}: {make}")
+            wrong.append(f"no {split} shards in {folder}: python prepare_fineweb.py --out_dir={folder}")
         gone = [name for name in listed or () if f"_{split}_" in name and name not in names]
-        wrong += [f"{folder} lacks {name}, which meta.json lists: {make}" for name in gone]
+        wrong += [f"{folder} lacks {name}, which meta.json lists: {again}" for name in gone]
         if len(sets := sorted({name.rsplit("_", 1)[0] for name in names})) > 1:
             wrong.append(f"{folder} has shards of two sets, {' and '.join(sets)}: move one away")
         numbers = sorted(int(re.findall(r"\d+", name)[-1]) for name in names)
         gaps = [a + 1 for a, b in itertools.pairwise(numbers) if b > a + 1 and not gone]
-        wrong += [f"{folder} lacks {split} shard {number}: {make}" for number in gaps]
+        wrong += [f"{folder} lacks {split} shard {number}: copy it there" for number in gaps]
     return meta, splits, wrong
 
 

@@ -113,7 +113,7 @@ class Config:
 
 
 def check_flags(cfg: Config, world: int) -> None:
-    """Raise UserError for what cannot work, before anything is read or allocated."""
+    """Raise UserError for what cannot work, before data are read or a model is built."""
     sizes = "eval_interval log_interval save_interval batch_size micro_batch_size block_size".split()
     least = dict.fromkeys(sizes, 1) | {"val_tokens": cfg.block_size}
     for name, value in vars(cfg).items():
@@ -442,7 +442,7 @@ def about(cfg: Config, data: Data, model: GPT, device: torch.device, world: int)
 def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
     """Make the run's folder with config.json, log.jsonl and model.py, or fail now and not at the first
     save. Returns its lock, held while the file is open. A run from scratch (resumed_step: -1) renames an
-    earlier one to *.prev (one that saved nothing replaces none that did); a resumed one cuts the log."""
+    earlier one to *.prev, unless only the *.prev has a checkpoint; a resumed one cuts the log."""
     path = functools.partial(os.path.join, cfg.out_dir)
     with user_error(f"cannot write to --out_dir={cfg.out_dir}", "name another", OSError):
         lock = lock_folder(cfg.out_dir)
@@ -494,13 +494,13 @@ def resolve_flags(argv: list[str], world: int) -> tuple[Config, dict | None]:
     if cfg.init_from == "resume" or (cfg.init_from == "auto" and os.path.exists(path)):
         checkpoint = load_checkpoint(path)
         flags, saved = asdict(cfg), checkpoint["flags"]
-        resumable = {f.name for f in fields(Config) if f.metadata}
+        changeable = {f.name for f in fields(Config) if f.metadata}
         flags["lr_decay_iters"] = cfg.lr_decay_iters or saved["lr_decay_iters"]  # 0: max_iters, as then
-        for name in sorted(given - resumable):
+        for name in sorted(given - changeable):
             if flags[name] != saved[name] and (not cfg.eval_only or hasattr(GPTConfig, name)):
                 cure = "leave it out to go on, or name another --out_dir"
                 raise UserError(f"--{name}={flags[name]}, the checkpoint has {saved[name]}: {cure}")
-        cfg = Config(**saved | {name: flags[name] for name in given & resumable})
+        cfg = Config(**saved | {name: flags[name] for name in given & changeable})
     check_flags(cfg, world)
     cfg.out_dir, cfg.lr_decay_iters = out_dir, cfg.lr_decay_iters or cfg.max_iters
     typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
@@ -528,12 +528,12 @@ step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cf
     if frozen := [name for name, p in model.named_parameters() if not p.requires_grad]:
         text += f"\nnote    {len(frozen)} parameters have no gradient by design, e.g. {frozen[0]}"
     if names := model.overwritten:
-        text += f"\nnote    {len(names)} constants were redrawn, as {names[0]}: init_weights keeps them"
+        text += f"\nnote    {len(names)} constants were redrawn, as {names[0]}: set them in init_weights"
     if not (has(ffn, "init_weights") or any(map(is_residual, dict(ffn.named_parameters())))):
         text += "\nnote    no matrix of the FFN is named down_proj: none is scaled for the depth"
     if not cfg.warmup_iters < cfg.lr_decay_iters >= cfg.max_iters:
         text += f"\nwarning: the schedule warms up to step {cfg.warmup_iters} and ends at step "
-        text += f"{cfg.lr_decay_iters} of {cfg.max_iters}: only a new run can have another"
+        text += f"{cfg.lr_decay_iters} of {cfg.max_iters}: another schedule needs a new run"
     return text
 
 
@@ -572,8 +572,8 @@ def catch_signals() -> list[float]:
 
 
 def find_data(cfg: Config, local_rank: int, checkpoint: dict | None) -> tuple[Data, dict]:
-    """The checked shards, and their names and sizes. Where there are none, prepare_fineweb.py makes
-    them with the arguments of --prepare on local rank 0, and the others wait."""
+    """The checked shards, and their names, sizes, encoding and digest. Where there are none, local
+    rank 0 runs prepare_fineweb.py with the arguments of --prepare, and the others wait."""
     while local_rank and cfg.prepare and not has_shards(cfg.data_dir):
         time.sleep(0.5)  # the launcher ends this rank if rank 0 fails
     if cfg.prepare and not has_shards(cfg.data_dir):
@@ -672,7 +672,7 @@ def main() -> None:
                 torch.save(state, f)  # which turns a full disk into a RuntimeError
         saved_step = step
 
-    # -- the loop. Its clock leaves out the first step, which compiles, evaluation and saving
+    # -- the loop. Its clock leaves out the first step (it compiles), evaluation and saving
     first_step, mark, window_steps = step, time.perf_counter(), 0
     length = max(1, cfg.max_iters, cfg.lr_decay_iters)  # in steps: a run may stop early, to be resumed
     with compile_errors(signals):
@@ -730,7 +730,7 @@ def main() -> None:
                 report(row, cfg, wandb)
                 if first:
                     print0(f"first   {seconds:.1f} s{' with compiling' * compile}, not counted")
-                    # Python's garbage collector can take half a second: from now on at evaluations.
+                    # Python's garbage collector can take half a second: it runs only at evaluations now.
                     gc.collect()
                     gc.freeze()
                     gc.disable()

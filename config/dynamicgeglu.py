@@ -10,7 +10,7 @@ Stated: 83M parameters, AdamW, learning rate 3e-4, betas 0.9 and 0.98, cosine, b
 
     reported   Dynamic GEGLU 4.9260 +- 0.0002   SwiGLU 4.9266 +- 0.0003   IsoGMLP 4.9480 +- 0.0005
 
-The gain it claims is 0.0006, two standard deviations of one of the two. What it calls perplexity is
+The gain it claims is 0.0006, twice SwiGLU's standard deviation. What it calls perplexity is
 a loss; the ablations it announces are not in it; IsoGMLP is only named. 400 x 128 x 2048 tokens are
 1.25 per parameter. alpha is close to a constant: LN(x) has norm sqrt(d) but for its gain and bias.
 """

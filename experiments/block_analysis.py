@@ -163,8 +163,8 @@ def precise(results: list[dict], noise: dict, precision: float) -> bool:
 
 
 def expected_precision(rows: int, seeds: int, noise: float) -> tuple[float, float]:
-    """The intervals' half-width for runs of this noise, and the true difference that a row's interval
-    then shows to be one with a probability of 0.8."""
+    """The intervals' half-width for runs of this noise, and the true difference that is
+    found with a probability of 0.8."""
     mask = np.ones((rows, seeds), bool).tobytes()
     df, error = design(mask, rows)[2], noise * math.sqrt(2 / seeds)
     edge = -special.stdtrit(df, smallest_p(mask, rows)[DRAWS // 20] / 2)

@@ -6,10 +6,11 @@ of train.py and turns them into one table and one plot.
     python experiments/compare.py config/tiny.py --paper=asg --precision=0.01 --seeds=12
     python experiments/compare.py --report out/tiny                  # only read finished runs
 
-All flags and config files of train.py are valid here too, but seed, data_seed, init_from and out_dir
-are set by this program. Run s of every FFN has --seed=s and --data_seed=s, so within a seed all FFNs
-see the same tokens and start from the same shared weights. The same command skips the runs that are
-done and resumes the others. --report takes folders of runs, their parents, and archives of --archive.
+All flags and config files of train.py are valid here too, except eval_only, and except seed, data_seed,
+init_from and out_dir, which this program sets. Run s of every FFN has --seed=s and --data_seed=s, so
+within a seed all FFNs see the same tokens and start from the same shared weights. The same command skips
+the runs that are done and resumes the others. --report takes folders of runs, their parents, and
+archives of --archive.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Config(train.Config):
     ffn_match: Literal["hidden", "params", "flops", "both"] = "hidden"  # both: hidden and params
     seeds: int = 3  # seeds 0 to seeds - 1 for each row; with --precision at most
     precision: float = 0.0  # add seeds until no half-width is larger, in nats, and df >= 10; 0: off
-    horizons: bool = True  # run the baseline at 0.7 and 1.4 times the steps, for prices; not in a sweep
+    horizons: bool = True  # time the steps; if no sweep, run the baseline at 0.7 and 1.4 times too
     lr_sweep: str = ""  # learning rates to try for every row, comma-separated; the best is shown
     init_sweep: str = ""  # values of --ffn_init_std to try for every row, likewise
     name: str = ""  # runs go to out/{name}; empty: the paper's name, else compare
@@ -494,8 +495,8 @@ def check_alike(runs: list[Run], baseline: str) -> None:
 
 def group_runs(runs: list[Run], baseline: str) -> list[list[Run]]:
     """The ended runs of each row at its best TUNED values, without horizons; the baseline's first, or []
-    if it has none. Values count where runs of every row have ended. The best of them diverge least, and
-    have the lowest loss in the seeds that all which diverge as little have."""
+    if it has none. Only values with ended runs of every row count. The best have the fewest diverged
+    runs and, among those, the lowest loss in the seeds that all of them have."""
     rows: dict[tuple, dict[tuple, list[Run]]] = {}
     for r in runs:
         if r.ended and r.factor == 1:

@@ -83,7 +83,7 @@ def plot_losses(ax, rows: list[dict], groups: list[list]) -> None:
         ax.plot(*zip(*late), color="#999999", linewidth=0.9, label="training batch")
     best = sorted(drawn[1:], key=lambda i: rows[i]["val_loss"])
     kind = "val_loss" if validated else "train_loss"
-    title = "Validation loss, band: all seeds" if validated else "Training loss, mean over the seeds"
+    title = "Validation loss, band: shared seeds" if validated else "Training loss, mean over the seeds"
     chosen = [*drawn[:1], *best][: len(STYLES)]
     done = {i: [r for r in groups[i] if r.done] for i in chosen}
     # A seed has batches of its own, so curves of other seeds would differ by more than their FFNs do.
