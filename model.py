@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import UserError, parse_value, reason, suggest, user_error
 
@@ -535,10 +536,13 @@ class ThresholdMoE(MoE):
 def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) -> Tensor:
     """Apply expert e to the next count[e] rows of x (M, d): (M, d). An expert without rows gets zeros as
     gradients (on Blackwell perhaps not: pytorch issue 172439). A CPU loops, because stacking weights is
-    slow there. On a GPU a loop would wait for the counts; from Hopper on, one kernel does them all."""
+    slow there. On a GPU a loop would wait for the counts; from Hopper on, one kernel does them all, if
+    they are ReLU2s."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if on_cpu(x) or dtype != torch.bfloat16 or x.size(-1) % 8:  # grouped_mm wants rows of 16 bytes
+    relu2 = all(type(expert) is ReLU2 and expert.slope == 0 for expert in experts)
+    # grouped_mm wants rows of 16 bytes.
+    if on_cpu(x) or dtype != torch.bfloat16 or x.size(-1) % 8 or not relu2:
         parts = x.split(count if isinstance(count, list) else count.tolist())
         return torch.cat([expert(part) for expert, part in zip(experts, parts)])
     up = torch.stack([expert.up_proj.weight for expert in experts]).to(dtype)
@@ -718,6 +722,12 @@ METHODS = {  # what a class may have besides forward, with the arguments it is c
 def has(ffn: nn.Module, method: str) -> bool:
     """Whether its class has the method; an attribute or a submodule of that name is something else."""
     return hasattr(type(ffn), method)
+
+
+def decodes(ffn: nn.Module) -> bool:
+    """Whether it has a decode; one of a parent class does not count for a class with its own forward."""
+    owners = (vars(cls) for cls in type(ffn).__mro__)
+    return next("decode" in own for own in owners if own.keys() & {"decode", "forward"})
 
 
 def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
@@ -970,7 +980,7 @@ class Block(nn.Module):
         """Return x (B, T, d) with attention and FFN added, and the FFN's aux or None."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache).to(x.dtype)
         # A GPU takes longer to gather a few rows than to read them all (experiments/LOG.md).
-        gathers = cache is not None and x.size(1) == 1 and on_cpu(x) and has(self.mlp, "decode")
+        gathers = cache is not None and x.size(1) == 1 and on_cpu(x) and decodes(self.mlp)
         mlp = self.mlp.decode if gathers else self.mlp
         y, aux = split_aux(mlp(self.post_attention_layernorm(x)))
         return x + y.to(x.dtype), aux
@@ -1097,7 +1107,7 @@ class GPT(nn.Module):
         start, caches = max(0, idx.size(1) - size), None
         with evaluating(self):
             if self.mixes_tokens is None:
-                x = self.lm_head.weight.new_empty(1, min(size, 64), self.config.n_embd)
+                x = self.lm_head.weight.new_empty(1, min(size, 512), self.config.n_embd)
                 self.mixes_tokens = any(influences(layer.mlp, x)[1] for layer in self.model.layers)
             use_cache = use_cache and not self.mixes_tokens
             for _ in range(max_new_tokens):
@@ -1116,7 +1126,8 @@ class GPT(nn.Module):
                     kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
                 if temperature > 0:
-                    new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+                    p = F.softmax(logits / max(temperature, 1e-30), dim=-1)
+                    new = torch.multinomial(p, 1)
                 else:
                     new = logits.argmax(-1, keepdim=True)
                 idx = torch.cat((idx, new), dim=1)
@@ -1198,16 +1209,26 @@ def influences(ffn: nn.Module, x: Tensor, noise: float = 0.02) -> tuple[bool, bo
 
 @torch.no_grad()
 def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
-    """Run each FFN on block_size tokens in evaluation mode, and set model.mixes_tokens. Raises UserError
-    where an output has another shape or no floating-point type or changes with later tokens (of the
-    first 512), and for a weight that is no parameter."""
+    """Run each FFN on block_size tokens, and set model.mixes_tokens. Raises UserError for an output of
+    another shape or no floating-point type, or which in evaluation changes with later tokens (of the
+    first 512), for a weight that is no parameter, for a buffer that training changes and that is not
+    saved, and for an FFN that executes more FLOPs than it says."""
     model.mixes_tokens, known = False, {None, *model.parameters()}
     x = model.lm_head.weight.new_ones(1, model.config.block_size, model.config.n_embd)
+    devices = [x.device] if x.is_cuda else []
     with evaluating(model):
         for i, layer in enumerate(model.model.layers):
-            name = f"model.layers.{i}.mlp"
-            with autocast(), torch.enable_grad():
+            name, before = f"model.layers.{i}.mlp", {n: b.clone() for n, b in layer.mlp.named_buffers()}
+            layer.mlp.train()
+            counter = FlopCounterMode(display=False)
+            with autocast(), torch.enable_grad(), torch.random.fork_rng(devices), counter:
                 y, _ = split_aux(layer.mlp(x))
+            layer.mlp.eval()
+            moved = [n for n, b in layer.mlp.named_buffers() if not torch.equal(b, before.get(n, b))]
+            for n in moved:
+                layer.mlp.get_buffer(n).copy_(before[n])
+            if lost := [n for n in moved if n not in layer.mlp.state_dict()]:
+                raise UserError(f"{name}.{lost[0]} moves in training: save it, without persistent=False")
             todo, seen = [y.grad_fn], {None}
             while todo:  # through all that y was computed from
                 if (node := todo.pop()) not in seen:
@@ -1223,6 +1244,10 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
                 what = "its output at a token depends on later tokens, other sequences or earlier calls"
                 raise UserError(f"{name} sees the future: {what}")
             model.mixes_tokens |= mixes
+            counted, said = counter.get_total_flops() / x.size(1), ffn_cost(layer.mlp)["flops"]
+            if counted > 1.1 * said:
+                wrong = f"{name} executes {counted:,.0f} FLOPs a token in matrix products, not {said:,}"
+                raise UserError(f"{wrong}: give the class a method flops(self) that returns them")
 
 
 # ------------------------------------------------------------------------------------------------

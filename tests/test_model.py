@@ -619,6 +619,24 @@ def test_experts_of_a_gpu_give_the_same(spec, training, monkeypatch):
         assert error(a, exact) < 0.1
 
 
+@pytest.mark.parametrize("expert", ["gelu", "swiglu", "relu2:slope=0.5"])
+def test_experts_of_another_kind_are_themselves_on_a_gpu(expert, monkeypatch):
+    """The grouped product computes ReLU2s alone: a subclass with other experts has them computed one by
+    one, and not as ReLU2s."""
+
+    class Mine(FFNS["moe"]):
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            self.experts = nn.ModuleList(make_ffn(expert, d, self.width) for _ in range(self.n))
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    ffn, x = any_ffn("mine", 64, 64), inputs(2, 9, 64, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        here = ffn(x)
+        monkeypatch.setattr(model_module, "on_cpu", lambda x: False)
+        assert error(ffn(x), here) < 0.01
+
+
 @pytest.mark.parametrize(
     "spec, name", [("moe", "router.weight"), ("sparseglu:grad=ste", "predictor.0.weight")]
 )
@@ -1014,6 +1032,32 @@ def test_equal_scores_select_nothing_with_a_threshold():
     set_scores(ffn, torch.zeros(H))
     assert ffn(inputs(1, 3, D)).abs().max() == 0
     assert ffn.active(inputs(1, 3, D)) == 0
+
+
+def test_an_inherited_decode_is_not_used_beside_another_forward(monkeypatch):
+    """It would sample from the parent class's function. A decode of the class's own is used, and one
+    that it inherits together with forward."""
+
+    class Geglu(FFNS["sparseglu"]):
+        def forward(self, x):
+            mask = self.mask(self.score(x))
+            return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x) * mask)
+
+    class Own(Geglu):
+        def decode(self, x):
+            return self(x)
+
+    class Same(FFNS["sparseglu"]):
+        def mask(self, score):
+            return super().mask(-score)
+
+    for cls, want in ((Geglu, False), (Own, True), (Same, True), (FFNS["swiglu"], False), (Odd, False)):
+        monkeypatch.setitem(FFNS, "mine", cls)
+        assert model_module.decodes(make_ffn("mine:n=1" if cls is Odd else "mine", D, H)) == want, cls
+    monkeypatch.setitem(FFNS, "mine", Geglu)
+    gpt = stir(GPT(small(ffn="mine")))
+    monkeypatch.setattr(FFNS["sparseglu"], "decode", None)
+    assert gpt.generate(tokens(1, 3), 5).shape == (1, 8)
 
 
 @pytest.mark.parametrize("case", DECODES, ids=case_ids)
@@ -2382,6 +2426,87 @@ def test_weights_that_are_no_parameters_are_named(monkeypatch, plain):
         check_ffns(GPT(small(ffn="mine")))
 
 
+class Projected(FFNS["swiglu"]):
+    """SwiGLU of a fixed random projection."""
+
+    def __init__(self, d, h):
+        super().__init__(d, h)
+        self.register_buffer("project", torch.randn(d, d) / d**0.5)
+
+    def forward(self, x):
+        return super().forward(x @ self.project)
+
+
+class Thrice(FFNS["gelu"]):
+    """A layer that is applied three times."""
+
+    def forward(self, x):
+        return super().forward(super().forward(super().forward(x)))
+
+
+class SwiGLUExperts(FFNS["moe"]):
+    """Experts of three matrices, with the flops() of those of two."""
+
+    def __init__(self, d, h):
+        super().__init__(d, h)
+        self.experts = nn.ModuleList(make_ffn("swiglu", d, self.width) for _ in range(self.n))
+
+
+@pytest.mark.parametrize("cls", [Projected, Thrice, SwiGLUExperts])
+def test_an_ffn_that_executes_more_than_it_says_is_named(monkeypatch, cls):
+    """Else a comparison at equal FLOPs gives it more than the baseline has. A flops() is the cure."""
+    monkeypatch.setitem(FFNS, "mine", cls)
+    gpt = GPT(small(ffn="mine"))
+    with pytest.raises(UserError, match=r"layers\.0\.mlp executes [\d,]+ FLOPs a token.*not") as e:
+        check_ffns(gpt)
+    counted = int(re.search(r"executes ([\d,]+)", str(e.value))[1].replace(",", ""))
+    said = {Projected: 32 * 32 + 3 * 32 * 64, Thrice: 3 * 2 * 32 * 64}
+    said |= {SwiGLUExperts: 2 * 32 * 32 + 3 * 32 * 32 + 32 * 8}
+    assert counted == 2 * said[cls]
+    monkeypatch.setattr(cls, "flops", lambda self: counted, raising=False)
+    check_ffns(gpt)
+
+
+def test_a_buffer_that_training_changes_is_saved(monkeypatch):
+    """Where it is not, a resumed run would begin with another one. The check leaves all buffers as they
+    were, and takes a constant that is not saved."""
+
+    class Mine(FFNS["swiglu"]):
+        persistent, moves = True, True
+
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            self.register_buffer("mean", torch.zeros(d), persistent=self.persistent)
+
+        def forward(self, x):
+            if self.training and self.moves:
+                self.mean.lerp_(x.detach().mean((0, 1)), 0.1)
+            return super().forward(x)
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    for Mine.persistent, Mine.moves in ((True, True), (False, False)):
+        gpt = GPT(small(ffn="mine"))
+        check_ffns(gpt)
+        assert not gpt.model.layers[0].mlp.mean.any()
+    Mine.moves = True
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.mean moves in training: save it"):
+        check_ffns(GPT(small(ffn="mine")))
+
+
+def test_an_ffn_that_looks_far_back_generates_right(monkeypatch):
+    """Unchecked models, of exports and load_run, look as far as the check at a run's start."""
+
+    def forward(f, x):
+        return f(x + F.pad(x, (0, 0, 100, 0))[:, : x.size(1)])
+
+    monkeypatch.setitem(FFNS, "mine", swiglu_on(forward))
+    gpt = stir(GPT(small(ffn="mine", block_size=128, n_layer=1)))
+    idx = tokens(1, 110)
+    right = gpt.generate(idx, 8, temperature=0, use_cache=False)
+    assert torch.equal(gpt.generate(idx, 8, temperature=0), right)
+    assert gpt.mixes_tokens is True
+
+
 def test_an_ffn_inside_another_is_told_of_the_progress(monkeypatch):
     class Mine(torch.nn.Module):
         def __init__(self, d, h):
@@ -2881,8 +3006,9 @@ def test_a_tiny_temperature_is_greedy(n_vocab):
     """It holds where an excluded id has the largest logit."""
     gpt = stir(GPT(small(tie_embeddings=False)))
     idx = tokens(8, 5)
-    cold, greedy = (gpt.generate(idx, 9, t, n_vocab=n_vocab) for t in (1e-40, 0.0))
+    colder, cold, greedy = (gpt.generate(idx, 9, t, n_vocab=n_vocab) for t in (1e-50, 1e-40, 0.0))
     assert torch.equal(cold, greedy)
+    assert torch.equal(colder, greedy)
 
 
 @pytest.mark.parametrize("temperature, top_k, n_vocab", [(1.0, 0, 0), (2.5, 0, 90), (0.7, 5, 0)])
