@@ -18,6 +18,7 @@ import functools
 import gc
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -34,8 +35,8 @@ from torch import Tensor, nn
 
 import train
 from configurator import UserError, configure, run, user_error
-from model import FFNS, GPT, GPTConfig, compile_errors, compiled, ffn_cost, has, influences, make_ffn
-from model import set_up, split_aux
+from model import FFNS, GPT, GPTConfig, MoE, compile_errors, compiled, decodes, ffn_cost, influences
+from model import is_matrix, make_ffn, set_up, split_aux
 
 progress = functools.partial(print, file=sys.stderr, flush=True)  # so that stdout has the table alone
 
@@ -75,7 +76,7 @@ def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.
         raise UserError(f"--tokens={n} is not a multiple of --block_size={T}")
     x = torch.randn(n // T, T, cfg.n_embd).to(device, dtype).requires_grad_()
     dy = torch.randn(n // T, T, cfg.n_embd).to(device, dtype)
-    calls, layers, peaks, flops = {}, {}, {}, {}
+    calls, layers, peaks, flops, forward = {}, {}, {}, {}, {}
     for spec in dict.fromkeys([*specs, "swiglu"]):  # swiglu is the yardstick, whether it is shown or not
         progress(f"preparing {spec}")
         layer = layers[spec] = make_ffn(spec, cfg.n_embd, hidden(cfg, spec)).to(device)
@@ -83,22 +84,27 @@ def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.
         leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
 
         def both(ready=ready, leaves=leaves):
-            return torch.autograd.grad(split_aux(ready(x))[0], leaves, dy, allow_unused=True)
+            y, aux = split_aux(ready(x))
+            outputs = [y] if aux is None or not aux.requires_grad else [y, aux]
+            return torch.autograd.grad(outputs, leaves, [dy, None][: len(outputs)], allow_unused=True)
 
         calls[spec, "forward"] = functools.partial(ready, x)
         calls[spec, "both"] = both
-        calls[spec, "matmul"], flops[spec] = products(layer, n, cfg, device, dtype)
+        calls[spec, "matmul"], flops[spec], forward[spec] = products(layer, n, cfg, device, dtype)
         both()  # compiles
         peaks[spec] = peak_memory(both, device)
     times = measure(calls, cfg.rounds, device)
     rows, yardstick = [], times["swiglu", "both"]
     for spec in specs:
-        both, matmul = times[spec, "both"], times[spec, "matmul"]
+        both, matmul, cost = times[spec, "both"], times[spec, "matmul"], ffn_cost(layers[spec])
+        known = math.isclose(forward[spec], n * cost["flops"], rel_tol=0.1)  # what its products are
+        executed = flops[spec] if known else 3 * n * cost["flops"]
         rows.append({
-            "ffn": spec, "hidden": hidden(cfg, spec), **ffn_cost(layers[spec]),
+            "ffn": spec, "hidden": hidden(cfg, spec), **cost,
             "forward_ms": 1e3 * median(times[spec, "forward"]), "both_ms": 1e3 * median(both),
-            "tok_per_s": n / median(both), "tflops": flops[spec] / median(both) / 1e12,
-            "matmul_ms": 1e3 * median(matmul), "matmul_fraction": ratio(matmul, both),
+            "tok_per_s": n / median(both), "tflops": executed / median(both) / 1e12,
+            "matmul_ms": 1e3 * median(matmul) if known else None,
+            "matmul_fraction": ratio(matmul, both) if known else None,
             "over_swiglu": ratio(both, yardstick), "spread": spread(both, yardstick),
             "peak_mib": peaks[spec] / 2**20,
         })  # fmt: skip
@@ -107,31 +113,33 @@ def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.
 
 def products(
     layer: nn.Module, n: int, cfg: Config, device: torch.device, dtype: torch.dtype
-) -> tuple[Callable, int]:
-    """Return a function that multiplies n tokens with each of the layer's matrices as the layer does,
-    forward and backward, and its FLOPs. A frozen matrix has a forward product only; the matrices of an
-    expert multiply only the tokens that reach it."""
+) -> tuple[Callable, int, int]:
+    """Return a function that multiplies n tokens with each of the layer's matrices as a Linear does,
+    forward and backward, its FLOPs, and those of the forward products. A frozen matrix has only these;
+    the matrices of an expert multiply only the tokens that reach it."""
     # Compiled, a CPU with AVX-512 uses another library. On a GPU compiling would only add launches.
     multiply = prepared(products_of_one, cfg, device) if device.type == "cpu" else products_of_one
-    multiplied = {m.weight for m in layer.modules() if isinstance(m, nn.Linear)}
-    looked_up = {m.weight for m in layer.modules() if isinstance(m, nn.Embedding)} - multiplied
-    routed = [m for m in layer.modules() if hasattr(m, "experts") and hasattr(m, "k")]
+    routed = [m for m in layer.modules() if isinstance(m, MoE)]
     tokens = {p: n * m.k // len(m.experts) for m in routed for p in m.experts.parameters()}
-    work, flops = [], 0
+    modules = [m for _, m in layer.named_modules(remove_duplicate=False)]
+    modules = [m for m in modules if not isinstance(m, (nn.Embedding, nn.EmbeddingBag))]  # looked up
+    matrices = [(m, p) for m in modules for p in m.parameters(recurse=False) if is_matrix(p)]
+    work, flops, forward = [], 0, 0
     # Matrices share their operands by shape: one each would take 28 GB at train.py's default shape.
     operand = functools.cache(lambda *shape: torch.randn(shape).to(device, dtype))
-    for p in layer.parameters():
-        if p.ndim >= 2 and p not in looked_up:
-            w, rows = p.detach().to(dtype).flatten(0, -2), tokens.get(p, n)
-            dy = operand(rows, w.size(0)) if p.requires_grad else None
-            work.append((operand(rows, w.size(1)), w, dy))
-            flops += 2 * rows * w.numel() * (3 if p.requires_grad else 1)
+    for module, p in matrices:
+        w, rows = p.detach().to(dtype), tokens.get(p, n)
+        w = w.flatten(1) if isinstance(module, nn.Conv1d) else w.flatten(0, -2)
+        dy = operand(rows, w.size(0)) if p.requires_grad else None
+        work.append((operand(rows, w.size(1)), w, dy))
+        forward += 2 * rows * w.numel()
+        flops += 2 * rows * w.numel() * (3 if p.requires_grad else 1)
 
     def call() -> None:
         for one in work:
             multiply(*one)
 
-    return call, flops
+    return call, flops, forward
 
 
 def products_of_one(x: Tensor, w: Tensor, dy: Tensor | None) -> tuple[Tensor, ...]:
@@ -149,7 +157,7 @@ def products_of_one(x: Tensor, w: Tensor, dy: Tensor | None) -> tuple[Tensor, ..
 def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> list[dict]:
     if device.type != "cpu":
         raise UserError("--mode=decode is for a CPU, as a GPU decodes by forward: use --device=cpu")
-    x = torch.randn(1, cfg.n_embd).to(device, dtype)
+    x = torch.randn(1, 1, cfg.n_embd).to(device, dtype)
     calls, layers = {}, {}
     for spec in dict.fromkeys([*specs, "swiglu"]):
         progress(f"preparing {spec}")
@@ -157,6 +165,10 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
         stack = nn.ModuleList(ffns).to(device).eval()
         if influences(stack[0], torch.empty(1, 2, cfg.n_embd, device=device))[1]:
             raise UserError(f"{spec} mixes tokens, one alone does not decode: leave it out of --ffn")
+        for layer in stack.train() if list(stack.buffers()) else ():  # running thresholds settle
+            for _ in range(100):
+                layer(torch.randn(1, 32, cfg.n_embd))
+        stack.eval()
         for name, part in stack.named_modules():
             if isinstance(part, nn.Linear) and "predictor" not in name:
                 part.to(dtype)  # norms, scalars and predictors work in float32, as in training
@@ -164,7 +176,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
 
         def token(x: Tensor, stack=stack) -> Tensor:
             for layer in stack:
-                x = x + split_aux((layer.decode if has(layer, "decode") else layer)(x))[0]
+                x = x + split_aux((layer.decode if decodes(layer) else layer)(x))[0]
             return x
 
         calls[spec] = functools.partial(prepared(token, cfg, device, dtype), x)
@@ -175,13 +187,14 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
         cost, seconds = ffn_cost(layers[spec]), median(times[spec]) / cfg.n_layer
         # Each weight that is read is one multiplication and one addition. A predictor's are float32.
         wide = sum(p.numel() for p in layers[spec].parameters() if p.ndim >= 2 and p.dtype != dtype)
-        read = cost["ideal_flops"] // 2 * dtype.itemsize + wide * (4 - dtype.itemsize)
+        path = "decode" if decodes(layers[spec]) else "forward"
+        flops = cost["ideal_flops" if path == "decode" else "flops"]
+        read = flops // 2 * dtype.itemsize + wide * (4 - dtype.itemsize)
         rows.append({
-            "ffn": spec, "path": "decode" if has(layers[spec], "decode") else "forward",
-            "hidden": hidden(cfg, spec), **cost,
+            "ffn": spec, "path": path, "hidden": hidden(cfg, spec), **cost,
             "ms": 1e3 * seconds, "read_mib": read / 2**20, "gb_per_s": read / seconds / 1e9,
             "speedup": ratio(yardstick, times[spec]), "spread": spread(yardstick, times[spec]),
-            "ideal_speedup": dense / cost["ideal_flops"],
+            "ideal_speedup": dense / flops if flops else None,
         })  # fmt: skip
     return rows
 
@@ -201,7 +214,7 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
         peaks[spec] = peak_memory(step, device) + at_rest(model, optimizers)
         attention[spec] = profile(step, cfg.profile, device)
         calls[spec, "step"] = step
-        calls[spec, "matmul"], _ = products(model, n, cfg, device, dtype)
+        calls[spec, "matmul"], *_ = products(model, n, cfg, device, dtype)
     times = measure(calls, cfg.rounds, device)
     rows = []
     for spec in specs:
@@ -220,10 +233,10 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
 
 
 def make_step(
-    model: GPT, flags: train.Config, device: torch.device, dtype: torch.dtype
+    model: GPT, flags: train.Config, device: torch.device, dtype: torch.dtype, passes: int = 1
 ) -> tuple[Callable[[], object], list[torch.optim.Optimizer]]:
-    """Return a function that does one training step of `model` on random tokens, by train.py's own
-    train_step, and the optimizers whose states it fills. Its first call compiles the model."""
+    """Return a function that does one training step of `model` on random tokens, of that many passes, by
+    train.py's own train_step, and the optimizers whose states it fills. Its first call compiles."""
     check_clock(device)
     size = (flags.micro_batch_size, flags.block_size + 1)
     batch = torch.randint(model.config.vocab_size, size).to(device)
@@ -231,7 +244,8 @@ def make_step(
     optimizers = train.make_optimizers(model, flags)
     ready = compiled(model, device, recompute=flags.recompute) if flags.compile else model
     failed = torch.zeros((), device=device)
-    step = functools.partial(train.train_step, ready, optimizers, [batch], flags, 0, failed, cast)
+    batches = [batch] * passes
+    step = functools.partial(train.train_step, ready, optimizers, batches, flags, 0, failed, cast)
     return step, optimizers
 
 

@@ -136,7 +136,7 @@ def our_step(cfg: Config, device: torch.device, dtype: torch.dtype) -> tuple[nn.
     bench.set_up(device)
     model = GPT(bench.same_names(GPTConfig, cfg, n_kv_head=cfg.n_head)).to(device)
     step, optimizers = bench.make_step(model, bench.same_names(train.Config, cfg), device, dtype)
-    matmul, _ = bench.products(model, cfg.micro_batch_size * cfg.block_size, cfg, device, dtype)
+    matmul, *_ = bench.products(model, cfg.micro_batch_size * cfg.block_size, cfg, device, dtype)
     return model, {"ours": step, "matmul": matmul}, optimizers
 
 

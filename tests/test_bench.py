@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -20,6 +21,7 @@ import configurator
 import model
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 # One round: a median of ratios is then the ratio of the medians, and one checks the other.
 TINY = ["--rounds=1", "--compile=False", "--device=cpu"]
 FFN = ["--n_embd=64", "--ffn_hidden=128", "--tokens=32"]
@@ -151,16 +153,92 @@ def test_the_products_of_experts_are_those_executed():
 
     import model
 
-    class Experts(torch.nn.Module):
-        def __init__(self, d: int, h: int, n: int, k: int):
-            super().__init__()
-            self.k, self.router = k, torch.nn.Linear(d, n, bias=False)
-            self.shared, self.experts = model.ReLU2(d, h), torch.nn.ModuleList()
-            self.experts.extend(model.ReLU2(d, h) for _ in range(n))
+    layer = model.MoE(16, 96, n=8, k=2, share=1 / 3)
+    _, flops, forward = bench.products(layer, 40, bench.Config(compile=False), CPU, torch.float32)
+    assert flops == 3 * forward == 3 * 40 * 2 * (16 * 8 + 2 * 16 * 32 * (1 + 2))
 
-    layer = Experts(16, 32, 8, 2)
-    _, flops = bench.products(layer, 40, bench.Config(compile=False), torch.device("cpu"), torch.float32)
-    assert flops == 3 * 40 * 2 * (16 * 8 + 2 * 16 * 32 * (1 + 2))
+
+class Stacked(torch.nn.Module):
+    """Eight experts in one tensor, of which one works for a token."""
+
+    def __init__(self, d: int, h: int):
+        super().__init__()
+        self.k, self.experts = 0.125, torch.nn.Parameter(torch.randn(8, d, h))
+        self.down_proj = torch.nn.Linear(h, d, bias=False)
+
+    def flops(self) -> int:
+        return 4 * self.experts[0].numel()
+
+    def forward(self, x):
+        return self.down_proj((x @ self.experts[0]).relu())
+
+
+class Convolved(torch.nn.Module):
+    def __init__(self, d: int, h: int):
+        super().__init__()
+        self.conv, self.down_proj = torch.nn.Conv1d(d, h, 3), torch.nn.Linear(h, d, bias=False)
+
+    def forward(self, x):
+        past = torch.nn.functional.pad(x.transpose(1, 2), (2, 0))
+        return self.down_proj(self.conv(past).transpose(1, 2).relu())
+
+
+class Bagged(torch.nn.Module):
+    def __init__(self, d: int, h: int):
+        super().__init__()
+        self.bag, self.down_proj = torch.nn.EmbeddingBag(h, d), torch.nn.Linear(d, d, bias=False)
+
+    def flops(self) -> int:
+        return 2 * self.down_proj.weight.numel()
+
+    def forward(self, x):
+        B, T, d = x.shape  # raises for a single token without a sequence
+        ids = x.flatten(0, 1).argsort(-1)[:, :4]
+        return self.down_proj(x + self.bag(ids).view(B, T, d))
+
+
+class Twice(torch.nn.Module):
+    def __init__(self, d: int, h: int):
+        super().__init__()
+        self.up_proj, self.down_proj = (torch.nn.Linear(d, d, bias=False) for _ in range(2))
+        self.again = self.up_proj
+
+    def forward(self, x):
+        return self.down_proj(self.again(self.up_proj(x).relu()))
+
+
+def test_the_products_of_classes_of_ones_own(run_here, monkeypatch):
+    """Their TFLOP/s are those of their flops(). The time of their products is n/a where bench.py does
+    not know these, and else that of what a class multiplies: no rows that are looked up, a matrix as
+    often as it is used, a convolution as one matrix."""
+    d, h, n, cfg = 64, 128, 32, bench.Config(compile=False)
+    classes = {"stacked": Stacked, "convolved": Convolved, "bagged": Bagged, "twice": Twice}
+    for name, cls in classes.items():
+        monkeypatch.setitem(model.FFNS, name, cls)
+    want = {"stacked": 4 * d * h, "convolved": 8 * d * h, "bagged": 2 * d * d, "twice": 6 * d * d}
+    for row in run_here(*FFN, f"--ffn={','.join(classes)}"):
+        name, executed = row["ffn"], 3 * n * want[row["ffn"]]
+        assert row["flops"] == want[name]
+        assert math.isclose(row["tflops"], executed / row["both_ms"] * 1e3 / 1e12, rel_tol=1e-6)
+        assert (row["matmul_ms"] is None) == (row["matmul_fraction"] is None) == (name == "stacked")
+        forward = bench.products(classes[name](d, h), n, cfg, CPU, torch.float32)[2]
+        assert (forward == n * want[name]) == (name != "stacked")
+    layer, kept = Convolved(d, h), []
+    make = functools.partial(bench.products, layer, n, cfg, CPU, torch.float32)
+    assert bench.peak_memory(lambda: kept.append(make()), CPU) == 4 * n * (3 * d + h + d)
+    for row in run_here("--mode=decode", *FFN, "--n_layer=1", "--ffn=bagged,twice"):
+        assert row["read_mib"] == row["flops"] / 2 * 4 / 2**20
+
+
+def test_running_thresholds_have_settled_before_decoding(run_here, monkeypatch):
+    """At their start they let half of all experts or keys through, but are priced as a few."""
+    made, make = {}, bench.make_ffn
+    monkeypatch.setattr(bench, "make_ffn", lambda spec, d, h: made.setdefault(spec, make(spec, d, h)))
+    run_here("--mode=decode", *FFN, "--n_layer=1", "--ffn=thresholdmoe,sparsegated:select=adaptive")
+    x = torch.randn(200, 64)
+    assert 0.05 < made["sparsegated:select=adaptive"].active(x) < 0.3  # k = 0.15
+    experts = made["thresholdmoe"]
+    assert 0.5 < experts.route(experts.scores(x))[3].sum() / 200 < 2
 
 
 def test_products_share_their_operands():
@@ -288,7 +366,7 @@ def test_the_floor_of_a_step_is_its_products(tied):
     from model import GPT, GPTConfig
 
     model = GPT(GPTConfig(16, 128, 1, 2, 2, 32, ffn_hidden=64, tie_embeddings=tied))
-    _, flops = bench.products(model, 10, bench.Config(compile=False), torch.device("cpu"), torch.float32)
+    _, flops, _ = bench.products(model, 10, bench.Config(compile=False), CPU, torch.float32)
     attention = 6 * 32 * 16
     assert flops == 10 * (model.flops_per_token() - attention)
 
