@@ -267,15 +267,15 @@ def print_plan(runs: list[Run], cfg: Config) -> None:
         make = f"python prepare_fineweb.py {cfg.prepare} --out_dir={cfg.data_dir}"
         raise UserError(f"{cfg.data_dir} has no shards yet: make them with {make}")
     n_vocab = open_data(cfg.data_dir, cfg.block_size).n_vocab
-    device, seconds = train.pick_device(cfg.device, 0), {}
+    device, seconds, n = train.pick_device(cfg.device, 0), {}, len(gpus(cfg))
+    each = 1 if cfg.launch else max(1, n // cfg.jobs)  # GPUs of a run
+    beside = cfg.jobs if cfg.launch else max(1, min(n, cfg.jobs * each) // each)  # runs at a time
     for r in runs:
         if r.row not in seconds:
-            r.made["vocab_size"] = math.ceil(n_vocab / 128) * 128
-            seconds[r.row] = median(bench.measure({"step": step_of(r, device)}, 3, device)["step"])
-    n = len(gpus(cfg))
-    busy = cfg.jobs if cfg.launch else max(1, min(n, cfg.jobs * max(1, n // cfg.jobs)))  # GPUs in use
-    passes = cfg.batch_size / cfg.micro_batch_size / busy
-    hours = sum(seconds[r.row] * passes * r.flags["max_iters"] for r in runs) / 3600
+            r.made |= {"vocab_size": math.ceil(n_vocab / 128) * 128, "world": each}
+            step = step_of(r, device, passes_of(r))
+            seconds[r.row] = median(bench.measure({"step": step}, 3, device)["step"])
+    hours = sum(seconds[r.row] * r.flags["max_iters"] for r in runs) / beside / 3600
     print(f"{len(runs)} runs of {len(seconds)} rows, about {hours:.2g} hours"
           f"{' with one device a run' * bool(cfg.launch)}, besides compiling and evaluation.\n"
           f"If FFN and seed leave a noise of {cfg.noise:g} nats (--noise) in a run's loss:")  # fmt: skip
@@ -413,21 +413,28 @@ def run_to_precision(runs: list[Run], cfg: Config) -> tuple[list[Run], int]:
     return chosen, failed
 
 
-def step_of(r: Run, device: torch.device):
+def passes_of(r: Run) -> int:
+    """The passes of a rank's step: gradients are accumulated over them."""
+    per_pass = r.made.get("world", 1) * r.flags["micro_batch_size"]
+    return max(1, r.flags["batch_size"] // per_pass)
+
+
+def step_of(r: Run, device: torch.device, passes: int):
     """A call that makes one whole training step of a run's model, on random tokens."""
     flags = train.Config(**r.flags)
     model = GPT(train.model_config(r.flags, vocab_size=r.made["vocab_size"])).to(device)
     set_up(device)
     torch._dynamo.config.recompile_limit = 1000  # all models share their code
-    bf16 = train.use_bfloat16(flags.dtype, device)
-    return bench.make_step(model, flags, device, torch.bfloat16 if bf16 else torch.float32)[0]
+    dtype = torch.bfloat16 if train.use_bfloat16(flags.dtype, device) else torch.float32
+    return bench.make_step(model, flags, device, dtype, passes)[0]
 
 
 def timed_as(r: Run, base: Run) -> str:
     """The key of a row's step time: both classes and widths, the device, flags that are not defaults."""
     ffns = " / ".join(f"{x.row[0]} {x.row[1]} {x.made.get('ffn_code', '')}" for x in (r, base))
     flags = [f"{k}={v}" for k, v in base.flags.items() if k not in NEUTRAL | VARIED and v != DEFAULTS[k]]
-    return " ".join([ffns, base.made["device"], *flags])
+    passes = passes_of(base)
+    return " ".join([ffns, base.made["device"], *flags, *[f"passes={passes}"] * (passes > 1)])
 
 
 def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> None:
@@ -441,7 +448,8 @@ def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> 
             device = torch.device(base.made["device"].split()[0])
             if device.type == "cuda" and torch.cuda.get_device_name() not in base.made["device"]:
                 raise UserError(f"this is no {base.made['device']}: run the same command on one")
-            calls = {"own": step_of(r, device), "base": step_of(base, device)}
+            calls = {"own": r, "base": base}
+            calls = {name: step_of(x, device, passes_of(base)) for name, x in calls.items()}
             own, theirs = bench.measure(calls, ROUNDS, device).values()
         except (UserError, RuntimeError, AssertionError) as e:  # no memory, no such device here
             print(f"no step time of {r.label}: {' '.join(str(e).split())[:200]}")
@@ -546,7 +554,7 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
         model = sketch(lambda config=config: GPT(config))
         cost = first.made.get("ffn_cost") or ffn_cost(model.model.layers[0].mlp)  # older runs lack it
         cost = {k: v * config.n_layer for k, v in cost.items()}
-        active = [r.val[-1]["active"] for r in done if "active" in r.val[-1]]
+        active = [a for r in done if math.isfinite(a := r.val[-1].get("active", math.nan))]
         step = times.get(timed_as(first, groups[0][0])) if groups[0] and not is_base else None
         row = {"ffn": first.flags["ffn"], "match": first.match, "hidden": first.row[1]}
         row |= {"label": first.label, **dict(zip(TUNED, first.tuned)), "baseline": is_base}
@@ -618,6 +626,8 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
     codes = [(r.made.get("trainer_code") or "").split(", ") for r in runs if r.ended]
     if len({*itertools.chain(*codes)} - {""}) > 1:
         notes.append("Warning: train.py, the decoder or the reader of shards changed meanwhile.")
+    if len(worlds := sorted({r.made["world"] for r in runs if r.ended and "world" in r.made})) > 1:
+        notes.append(f"Warning: the runs had {worlds} ranks, and experts follow their rank's tokens.")
     base = identity(record["baseline"])
     if other := sorted({r.label for r in runs if r.factor != 1 and r.row[0] != base}):
         notes.append(f"Left out, of another length than the table's: runs of {', '.join(other)}.")

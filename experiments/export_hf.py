@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import tiktoken
 import torch
 
@@ -113,7 +114,8 @@ def save_tokenizer(encoding: tiktoken.Encoding, size: int, folder: Path) -> None
     special = encoding._special_tokens
     bpe = TikTokenConverter(str(file), pattern=pattern, extra_special_tokens=special).converted()
     file.unlink()
-    how = dict.fromkeys(("bos_token", "eos_token", "unk_token"), encoding.decode([encoding.eot_token]))
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    how = dict.fromkeys(names, encoding.decode([encoding.eot_token]))
     GPT2TokenizerFast(tokenizer_object=bpe, model_max_length=size, **how).save_pretrained(folder)
 
 
@@ -122,6 +124,7 @@ def card(gpt: GPT, checkpoint: dict, about: dict, source: Path, own_code: bool) 
     flags, step, data, n = checkpoint["flags"], checkpoint["step"], about["data"], gpt.param_counts()
     ffn, T, ranks = flags["ffn"], flags["block_size"], about["world"]
     log = [row for row in train.read_log(str(source / "log.jsonl")) if "val_loss" in row]
+    log = [row for row in log if row["step"] <= step]  # a run that was killed is ahead of its checkpoint
     loss = "{val_loss:.4f} nats per token at step {step}".format(**log[-1]) if log else "unknown"
     given = [f"--{k}={v}" for k, v in flags.items() if v != getattr(train.Config, k)]
     launch = "python" if ranks == 1 else f"torchrun --nproc_per_node={ranks}"
@@ -157,8 +160,10 @@ def difference(gpt: GPT, folder: Path, dtype: torch.dtype = torch.float64) -> fl
     from transformers import AutoModelForCausalLM
     how = {"trust_remote_code": True, "ignore_mismatched_sizes": True}
     theirs = AutoModelForCausalLM.from_pretrained(folder, **how).to(dtype)
-    ours, off, tokens = copy.deepcopy(gpt).to(dtype), 0, torch.arange(min(64, gpt.config.block_size))
-    for scale in (1, 8):  # Near zero GEGLU, whose weights have the same names, is close to SwiGLU.
+    # Any tokens, and as many as the check at a run's start: an FFN may differ late in a text or rarely.
+    tokens = np.random.default_rng(0).integers(0, gpt.config.vocab_size, min(512, gpt.config.block_size))
+    ours, off, tokens = copy.deepcopy(gpt).to(dtype), 0, torch.from_numpy(tokens)
+    for scale in (1, 8, 8):  # Near zero GEGLU, whose weights have the same names, is close to SwiGLU.
         for p in (p for x in [*ours.model.layers, *theirs.model.layers] for p in x.mlp.parameters()):
             p.mul_(scale)
         try:
@@ -182,6 +187,8 @@ def export(source: Path, target: Path) -> str:
         ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), encoding.eot_token)
         padding = range(encoding.n_vocab, gpt.config.vocab_size)  # rows that are no token's
         ids["suppress_tokens"], note = list(padding), f"tokenizer: {encoding.name}"
+        if encoding.eot_token != encoding.n_vocab - 1:  # p50k_base
+            encoding, note = None, f"no tokenizer: transformers would number {encoding.name} otherwise"
     except UserError as e:
         encoding, ids, note = None, {}, f"no tokenizer and no token that ends a text: {e}"
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

@@ -301,6 +301,18 @@ def test_decode_on_a_gpu_is_refused():
         bench.bench_decode(bench.Config(), ["spark"], torch.device("meta"), torch.float32)
 
 
+def test_a_step_of_several_passes():
+    """Each pass is a forward and a backward one, and there is one update."""
+    gpt, calls = model.GPT(model.GPTConfig(8, 128, 1, 1, 1, 8, ffn_hidden=8)), []
+    gpt.register_forward_hook(lambda *_: calls.append(gpt.lm_head.weight.clone()))
+    flags = bench.train.Config(block_size=8, micro_batch_size=2, compile=False)
+    step, _ = bench.make_step(gpt, flags, CPU, torch.float32, passes=3)
+    step()
+    assert len(calls) == 3
+    assert all(torch.equal(weight, calls[0]) for weight in calls)
+    assert not torch.equal(gpt.lm_head.weight, calls[0])
+
+
 def test_mps_is_not_timed():
     """Its work would still be in the queue when the clock is read. compare.py times by make_step."""
     gpt = model.GPT(model.GPTConfig(8, 128, 1, 1, 1, 8, ffn_hidden=8))

@@ -817,6 +817,25 @@ def test_the_price_of_a_difference(tmp_path, compare, monkeypatch):
     assert compare.timed_as(relu2, swiglu) == key
 
 
+def test_steps_are_timed_with_all_their_passes(tmp_path, compare, monkeypatch):
+    """Two ranks with passes of 2 sequences make a batch of 8 in two passes and one update. A time of
+    another number of passes is another one: an FFN of many parameters pays for each update."""
+    asked = []
+    step = lambda model, flags, device, dtype, passes: (lambda: asked.append(passes), None)  # noqa: E731
+    monkeypatch.setattr(compare.bench, "make_step", step)
+    runs, times = [], {}
+    for ffn in ("swiglu", "relu2"):
+        make_run(tmp_path / ffn, [6, 4, 3], ffn=ffn, batch_size=8, micro_batch_size=2)
+        runs.append(compare.read_run(str(tmp_path / ffn)))
+        runs[-1].made["world"] = 2
+    compare.time_steps([[run] for run in runs], times, str(tmp_path))
+    assert set(asked) == {2}
+    (key,) = times
+    for run in runs:
+        run.made["world"] = 4
+    assert compare.timed_as(*runs[::-1]) != key
+
+
 def test_intervals_of_prices():
     """They hold the true ratio in 95% of cases. The interval of tokens excludes 1 exactly where that
     of the difference excludes 0."""
@@ -1220,6 +1239,20 @@ def test_curves_are_means_over_the_seeds_that_all_rows_have(tmp_path, compare):
     ax = Figure().subplots()
     plot_losses(ax, compare.summarize(runs, groups, {}, "swiglu")["rows"], groups)
     assert [line.get_ydata()[-1] for line in ax.lines] == [2, 2.01]
+
+
+def test_active_shares_that_are_no_numbers_and_runs_of_other_ranks(tmp_path):
+    """A share of nan, from 0 / 0, is left out and loses no table. A table of runs on one rank and on
+    four says so: experts are balanced by a rank's own tokens."""
+    make_runs(tmp_path / "out", {"swiglu": 0, "asg": 0.1}, seeds=3)
+    for s in range(3):
+        log = tmp_path / "out" / f"asg-s{s}" / "log.jsonl"
+        log.write_text(log.read_text().replace('"val_loss"', '"active": NaN, "val_loss"'))
+        config = tmp_path / "out" / f"asg-s{s}" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"world": 1 + 3 * (s == 1)}))
+    rows, out = report(tmp_path)
+    assert rows["asg hidden"]["active"] is None
+    assert "Warning: the runs had [1, 4] ranks" in out
 
 
 def test_one_run_and_many_rows_are_plotted(tmp_path):

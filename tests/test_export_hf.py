@@ -112,6 +112,25 @@ assert edited != usual
 assert "trust_remote_code" in make("edited swiglu", edited, ffn="swiglu")
 same = {"ffn": "asg:sparse=False", "ffn_match": "params", "ffn_hidden": 60}
 assert "as Qwen3" in make("asg that is swiglu", **same)
+
+NEARLY = """
+class FarBack(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + F.pad(x, (0, 0, 100, 0))[:, : x.size(1)])
+class Clamped(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj((F.silu(self.gate_proj(x)) * self.up_proj(x)).clamp(-99, 99))
+FFNS |= {"far_back": FarBack, "clamped": Clamped}
+"""
+for ffn in ("far_back", "clamped"):
+    assert "trust_remote_code" in make(f"nearly swiglu, {ffn}", usual + NEARLY, ffn=ffn, block_size=160)
+
+import tiktoken
+ranks = {bytes([i]): i for i in range(256)} | {b"ab": 257}
+eot = {"<|endoftext|>": 256}  # below an ordinary token, as in p50k_base
+inside = tiktoken.Encoding("inside", pat_str=r"\\w+|.", mergeable_ranks=ranks, special_tokens=eot)
+export_hf.load_encoding = lambda name: inside
+assert "transformers would number inside otherwise" in make("eot inside", ffn="gelu")
 '''
 
 # Open them all in one process, as a stranger's would.
@@ -209,6 +228,7 @@ def test_every_ffn_opens_with_our_logits(opened):
 
     names = {"swiglu-untied", "moe-untied"} | {f"{ffn}-tied" for ffn in FFNS}
     own = {"own class that reads the token before", "edited swiglu"}
+    own |= {"nearly swiglu, far_back", "nearly swiglu, clamped", "eot inside"}
     assert opened.keys() == names | own | {"asg that is swiglu"}
     for name, found in opened.items():
         is_qwen3 = name.startswith(("swiglu", "asg that"))
@@ -225,7 +245,7 @@ def test_generate_gives_our_greedy_text(opened):
     """With a cache and without; one that an FFN cannot use is refused, and not used by default."""
     for name, found in opened.items():
         assert found["cache None"] is found["cache False"] is True, (name, found)
-        if name.startswith("own class"):
+        if name.startswith("own class") or "far_back" in name:
             assert "use_cache=False" in found["cache True"]
         else:
             assert found["cache True"] is True, (name, found)
@@ -297,6 +317,8 @@ def trained(tmp_path_factory) -> tuple[Path, list[tuple[int, str, str]]]:
     train(cwd, data_dir="words", out_dir="gpt2", max_iters=8, **small)
     for name in ("bare", "older", "changed"):
         shutil.copytree(cwd / "a run", cwd / name)
+    with open(cwd / "a run" / "log.jsonl", "a") as f:  # of a run that was killed before it saved again
+        f.write('{"step": 9, "tokens": 1, "val_loss": 0.5}\n')
     (cwd / "bare" / "model.py").unlink()
     (cwd / "older" / "config.json").write_text("{}")
     # A helper of the class: its own text is as it was.
@@ -330,7 +352,7 @@ def test_a_trained_run_and_its_card(trained):
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    loss = next(row["val_loss"] for row in reversed(log) if "val_loss" in row)
+    loss = next(row["val_loss"] for row in reversed(log) if "val_loss" in row and row["step"] == 8)
     about = json.loads((run / "config.json").read_text())
     n_tokens = about["data"]["train_tokens"]
     needles = ["`dsg`", "8 of 8 steps", "1,024 tokens", f"{loss:.4f} nats", about["git_commit"]]
