@@ -1209,26 +1209,17 @@ def influences(ffn: nn.Module, x: Tensor, noise: float = 0.02) -> tuple[bool, bo
 
 @torch.no_grad()
 def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
-    """Run each FFN on block_size tokens, and set model.mixes_tokens. Raises UserError for an output of
-    another shape or no floating-point type, or which in evaluation changes with later tokens (of the
-    first 512), for a weight that is no parameter, for a buffer that training changes and that is not
-    saved, and for an FFN that executes more FLOPs than it says."""
+    """Run each FFN on block_size tokens in evaluation mode, and set model.mixes_tokens. Raises UserError
+    for an output of another shape or no floating-point type, or that changes with later tokens (of the
+    first 512), and for a weight that is no parameter. Run a new FFN of the kind in training mode. Raises
+    UserError for a buffer that moves and is not saved, and for more FLOPs than the FFN says."""
     model.mixes_tokens, known = False, {None, *model.parameters()}
     x = model.lm_head.weight.new_ones(1, model.config.block_size, model.config.n_embd)
-    devices = [x.device] if x.is_cuda else []
     with evaluating(model):
         for i, layer in enumerate(model.model.layers):
-            name, before = f"model.layers.{i}.mlp", {n: b.clone() for n, b in layer.mlp.named_buffers()}
-            layer.mlp.train()
-            counter = FlopCounterMode(display=False)
-            with autocast(), torch.enable_grad(), torch.random.fork_rng(devices), counter:
+            name = f"model.layers.{i}.mlp"
+            with autocast(), torch.enable_grad():
                 y, _ = split_aux(layer.mlp(x))
-            layer.mlp.eval()
-            moved = [n for n, b in layer.mlp.named_buffers() if not torch.equal(b, before.get(n, b))]
-            for n in moved:
-                layer.mlp.get_buffer(n).copy_(before[n])
-            if lost := [n for n in moved if n not in layer.mlp.state_dict()]:
-                raise UserError(f"{name}.{lost[0]} moves in training: save it, without persistent=False")
             todo, seen = [y.grad_fn], {None}
             while todo:  # through all that y was computed from
                 if (node := todo.pop()) not in seen:
@@ -1244,10 +1235,18 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
                 what = "its output at a token depends on later tokens, other sequences or earlier calls"
                 raise UserError(f"{name} sees the future: {what}")
             model.mixes_tokens |= mixes
-            counted, said = counter.get_total_flops() / x.size(1), ffn_cost(layer.mlp)["flops"]
-            if counted > 1.1 * said:
-                wrong = f"{name} executes {counted:,.0f} FLOPs a token in matrix products, not {said:,}"
-                raise UserError(f"{wrong}: give the class a method flops(self) that returns them")
+    c, devices = model.config, [x.device] if x.is_cuda else []
+    ffn = sketch(lambda: make_ffn(c.ffn, c.n_embd, c.hidden)).to(x.device)
+    before, counter = {n: b.clone() for n, b in ffn.named_buffers()}, FlopCounterMode(display=False)
+    with autocast(), torch.enable_grad(), torch.random.fork_rng(devices), counter:
+        ffn(x)
+    for n, b in ffn.named_buffers():
+        if n not in ffn.state_dict() and not torch.equal(b, before.get(n, b)):
+            raise UserError(f"{c.ffn}: buffer {n} moves in training: save it, without persistent=False")
+    counted, said = counter.get_total_flops() / x.size(1), ffn_cost(ffn)["flops"]
+    if counted > 1.1 * said:
+        wrong = f"{c.ffn} executes {counted:,.0f} FLOPs a token in matrix products, not {said:,}"
+        raise UserError(f"{wrong}: give the class a method flops(self) that returns them")
 
 
 # ------------------------------------------------------------------------------------------------

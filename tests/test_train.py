@@ -652,10 +652,10 @@ def test_evaluating_and_sampling_are_not_training(here: Path):
     code = """
         class Mine(model.SparseGLU):
             def forward(self, x):
-                if len(x) == 1:  # the check before the first step, which wants gradients, and samples
-                    assert not self.training
-                else:
+                if len(x) > 1:  # and not the check before the first step, which wants gradients
                     assert self.training == torch.is_grad_enabled()
+                elif not torch.is_grad_enabled():
+                    assert not self.training
                 return super().forward(x)
             decode = forward
     """
