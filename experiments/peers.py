@@ -188,25 +188,26 @@ def take_turns(cfg: Config, systems: list[str], about: dict) -> dict[str, list[f
         processes.append(spawn.Process(target=contend, args=(cfg, system, other), daemon=True))
         processes[-1].start()
         other.close()
-    for system in systems:
-        try:
-            about[system] = pipes[system].recv()
-        except EOFError:
-            raise UserError(f"{system} ended before its first step, see above") from None
-        if isinstance(about[system], UserError):
-            raise about[system]
 
     def told(pipe, name: str) -> Callable[[], None]:
         return lambda: (pipe.send(name), pipe.recv())
 
-    calls = {system: told(pipes[system], system) for system in systems}
-    if "ours" in systems:
-        calls["matmul"] = told(pipes["ours"], "matmul")
-    times = bench.measure(calls, cfg.rounds, torch.device("cpu"))  # by this process's clock
-    for pipe, process in zip(pipes.values(), processes):
-        pipe.close()
-        process.join()
-    return times
+    try:
+        for system in systems:
+            try:
+                about[system] = pipes[system].recv()
+            except EOFError:
+                raise UserError(f"{system} ended before its first step, see above") from None
+            if isinstance(about[system], UserError):
+                raise about[system]
+        calls = {system: told(pipes[system], system) for system in systems}
+        if "ours" in systems:
+            calls["matmul"] = told(pipes["ours"], "matmul")
+        return bench.measure(calls, cfg.rounds, torch.device("cpu"))  # by this process's clock
+    finally:
+        for pipe, process in zip(pipes.values(), processes):
+            pipe.close()  # which ends it
+            process.join(timeout=20)  # or it would be killed, and print a warning after our error
 
 
 def main() -> None:
