@@ -206,7 +206,7 @@ BAD_DATA = {
     "directory in place of a file": (directory, [SHARD, CURE]),
     "dangling link": (dangling_link, [SHARD, CURE]),
     "missing middle shard": (missing_middle, ["train", "3", CURE]),
-    "missing middle shard, no meta.json": (missing_middle_without_meta, ["train shard 3", "copy it there"]),
+    "missing middle shard, no meta.json": (missing_middle_without_meta, ["train shard 3", "copy it"]),
     "missing last shard": (missing_last, ["x_train_000004.bin", CURE]),
     "shard of another encoding": (other_encoding, [SHARD, CURE]),
     "two sets in one folder": (two_sets_without_meta, ["x_train", "y_train", "move"]),
