@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import train
 from configurator import UserError, configure, run, user_error
-from model import FFNS, GPT, GPTConfig, MoE, compile_errors, compiled, decodes, ffn_cost, influences
+from model import FFNS, GPT, GPTConfig, MoE, compile_errors, compiled, ffn_cost, has, influences
 from model import is_matrix, make_ffn, set_up, split_aux
 
 progress = functools.partial(print, file=sys.stderr, flush=True)  # so that stdout has the table alone
@@ -125,20 +125,22 @@ def products(
     modules = [m for m in modules if not isinstance(m, (nn.Embedding, nn.EmbeddingBag))]  # looked up
     matrices = [(m, p) for m in modules for p in m.parameters(recurse=False) if is_matrix(p)]
     work, flops, forward = [], 0, 0
-    # Matrices share their operands by shape: one each would take 28 GB at train.py's default shape.
-    operand = functools.cache(lambda *shape: torch.randn(shape).to(device, dtype))
-    for module, p in matrices:
-        w, rows = p.detach().to(dtype), tokens.get(p, n)
-        w = w.flatten(1) if isinstance(module, nn.Conv1d) else w.flatten(0, -2)
-        dy = operand(rows, w.size(0)) if p.requires_grad else None
-        work.append((operand(rows, w.size(1)), w, dy))
-        forward += 2 * rows * w.numel()
-        flops += 2 * rows * w.numel() * (3 if p.requires_grad else 1)
 
     def call() -> None:
         for one in work:
             multiply(*one)
 
+    # Matrices share their operands by shape: one each would take 28 GB at train.py's default shape.
+    operand = functools.cache(lambda *shape: torch.randn(shape).to(device, dtype))
+    for module, p in matrices:
+        w, rows = p.detach().to(dtype), tokens.get(p, n)
+        w = w.flatten(1) if isinstance(module, nn.Conv1d) else w
+        if w.ndim > 2:  # only the class knows what this multiplies
+            return call, 0, 0
+        dy = operand(rows, w.size(0)) if p.requires_grad else None
+        work.append((operand(rows, w.size(1)), w, dy))
+        forward += 2 * rows * w.numel()
+        flops += 2 * rows * w.numel() * (3 if p.requires_grad else 1)
     return call, flops, forward
 
 
@@ -176,7 +178,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
 
         def token(x: Tensor, stack=stack) -> Tensor:
             for layer in stack:
-                x = x + split_aux((layer.decode if decodes(layer) else layer)(x))[0]
+                x = x + split_aux((layer.decode if has(layer, "decode") else layer)(x))[0]
             return x
 
         calls[spec] = functools.partial(prepared(token, cfg, device, dtype), x)
@@ -187,7 +189,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
         cost, seconds = ffn_cost(layers[spec]), median(times[spec]) / cfg.n_layer
         # Each weight that is read is one multiplication and one addition. A predictor's are float32.
         wide = sum(p.numel() for p in layers[spec].parameters() if p.ndim >= 2 and p.dtype != dtype)
-        path = "decode" if decodes(layers[spec]) else "forward"
+        path = "decode" if has(layers[spec], "decode") else "forward"
         flops = cost["ideal_flops" if path == "decode" else "flops"]
         read = flops // 2 * dtype.itemsize + wide * (4 - dtype.itemsize)
         rows.append({
@@ -205,7 +207,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
 def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch.dtype) -> list[dict]:
     n = cfg.micro_batch_size * cfg.block_size
     peak = train.peak_flops(device) if dtype == torch.bfloat16 else None
-    calls, models, peaks, attention = {}, {}, {}, {}
+    calls, models, peaks, attention, known = {}, {}, {}, {}, {}
     for spec in specs:
         progress(f"preparing {spec}")
         model = models[spec] = GPT(same_names(GPTConfig, cfg, ffn=spec)).to(device)
@@ -214,7 +216,7 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
         peaks[spec] = peak_memory(step, device) + at_rest(model, optimizers)
         attention[spec] = profile(step, cfg.profile, device)
         calls[spec, "step"] = step
-        calls[spec, "matmul"], *_ = products(model, n, cfg, device, dtype)
+        calls[spec, "matmul"], known[spec], _ = products(model, n, cfg, device, dtype)
     times = measure(calls, cfg.rounds, device)
     rows = []
     for spec in specs:
@@ -225,7 +227,8 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
             "params": models[spec].param_counts()["total"], "flops": flops,
             "ms": 1e3 * seconds, "tok_per_s": n / seconds, "tflops": flops * n / seconds / 1e12,
             "mfu": flops * n / seconds / peak if peak else None,
-            "matmul_ms": 1e3 * median(matmul), "matmul_fraction": ratio(matmul, step),
+            "matmul_ms": 1e3 * median(matmul) if known[spec] else None,
+            "matmul_fraction": ratio(matmul, step) if known[spec] else None,
             "spread": spread(matmul, step), "peak_mib": peaks[spec] / 2**20,
             "attention": attention[spec],
         })  # fmt: skip

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import io
 import json
 import math
 import os
@@ -152,8 +153,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     # Attention and norms on MPS were silently wrong (pytorch issues 195910, 181133, 183825).
     old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
     if name == "mps" and (old or not mps):
-        needs = "macOS on Apple silicon, and torch 2.13, before which it computes wrong numbers on MPS"
-        raise UserError(f"--device=mps needs {needs}: install that, or use --device=cpu")
+        raise UserError("--device=mps needs macOS on Apple silicon, and torch 2.13: or --device=cpu")
     if not name.startswith("cuda"):
         return torch.device(name)
     index = local_rank if "RANK" in os.environ else int(name[5:] or 0)
@@ -210,8 +210,7 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
 
 
 def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Split (B, T + 1) into inputs and targets (B, T). They are copies, also of a single row, so that
-    their strides never change and torch.compile compiles once."""
+    """Split (B, T + 1) into inputs and targets (B, T), as copies, whose strides compile only once."""
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in (batch[:, :-1], batch[:, 1:]))
 
 
@@ -220,9 +219,8 @@ def train_step(
     step: int, failed: Tensor, autocast: Callable = nullcontext,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """One update of model (DDP, compiled or plain) on this rank's batches, (micro, T + 1) each. Returns
-    the loss and the FFNs' auxiliary loss (means over all ranks; None if no FFN has one) and the
-    gradient's norm before clipping, as scalars on the device. `failed`, a scalar there too, remembers
-    the first step whose loss or norm was not finite (0: none). Nothing here waits for the device."""
+    scalars on the device: the loss, the FFNs' auxiliary loss (means over all ranks; None if there is
+    none), the gradient's norm before clipping. `failed` keeps the first step where one is not finite."""
     total = torch.zeros(2, device=failed.device)  # the loss and the auxiliary loss
     for i, batch in enumerate(batches):
         if isinstance(model, DDP):
@@ -244,6 +242,7 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
     finite = torch.isfinite(total.sum() + norm)
     failed.copy_(torch.where((failed == 0) & ~finite, step + 1, failed))
+    torch.manual_seed(cfg.seed * 2**20 + step)  # what an optimizer draws is the same on all ranks
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(step, cfg)
@@ -355,8 +354,8 @@ def load_checkpoint(path: str) -> dict:
         step, needed = checkpoint["step"], {"model", "optimizers", "flags", "shards"}
         if not needed <= checkpoint.keys() or type(step) is not int or step < 0:
             raise ValueError("not a checkpoint of train.py")
-        flags, shards = saved_flags(checkpoint["flags"]), dict(checkpoint["shards"])
-        return checkpoint | {"flags": flags, "shards": shards}
+        flags = saved_flags(checkpoint["flags"])
+        return checkpoint | {"flags": flags, "shards": dict(checkpoint["shards"])}
 
 
 def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
@@ -372,10 +371,13 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
                     raise ValueError("an optimizer state of another shape")
 
 
-def check_model(model: GPT, optimizers: list, autocast: Callable) -> None:
-    """Raise UserError for a model that would train and be wrong: an FFN that sees the future, a
-    parameter in no optimizer or in several, a checkpoint that could be saved and never be loaded."""
-    check_ffns(model, autocast)
+def check_model(model: GPT, optimizers: list, autocast: Callable, length: int) -> None:
+    """Raise UserError for a model that would train and be wrong: an FFN that sees the future at the last
+    or first step, a parameter in no optimizer or in several, a checkpoint that could never be loaded."""
+    moves = any(has(m, "set_progress") for m in model.model.layers.modules())
+    for step in (length - 1, 0) if moves else (0,):
+        model.set_progress(step, length)
+        check_ffns(model, autocast)
     optimized = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     for name, p in model.named_parameters():
         if p.requires_grad and (n := optimized.count(id(p))) != 1:
@@ -383,6 +385,9 @@ def check_model(model: GPT, optimizers: list, autocast: Callable) -> None:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(f"{name} is not a tensor: let get_extra_state return one, or use buffers")
+    with user_error("an optimizer's settings could be saved and not loaded", "use Python's own numbers"):
+        torch.save([o.state_dict()["param_groups"] for o in optimizers], file := io.BytesIO())
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
 # How a row of log.jsonl is printed: these of its numbers, in this order.
@@ -392,8 +397,7 @@ SHOWN |= {"step_ms": "{:8.1f} ms", "tok_per_s": "{:>9,.0f} tok/s", "mfu": "mfu {
 
 
 def report(row: dict, cfg: Config, wandb) -> None:
-    """On rank 0 print a row and, while training, append it to log.jsonl and send it to Weights & Biases
-    if there is a run. A full disk is a warning: the run is worth more than the row."""
+    """On rank 0 print a row and, in training, send it to log.jsonl and wandb. A full disk only warns."""
     shown = [form.format(row[key]) for key, form in SHOWN.items() if row.get(key) is not None]
     if row.get("step_ms"):
         left = (cfg.max_iters - row["step"]) * row["step_ms"] / 1000
@@ -428,11 +432,12 @@ def about(cfg: Config, data: Data, model: GPT, device: torch.device, world: int)
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     tokens = {f"{k}_tokens": sum(s.tokens for s in getattr(data, k)) for k in ("train", "val")}
+    costs, n = [ffn_cost(layer.mlp) for layer in model.model.layers], model.config.n_layer
     return {
         "run_id": os.urandom(4).hex(), "ffn_code": ffn_code(cfg.ffn), "git_commit": commit or "unknown",
         "trainer_code": code_hash([GPT, main, locate, read_windows]), "data_digest": data.digest,
         "data": {"dir": cfg.data_dir, "encoding": data.encoding, "source": data.source, **tokens},
-        "hidden": model.config.hidden, "ffn_cost": ffn_cost(model.model.layers[0].mlp),
+        "hidden": model.config.hidden, "ffn_cost": {k: sum(c[k] for c in costs) / n for k in costs[0]},
         "total_params": model.param_counts()["total"], "vocab_size": model.config.vocab_size,
         "world": world, "device": f"{device.type} {name}".strip(),
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
@@ -475,8 +480,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
 def start_wandb(cfg: Config, run_id: str):
     """A Weights & Biases run named after out_dir; a resumed run goes on with its own."""
     name = {"name": os.path.basename(os.path.normpath(cfg.out_dir)), "id": run_id, "resume": "allow"}
-    cure = "pip install wandb and wandb login, or leave it out"
-    with user_error(f"--wandb_project={cfg.wandb_project}", cure):  # not installed, no login, no network
+    with user_error(f"--wandb_project={cfg.wandb_project}", "pip install wandb, then wandb login"):
         import wandb
 
         return wandb.init(project=cfg.wandb_project, config=asdict(cfg), dir=cfg.out_dir, **name)
@@ -607,8 +611,7 @@ def main() -> None:
     # A run that was stopped while it evaluated has already saved. It evaluates when it is resumed.
     evaluated = resumed and any("val_loss" in row for row in read_log(log_path) if row["step"] == step)
     if evaluated and step >= cfg.max_iters:
-        print0(f"finished: {ckpt_path} is at step {step} of {cfg.max_iters}")
-        return
+        return print0(f"finished: {ckpt_path} is at step {step} of {cfg.max_iters}")
 
     # -- device, data, model, optimizer
     device = pick_device(cfg.device, local_rank)
@@ -630,15 +633,15 @@ def main() -> None:
     if checkpoint:
         restore(raw_model, optimizers, checkpoint, ckpt_path)
     checkpoint = None  # its memory is free again
-    check_model(raw_model, optimizers, autocast)
+    length = max(1, cfg.max_iters, cfg.lr_decay_iters)  # in steps: a run may stop early, to be resumed
+    check_model(raw_model, optimizers, autocast, length)
     peak = peak_flops(device) if bf16 else None
     flops, per_step = raw_model.flops_per_token(), cfg.batch_size * cfg.block_size
     known = f"{peak / 1e12:.0f} TFLOP/s each" if peak else "n/a"
     signals = catch_signals()  # before anything is printed: who sees a run can stop it cleanly
     print0(f"device  {device} x {world}, {'bfloat16' if bf16 else 'float32'}, peak {known}")
-    print0(describe(raw_model, cfg, data, world))
-    if resumed:
-        print0(f"resumed at step {step} of {cfg.max_iters}")
+    text = f"\nresumed at step {step} of {cfg.max_iters}" * resumed
+    print0(describe(raw_model, cfg, data, world) + text)
     fast_model = compiled(raw_model, device, recompute=cfg.recompute) if compile else raw_model
     model = fast_model  # evaluation uses fast_model: inside DDP its graph would be cut into pieces
     if ddp and training:
@@ -674,13 +677,11 @@ def main() -> None:
 
     # -- the loop. Its clock leaves out the first step (it compiles), evaluation and saving
     first_step, mark, window_steps = step, time.perf_counter(), 0
-    length = max(1, cfg.max_iters, cfg.lr_decay_iters)  # in steps: a run may stop early, to be resumed
     with compile_errors(signals):
         while True:
             stopped = any_rank(bool(signals))
             last = stopped or step >= cfg.max_iters or not training
-            save_now = last or (step > 0 and step % cfg.save_interval == 0)
-            save_now = save_now and training and step != saved_step
+            save_now = training and step != saved_step and (last or step % cfg.save_interval == 0 < step)
             evaluate_now = not (evaluated or stopped) and (last or step % cfg.eval_interval == 0)
             if save_now or evaluate_now:
                 check_finite()  # waits for the device, which belongs to the steps' time
@@ -689,10 +690,10 @@ def main() -> None:
                     save()
                 if evaluate_now:
                     raw_model.set_progress(min(step, length - 1), length)
+                    torch.manual_seed(cfg.seed)  # for an FFN that draws noise in evaluation too
                     with evaluating(raw_model):
                         val_loss = evaluate(fast_model, data, cfg, device, autocast, signals)
                         active = active_fraction(raw_model, data, device, autocast)
-                    gc.collect()
                     if val_loss is None:  # a signal came: save and stop
                         continue
                     row = {"step": step, "tokens": step * per_step, "val_loss": val_loss}
@@ -711,8 +712,7 @@ def main() -> None:
             raw_model.set_progress(min(step, length - 1), length)
             loss, aux, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             # A running threshold or an expert's bias follows this rank's tokens: take the ranks' mean.
-            layers = raw_model.model.layers if ddp else ()
-            for buffer in (b for layer in layers for b in layer.mlp.buffers() if b.is_floating_point()):
+            for buffer in (b for b in raw_model.model.layers.buffers() if ddp and b.is_floating_point()):
                 dist.all_reduce(buffer)
                 buffer /= world
             step, window_steps, evaluated = step + 1, window_steps + 1, False
@@ -730,10 +730,10 @@ def main() -> None:
                 report(row, cfg, wandb)
                 if first:
                     print0(f"first   {seconds:.1f} s{' with compiling' * compile}, not counted")
-                    # Python's garbage collector can take half a second: it runs only at evaluations now.
-                    gc.collect()
-                    gc.freeze()
-                    gc.disable()
+                # Python's garbage collector can take half a second: it runs here, on what is new.
+                gc.disable()
+                gc.collect()
+                gc.freeze()
                 window_steps, mark = 0, time.perf_counter()
 
     # -- the end

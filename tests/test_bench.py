@@ -230,6 +230,14 @@ def test_the_products_of_classes_of_ones_own(run_here, monkeypatch):
         assert row["read_mib"] == row["flops"] / 2 * 4 / 2**20
 
 
+def test_products_that_only_the_class_knows(run_here, monkeypatch):
+    """A parameter of three dimensions may be experts or splines: no time of its products is shown."""
+    monkeypatch.setitem(model.FFNS, "stacked", Stacked)
+    (row,) = run_here("--mode=step", *STEP, "--ffn=stacked")
+    assert row["matmul_ms"] is row["matmul_fraction"] is None
+    assert row["tflops"] > 0
+
+
 def test_running_thresholds_have_settled_before_decoding(run_here, monkeypatch):
     """At their start they let half of all experts or keys through, but are priced as a few."""
     made, make = {}, bench.make_ffn

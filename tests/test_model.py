@@ -1034,9 +1034,9 @@ def test_equal_scores_select_nothing_with_a_threshold():
     assert ffn.active(inputs(1, 3, D)) == 0
 
 
-def test_an_inherited_decode_is_not_used_beside_another_forward(monkeypatch):
-    """It would sample from the parent class's function. A decode of the class's own is used, and one
-    that it inherits together with forward."""
+def test_what_is_inherited_does_not_count_beside_another_forward(monkeypatch):
+    """decode would sample from the parent class's function, active and ideal_flops describe it. A decode
+    of the class's own is used, and one that it inherits together with forward."""
 
     class Geglu(FFNS["sparseglu"]):
         def forward(self, x):
@@ -1053,9 +1053,13 @@ def test_an_inherited_decode_is_not_used_beside_another_forward(monkeypatch):
 
     for cls, want in ((Geglu, False), (Own, True), (Same, True), (FFNS["swiglu"], False), (Odd, False)):
         monkeypatch.setitem(FFNS, "mine", cls)
-        assert model_module.decodes(make_ffn("mine:n=1" if cls is Odd else "mine", D, H)) == want, cls
+        ffn = make_ffn("mine:n=1" if cls is Odd else "mine", D, H)
+        assert model_module.has(ffn, "decode") == want, cls
     monkeypatch.setitem(FFNS, "mine", Geglu)
     gpt = stir(GPT(small(ffn="mine")))
+    ffn = gpt.model.layers[0].mlp
+    assert not model_module.has(ffn, "active")
+    assert ffn_cost(ffn)["ideal_flops"] == ffn_cost(ffn)["flops"]
     monkeypatch.setattr(FFNS["sparseglu"], "decode", None)
     assert gpt.generate(tokens(1, 3), 5).shape == (1, 8)
 
@@ -2434,7 +2438,7 @@ class Projected(FFNS["swiglu"]):
         self.register_buffer("project", torch.randn(d, d) / d**0.5)
 
     def forward(self, x):
-        return super().forward(x @ self.project)
+        return super().forward(x @ self.project @ self.project.T)
 
 
 class Thrice(FFNS["gelu"]):
@@ -2460,16 +2464,16 @@ def test_an_ffn_that_executes_more_than_it_says_is_named(monkeypatch, cls):
     with pytest.raises(UserError, match=r"mine executes [\d,]+ FLOPs a token.*not") as e:
         check_ffns(gpt)
     counted = int(re.search(r"executes ([\d,]+)", str(e.value))[1].replace(",", ""))
-    said = {Projected: 32 * 32 + 3 * 32 * 64, Thrice: 3 * 2 * 32 * 64}
+    said = {Projected: 2 * 32 * 32 + 3 * 32 * 64, Thrice: 3 * 2 * 32 * 64}
     said |= {SwiGLUExperts: 2 * 32 * 32 + 3 * 32 * 32 + 32 * 8}
     assert counted == 2 * said[cls]
     monkeypatch.setattr(cls, "flops", lambda self: counted, raising=False)
     check_ffns(gpt)
 
 
-def test_a_buffer_that_training_changes_is_saved(monkeypatch):
-    """Where it is not, a resumed run would begin with another one. The check leaves all buffers as they
-    were, and takes a constant that is not saved."""
+def test_state_that_training_changes_is_saved(monkeypatch):
+    """Where it is not, a resumed run would begin with another one: a buffer left out of checkpoints, a
+    tensor or a number of Python. The check leaves all as it was, and takes a constant and dropout."""
 
     class Mine(FFNS["swiglu"]):
         persistent, moves = True, True
@@ -2481,7 +2485,7 @@ def test_a_buffer_that_training_changes_is_saved(monkeypatch):
         def forward(self, x):
             if self.training and self.moves:
                 self.mean.lerp_(x.detach().mean((0, 1)), 0.1)
-            return super().forward(x)
+            return super().forward(x - self.mean)
 
     monkeypatch.setitem(FFNS, "mine", Mine)
     for Mine.persistent, Mine.moves in ((True, True), (False, False)):
@@ -2489,8 +2493,30 @@ def test_a_buffer_that_training_changes_is_saved(monkeypatch):
         check_ffns(gpt)
         assert not gpt.model.layers[0].mlp.mean.any()
     Mine.moves = True
-    with pytest.raises(UserError, match="mine: buffer mean moves in training: save it"):
+    with pytest.raises(UserError, match="mine changes something in training that is not saved: keep"):
         check_ffns(GPT(small(ffn="mine")))
+
+    class Averages(FFNS["swiglu"]):
+        mean = torch.zeros(32)
+
+        def forward(self, x):
+            if self.training:
+                self.mean = self.mean.lerp(x.detach().mean((0, 1)), 0.1)
+            return super().forward(x - self.mean)
+
+    class Counts(FFNS["swiglu"]):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += self.training
+            return super().forward(x) * (1 + self.calls)
+
+    for cls in (Averages, Counts):
+        monkeypatch.setitem(FFNS, "mine", cls)
+        with pytest.raises(UserError, match="mine changes something in training that is not saved"):
+            check_ffns(GPT(small(ffn="mine")))
+    monkeypatch.setitem(FFNS, "mine", swiglu_on(lambda f, x: F.dropout(f(x), 0.5)))
+    check_ffns(GPT(small(ffn="mine")))
 
 
 def test_an_ffn_that_looks_far_back_generates_right(monkeypatch):
@@ -2505,6 +2531,27 @@ def test_an_ffn_that_looks_far_back_generates_right(monkeypatch):
     right = gpt.generate(idx, 8, temperature=0, use_cache=False)
     assert torch.equal(gpt.generate(idx, 8, temperature=0), right)
     assert gpt.mixes_tokens is True
+
+
+@pytest.mark.parametrize("where", ["aux", "infinite"])
+def test_what_hides_from_the_checks(monkeypatch, where):
+    """A weight in a list that only the auxiliary loss uses is named; so is an output that is not finite,
+    of which nothing can be told."""
+
+    class Mine(FFNS["swiglu"]):
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            self.centres = [nn.Parameter(torch.ones(d))]
+
+        def forward(self, x):
+            y = super().forward(x)
+            return (y, (y * self.centres[0]).mean()) if where == "aux" else y + x.mean(1)[:, None] / 0
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    says = {"aux": "uses a weight that is no parameter", "infinite": "numbers that are not finite"}
+    says = says[where]
+    with pytest.raises(UserError, match=rf"layers\.0\.mlp .*{says}"):
+        check_ffns(GPT(small(ffn="mine")))
 
 
 def test_an_ffn_inside_another_is_told_of_the_progress(monkeypatch):
@@ -2671,6 +2718,29 @@ def test_the_example_of_the_readme_passes_the_tests_of_any_ffn(tmp_path):
     out = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert out.returncode == 0, out.stdout
     assert int(re.search(r"(\d+) passed", out.stdout)[1]) >= 11, out.stdout
+
+
+def test_the_hash_sees_helpers_in_a_file_of_ones_own(tmp_path, monkeypatch):
+    """Those that a class refers to, however they are imported, and not those of this project."""
+    idea = "from torch import nn\nimport {0}\nfrom {1} import act\n" + '''
+class Mine(nn.Module):
+    def __init__(self, d, h):
+        super().__init__()
+
+    def forward(self, x):
+        return act({0}.base(x))
+'''
+    (tmp_path / "with_helpers.py").write_text(idea.format("helper_a", "helper_b"))
+    for name in ("helper_a", "helper_b", "helper_c"):
+        (tmp_path / f"{name}.py").write_text("act = base = abs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(FFNS, "mine", importlib.import_module("with_helpers").Mine)
+    was = model_module.ffn_code("mine")
+    for name, same in (("helper_a", False), ("helper_b", False), ("helper_c", True)):
+        (tmp_path / f"{name}.py").write_text("act = base = float\n")
+        now = model_module.ffn_code("mine")
+        assert (now == was) == same, name
+        was = now
 
 
 # -- classes that cannot be used: one line -----------------------------------------------------------

@@ -786,6 +786,35 @@ def test_a_gradient_that_is_missing_in_a_later_step(here: Path):
     done.fails("step 3: model.layers.0.mlp.extra.weight", "every pass")
 
 
+def test_the_future_is_seen_at_the_first_and_the_last_step(here: Path):
+    """Of an FFN that changes with the run's progress: else it would train, and could not be resumed."""
+    for early, late in ((0, 1), (1, 0)):
+        code = f"""
+            class Mine(model.SwiGLU):
+                def __init__(self, d, h):
+                    super().__init__(d, h)
+                    self.share = torch.nn.Buffer(torch.zeros(()))
+                def set_progress(self, step, max_iters):
+                    self.share.fill_({late} if step == max_iters - 1 else {early})
+                def forward(self, x):
+                    return super().forward(x + self.share * x.roll(-1, 1))
+        """
+        done = train_with(here, code, *flags(out_dir="o", max_iters=4, ffn="mine", n_layer=1))
+        done.fails("layers.0.mlp sees the future")
+
+
+def test_noise_is_the_same_when_it_is_repeated(here: Path):
+    """Of an FFN that draws numbers in evaluation too: the same flags give the same losses."""
+    code = """
+        class Mine(model.SwiGLU):
+            def forward(self, x):
+                return super().forward(x) * (1 + torch.rand_like(x))
+    """
+    for out in ("a", "b"):
+        train_with(here, code, *flags(out_dir=out, max_iters=4, ffn="mine", eval_interval=2)).works()
+    assert losses(here / "a", "val_loss") == losses(here / "b", "val_loss")
+
+
 def test_what_an_ffn_is_told_of_the_progress(here: Path):
     """The same whether a run stops early and is resumed or not, with the same random numbers. An
     evaluation at step n knows of step n, and no step is told that is not before max_iters."""
@@ -1049,6 +1078,8 @@ def test_added_optimizers(here: Path):
     assert "resumed at step 2 of 4" in run(factored, max_iters=4, **more).works().out
     run("optimizers += [torch.optim.SGD(groups[0]['params'])]").fails("2 optimizers, not in one")
     run("del optimizers[0].param_groups[0]").fails("in 0 optimizers, not in one")
+    numpys = "optimizers[0].param_groups[0]['lr'] = lr * np.sqrt(0.5)"
+    run(numpys, max_iters=1).fails("could be saved and not loaded", "Python's own numbers")
 
 
 def test_a_group_keeps_its_own_learning_rate():
@@ -1061,6 +1092,35 @@ def test_a_group_keeps_its_own_learning_rate():
     batch = torch.randint(257, (2, BLOCK + 1))
     train_py.train_step(model, optimizers, [batch], cfg, 0, torch.zeros(()))
     assert [group["lr"] for group in optimizers[0].param_groups] == [2.5e-4, 1.25e-3]
+
+
+def test_what_an_optimizer_draws_is_the_same_on_all_ranks():
+    """A rank's seed is its own, for its FFNs; optimizers that add noise would drift apart by it."""
+
+    class Noisy(torch.optim.SGD):
+        def step(self):
+            for p in self.param_groups[0]["params"]:
+                p.data += torch.randn_like(p)
+
+    shape = {k: v for k, v in TINY.items() if hasattr(GPTConfig, k)}
+    ends, batch = [], torch.randint(257, (2, BLOCK + 1))
+    for rank in range(2):
+        model = GPT(GPTConfig(vocab_size=384, **shape))
+        torch.manual_seed(rank)
+        cfg = train_py.Config(lr_decay_iters=100)
+        train_py.train_step(model, [Noisy(model.parameters())], [batch], cfg, 0, torch.zeros(()))
+        ends.append(model.lm_head.weight.detach())
+    assert torch.equal(*ends)
+
+
+def test_the_cost_in_config_is_the_mean_of_the_layers(here: Path):
+    """A table multiplies it by their number, and they may differ."""
+    shape = {k: v for k, v in TINY.items() if hasattr(GPTConfig, k)}
+    model = GPT(GPTConfig(vocab_size=384, **shape | {"n_layer": 2}))
+    model.model.layers[1].mlp = make_ffn("swiglu", shape["n_embd"], 4 * shape["ffn_hidden"])
+    data = train_py.open_data(str(here / "data"), BLOCK)
+    cost = train_py.about(train_py.Config(), data, model, torch.device("cpu"), 1)["ffn_cost"]
+    assert cost["flops"] == 2.5 * 6 * shape["n_embd"] * shape["ffn_hidden"]
 
 
 def test_the_weight_of_an_auxiliary_loss(here: Path):
