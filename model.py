@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import bisect
 import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
@@ -1216,7 +1217,7 @@ def influences(ffn: nn.Module, x: Tensor, noise: float = 0.02) -> tuple[bool, bo
 def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
     """Run each FFN on block_size tokens in evaluation mode, and set model.mixes_tokens. Raises UserError
     for an output of another shape or no floating-point type, or that is not finite or changes with later
-    tokens (of the first 512), and for a weight that is no parameter. Run a new FFN of the kind twice in
+    tokens (of the first 512), and for a weight that is no parameter. Run a copy of the first twice in
     training mode. Raises UserError for state that changes and is not saved, and for more FLOPs than the
     FFN says."""
     model.mixes_tokens, known = False, {None, *model.parameters()}
@@ -1244,7 +1245,10 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
                 what = "its output at a token depends on later tokens, other sequences or earlier calls"
                 raise UserError(f"{name} sees the future: {what}")
             model.mixes_tokens |= mixes
-    ffn = sketch(lambda: make_ffn(c.ffn, c.n_embd, c.hidden)).to(x)
+    try:
+        ffn = copy.deepcopy(model.model.layers[0].mlp).train()
+    except RuntimeError:  # of tensors that cannot be copied, as of the old weight_norm
+        ffn = sketch(lambda: make_ffn(c.ffn, c.n_embd, c.hidden)).to(x)
     saved, found = {n: t.clone() for n, t in ffn.state_dict(keep_vars=True).items()}, []
     for _ in range(2):
         counter, rng = FlopCounterMode(display=False), torch.random.fork_rng([x.device] * x.is_cuda)

@@ -2533,6 +2533,27 @@ def test_an_ffn_that_looks_far_back_generates_right(monkeypatch):
     assert gpt.mixes_tokens is True
 
 
+@pytest.mark.parametrize("hack", ["index", "weight_norm"])
+def test_what_a_fork_does_to_its_ffns_passes_the_checks(monkeypatch, hack):
+    """Layers that know their number by an attribute, and tensors that Python cannot copy."""
+
+    class Mine(FFNS["swiglu"]):
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            if hack == "weight_norm":
+                torch.nn.utils.weight_norm(self.up_proj)
+
+        def forward(self, x):
+            return super().forward(x) / (1 + self.index if hack == "index" else 1)
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    gpt = GPT(small(ffn="mine"))
+    for i, layer in enumerate(gpt.model.layers):
+        layer.mlp.index = i
+    check_ffns(gpt)
+    assert gpt.training
+
+
 @pytest.mark.parametrize("where", ["aux", "infinite"])
 def test_what_hides_from_the_checks(monkeypatch, where):
     """A weight in a list that only the auxiliary loss uses is named; so is an output that is not finite,
