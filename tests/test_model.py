@@ -2554,10 +2554,7 @@ def test_what_a_fork_does_to_its_ffns_passes_the_checks(monkeypatch, hack):
     assert gpt.training
 
 
-@pytest.mark.parametrize("where", ["aux", "infinite"])
-def test_what_hides_from_the_checks(monkeypatch, where):
-    """A weight in a list that only the auxiliary loss uses is named; so is an output that is not finite,
-    of which nothing can be told."""
+def test_a_weight_in_a_list_that_only_the_auxiliary_loss_uses_is_named(monkeypatch):
 
     class Mine(FFNS["swiglu"]):
         def __init__(self, d, h):
@@ -2566,12 +2563,10 @@ def test_what_hides_from_the_checks(monkeypatch, where):
 
         def forward(self, x):
             y = super().forward(x)
-            return (y, (y * self.centres[0]).mean()) if where == "aux" else y + x.mean(1)[:, None] / 0
+            return y, (y * self.centres[0]).mean()
 
     monkeypatch.setitem(FFNS, "mine", Mine)
-    says = {"aux": "uses a weight that is no parameter", "infinite": "numbers that are not finite"}
-    says = says[where]
-    with pytest.raises(UserError, match=rf"layers\.0\.mlp .*{says}"):
+    with pytest.raises(UserError, match=r"layers\.0\.mlp uses a weight that is no parameter"):
         check_ffns(GPT(small(ffn="mine")))
 
 

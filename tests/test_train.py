@@ -861,13 +861,13 @@ def test_a_gradient_that_is_missing_with_two_ranks(here: Path):
     """On one rank: torchrun's summary, the last thing that it prints, has the cause too."""
     script = here / "mine.py"
     impatient = "import configurator\nconfigurator.PATIENCE = 3\n"
-    script.write_text(program_with(impatient + dedent(LEFT_OUT.format(calls="(1,)", ranks="1"))))
+    script.write_text(program_with(impatient + dedent(LEFT_OUT.format(calls="(3,)", ranks="1"))))
     argv = flags(out_dir="o", max_iters=9, ffn="mine", n_layer=1, micro_batch_size=2, save_interval=1)
     done = subprocess.run([*TORCHRUN, "--standalone", str(script), *argv], cwd=here, capture_output=True,
                           text=True, timeout=200)  # fmt: skip
     assert done.returncode == 1
-    assert "error: step 1: model.layers.0.mlp.extra.weight received no gradient" in done.stderr
-    assert not (here / "o" / "ckpt.pt").exists()
+    assert "error: step 3: model.layers.0.mlp.extra.weight received no gradient" in done.stderr
+    assert load(here / "o")["step"] == 2
 
 
 def test_other_weights_are_named_on_resume(here: Path):
@@ -1241,8 +1241,8 @@ def test_which_device_is_taken(monkeypatch):
         (8, False, "auto", 8, "needs GPU 8, and this process sees 8"),
         (2, False, "cuda:2", None, "--device=cuda:2 needs GPU 2, and this process sees 2"),
         (1, False, "mps", None, "needs macOS"),
-        (0, "old", "auto", None, "wrong numbers on MPS"),
-        (0, "old", "mps", None, "wrong numbers on MPS"),
+        (0, "old", "auto", None, "torch 2.13"),
+        (0, "old", "mps", None, "torch 2.13"),
     ]:
         monkeypatch.setattr(torch, "__version__", "2.12.1+cpu" if mps == "old" else "2.13.0+cpu")
         monkeypatch.setattr(torch.cuda, "device_count", lambda n=n_cuda: n)
