@@ -1254,7 +1254,7 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
             torch.manual_seed(0)  # for an FFN that draws numbers
             found.append(split_aux(ffn(x))[0].nan_to_num())
         for n, t in ffn.state_dict(keep_vars=True).items():
-            if n in saved:
+            if n in saved and not torch.equal(t, saved[n]):
                 t.copy_(saved[n])  # as if resumed
     if on_cpu(x) and not torch.equal(*found):
         cure = "keep it in a buffer, which a checkpoint holds, and draw by PyTorch"

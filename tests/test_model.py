@@ -2533,15 +2533,19 @@ def test_an_ffn_that_looks_far_back_generates_right(monkeypatch):
     assert gpt.mixes_tokens is True
 
 
-@pytest.mark.parametrize("hack", ["index", "weight_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("hack", ["index", "weight_norm", "expanded"])
 def test_what_a_fork_does_to_its_ffns_passes_the_checks(monkeypatch, hack):
-    """Layers that know their number by an attribute, and tensors that Python cannot copy."""
+    """Layers that know their number by an attribute, tensors that Python cannot copy, a buffer whose
+    elements share their memory."""
 
     class Mine(FFNS["swiglu"]):
         def __init__(self, d, h):
             super().__init__(d, h)
             if hack == "weight_norm":
                 torch.nn.utils.weight_norm(self.up_proj)
+            if hack == "expanded":
+                self.register_buffer("ones", torch.ones(1).expand(d))
 
         def forward(self, x):
             return super().forward(x) / (1 + self.index if hack == "index" else 1)
