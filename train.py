@@ -210,7 +210,7 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
 
 
 def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Split (B, T + 1) into inputs and targets (B, T), as copies, whose strides compile only once."""
+    """Split (B, T + 1) into inputs and targets (B, T): copies, so that their strides never change."""
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in (batch[:, :-1], batch[:, 1:]))
 
 

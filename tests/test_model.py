@@ -2559,7 +2559,6 @@ def test_what_a_fork_does_to_its_ffns_passes_the_checks(monkeypatch, hack):
 
 
 def test_a_weight_in_a_list_that_only_the_auxiliary_loss_uses_is_named(monkeypatch):
-
     class Mine(FFNS["swiglu"]):
         def __init__(self, d, h):
             super().__init__(d, h)
