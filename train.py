@@ -712,9 +712,9 @@ def main() -> None:
             raw_model.set_progress(min(step, length - 1), length)
             loss, aux, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             # A running threshold or an expert's bias follows this rank's tokens: take the ranks' mean.
-            for buffer in (b for b in raw_model.model.layers.buffers() if ddp and b.is_floating_point()):
-                dist.all_reduce(buffer)
-                buffer /= world
+            for b in filter(torch.is_floating_point, raw_model.model.layers.buffers() if ddp else ()):
+                dist.all_reduce(b)
+                b /= world
             step, window_steps, evaluated = step + 1, window_steps + 1, False
             first = step == first_step + 1
             if first or step % cfg.log_interval == 0:
