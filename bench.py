@@ -51,7 +51,7 @@ class Config:
     n_embd: int = 0  # width of the model; 0: 384 (mode ffn: 768, mode decode: 1536)
     block_size: int = 256  # tokens per sequence
     ffn_hidden: int = 0  # hidden width of the FFN; 0: 1024 (mode ffn: 2048, mode decode: 8960)
-    ffn_match: Literal["hidden", "params", "flops"] = "hidden"  # hidden: keep it; or match SwiGLU's
+    ffn_match: Literal["hidden", "params", "flops"] = "hidden"  # keep ffn_hidden, or match SwiGLU's cost
     vocab_size: int = 50304  # token ids
     micro_batch_size: int = 8  # mode step: sequences per step
     tokens: int = 1024  # mode ffn: tokens per call, in sequences of block_size
@@ -97,7 +97,7 @@ def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.
     rows, yardstick = [], times["swiglu", "both"]
     for spec in specs:
         both, matmul, cost = times[spec, "both"], times[spec, "matmul"], ffn_cost(layers[spec])
-        known = math.isclose(forward[spec], n * cost["flops"], rel_tol=0.1)  # what its products are
+        known = math.isclose(forward[spec], n * cost["flops"], rel_tol=0.1)  # are these all products?
         executed = flops[spec] if known else 3 * n * cost["flops"]
         rows.append({
             "ffn": spec, "hidden": hidden(cfg, spec), **cost,

@@ -2,7 +2,8 @@
 A Qwen3-style decoder whose feed-forward layer (FFN) is picked by a spec string.
 
 The file has the FFNs and the helpers they share, then what turns `sparseglu:k=0.5` into one of them,
-then the decoder, and last what makes it fast. A new idea is a class and its line in `FFNS`.
+the decoder, the checks of an FFN at a run's start, and last what makes it fast. A new idea is a class
+and its line in `FFNS`.
 
 Every FFN maps (..., d) -> (..., d) with hidden width h. Linear layers have no bias unless noted, GELU
 is the exact one (erf). Papers are the five by "Aardvark" (2025) where no other is named.
@@ -1140,11 +1141,10 @@ class GPT(nn.Module):
         return idx
 
     def param_counts(self) -> dict[str, int]:
-        """Count parameters. `layers`: in matrices of the layers (the papers' "134M"); `matrices`: these
-        and lm_head; `total`: all, a tied one once."""
+        """Count parameters. `layers`: in matrices of the layers (the papers' "134M"); `total`: all, a
+        tied one once."""
         layers = sum(p.numel() for p in self.model.layers.parameters() if is_matrix(p))
-        total = sum(p.numel() for p in self.parameters())
-        return {"layers": layers, "matrices": layers + self.lm_head.weight.numel(), "total": total}
+        return {"layers": layers, "total": sum(p.numel() for p in self.parameters())}
 
     def flops_per_token(self) -> int:
         """Return the FLOPs of a training step per token, three times those of the forward pass. The
@@ -1189,7 +1189,7 @@ def influences(ffn: nn.Module, x: Tensor, noise: float = 0.02) -> tuple[bool, bo
     sequence of the batch, and whether on earlier tokens or on their position. Noise is added to the
     parameters, so that zeros hide nothing, unless the outputs are not finite with it."""
     half, devices = x.size(1) // 2, [x.device] if x.is_cuda else []
-    before = max(0, half - 1)  # chunks of tokens may have a border at half, but not at both
+    before = max(0, half - 1)  # an FFN that mixes chunks of tokens may have a border at one of the two
 
     def run(first: Tensor, second: Tensor, cut: int, beside: Tensor) -> Tensor:
         torch.manual_seed(1)  # for an FFN that draws numbers
@@ -1209,7 +1209,7 @@ def influences(ffn: nn.Module, x: Tensor, noise: float = 0.02) -> tuple[bool, bo
         return influences(ffn, x, 0.0)
     close = 1e-4 * y.abs().max()
     leaks, mixes = (torch.cat(later, 1).abs() > close).any(), (earlier.abs() > close).any()
-    # A few tokens may differ: their place in a product changes its rounding, and that a unit's choice.
+    # A few tokens may differ: a token's row in a product changes its rounding, and so the units kept.
     return bool(leaks), bool(mixes | ((moved.abs() > close).any(-1).float().mean() > 0.1))
 
 
@@ -1218,7 +1218,8 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
     """Run each FFN on block_size tokens in evaluation mode, and set model.mixes_tokens. Raises UserError
     for an output of another shape or no floating-point type, or that changes with later tokens (of the
     first 512), and for a weight that is no parameter. Run a copy of the first twice in training mode.
-    Raises UserError for state that changes and is not saved, and for more FLOPs than the FFN says."""
+    Raises UserError for state that changes and is not saved (not looked for on a GPU, where sums may
+    differ in rounding), and for more FLOPs than the FFN says."""
     model.mixes_tokens, known = False, {None, *model.parameters()}
     c, generator = model.config, torch.Generator().manual_seed(0)
     x = torch.randn(1, c.block_size, c.n_embd, generator=generator).to(model.lm_head.weight)
@@ -1257,7 +1258,7 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
             if n in saved and not torch.equal(t, saved[n]):
                 t.copy_(saved[n])  # as if resumed
     if on_cpu(x) and not torch.equal(*found):
-        cure = "keep it in a buffer, which a checkpoint holds, and draw by PyTorch"
+        cure = "keep it in a buffer, which a checkpoint holds, and draw random numbers with torch"
         raise UserError(f"{c.ffn} changes something in training that is not saved: {cure}")
     counted, said = counter.get_total_flops() / x.size(1), ffn_cost(ffn)["flops"]
     if counted > 1.2 * said:

@@ -249,7 +249,7 @@ def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
                 n = file.num_row_groups
                 while first < n and skip >= (rows := file.metadata.row_group(first).num_rows):
                     first, skip = first + 1, skip - rows  # without reading them
-                batches = file.iter_batches(64, list(range(first, n)), [column])  # 64: a novel is 1 MB
+                batches = file.iter_batches(64, list(range(first, n)), [column])  # 64: a row may be 1 MB
                 texts = (text for batch in batches for text in batch.column(column).to_pylist())
             elif kind_of(path) == "jsonl":
                 texts = json_texts(f, path, column)
@@ -358,8 +358,7 @@ def load_meta(folder: str) -> dict | None:
             meta = {"eot": -1, "source": "", "flags": {}} | json.load(f)
         valid = all({"name", "tokens"} <= shard.keys() for shard in meta["shards"])
         valid &= isinstance(meta["encoding"], str) and isinstance(meta["flags"], dict)
-        # A folder that was only begun has no vocabulary yet.
-        if not valid or (meta["complete"] and not 1 <= meta["vocab_size"] <= 2**16):
+        if not valid or "complete" not in meta or not 1 <= meta["vocab_size"] <= 2**16:
             raise ValueError("its shards, encoding, flags or vocab_size are wrong")
         return meta
     except (FileNotFoundError, NotADirectoryError):

@@ -80,7 +80,7 @@ class Config:
     block_size: int = 2048  # tokens per sequence
     ffn: str = "swiglu"  # the FFN and its options, e.g. sparseglu or asg:threshold=neuron
     ffn_hidden: int = 2048  # hidden width of the FFN
-    ffn_match: Literal["hidden", "params", "flops"] = "hidden"  # hidden: as it is; or match SwiGLU's
+    ffn_match: Literal["hidden", "params", "flops"] = "hidden"  # keep ffn_hidden, or match SwiGLU's cost
     tie_embeddings: bool = True  # lm_head shares the embedding's weight
     ffn_init_std: float = 0.02  # standard deviation of the FFN's initial matrices but down_proj
     residual: Literal["float32", "bfloat16"] = "float32"  # residual stream under bfloat16 autocast
@@ -153,7 +153,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     # Attention and norms on MPS were silently wrong (pytorch issues 195910, 181133, 183825).
     old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
     if name == "mps" and (old or not mps):
-        raise UserError("--device=mps needs macOS on Apple silicon, and torch 2.13: or --device=cpu")
+        raise UserError("MPS needs macOS on Apple silicon, torch 2.13 or newer: or use --device=cpu")
     if not name.startswith("cuda"):
         return torch.device(name)
     index = local_rank if "RANK" in os.environ else int(name[5:] or 0)
@@ -498,13 +498,13 @@ def resolve_flags(argv: list[str], world: int) -> tuple[Config, dict | None]:
     if cfg.init_from == "resume" or (cfg.init_from == "auto" and os.path.exists(path)):
         checkpoint = load_checkpoint(path)
         flags, saved = asdict(cfg), checkpoint["flags"]
-        changeable = {f.name for f in fields(Config) if f.metadata}
+        allowed = {f.name for f in fields(Config) if f.metadata or (cfg.eval_only and f.name == "seed")}
         flags["lr_decay_iters"] = cfg.lr_decay_iters or saved["lr_decay_iters"]  # 0: max_iters, as then
-        for name in sorted(given - changeable):
+        for name in sorted(given - allowed):
             if flags[name] != saved[name] and (not cfg.eval_only or hasattr(GPTConfig, name)):
                 cure = "leave it out to go on, or name another --out_dir"
                 raise UserError(f"--{name}={flags[name]}, the checkpoint has {saved[name]}: {cure}")
-        cfg = Config(**saved | {name: flags[name] for name in given & changeable})
+        cfg = Config(**saved | {name: flags[name] for name in given & allowed})
     check_flags(cfg, world)
     cfg.out_dir, cfg.lr_decay_iters = out_dir, cfg.lr_decay_iters or cfg.max_iters
     typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
@@ -517,6 +517,7 @@ def describe(model: GPT, cfg: Config, data: Data, world: int) -> str:
     """The derived arithmetic of the run, and what a reader should know of its FFN."""
     n, ffn, flops = model.param_counts(), model.model.layers[0].mlp, model.flops_per_token()
     cost, per_step = ffn_cost(ffn), cfg.batch_size * cfg.block_size
+    h, share = model.config.hidden, cost["params"] / (3 * cfg.n_embd * cfg.ffn_hidden)
     passes, tokens = cfg.batch_size // (world * cfg.micro_batch_size), cfg.max_iters * per_step
     epochs = cfg.max_iters * cfg.batch_size / window_counts(data.train, cfg.block_size).sum()
     text = f"""\
@@ -524,7 +525,7 @@ data    {cfg.data_dir}: {data.source or "source unknown"}, encoding {data.encodi
 data    {sum(s.tokens for s in data.train):,} training tokens, {epochs:.2f} epochs in this run
 data    {sum(s.tokens for s in data.val):,} validation tokens
 model   {n["layers"]:,} parameters in the layers' matrices, {n["total"]:,} in all
-ffn     {cfg.ffn}, hidden {model.config.hidden}: {cost["params"]:,} parameters a layer
+ffn     {cfg.ffn}, hidden {h}: {cost["params"]:,} parameters a layer, {share:.4f} of SwiGLU's
 flops   {cost["flops"]:,} a token in an FFN, forward, as executed; {cost["ideal_flops"]:,} ideal
 flops   {flops:,} a token to train, {flops * tokens:.3g} in all
 run     {cfg.max_iters} steps x {per_step:,} = {tokens:,} tokens, {tokens / n["layers"]:.2f} a parameter
@@ -587,8 +588,7 @@ def find_data(cfg: Config, local_rank: int, checkpoint: dict | None) -> tuple[Da
         if failed or not has_shards(cfg.data_dir):
             raise UserError(f"--prepare={cfg.prepare} made no shards in {cfg.data_dir}, see above")
     data = open_data(cfg.data_dir, cfg.block_size)
-    splits = {"train": data.train, "val": data.val}
-    shards = {k: [[os.path.basename(s.path), s.tokens] for s in split] for k, split in splits.items()}
+    shards = {k: [[os.path.basename(p), n] for p, n in getattr(data, k)] for k in ("train", "val")}
     shards |= {"encoding": data.encoding, "digest": data.digest}
     windows = window_counts(data.train, cfg.block_size).sum()
     saved = shards | checkpoint["shards"] if checkpoint else shards

@@ -79,9 +79,9 @@ def rows_of_own_noise(table: np.ndarray) -> list[int]:
 
 @functools.lru_cache(maxsize=200)
 def smallest_p(mask: bytes, rows: int, own: int = 0) -> np.ndarray:
-    """How small the smallest of all rows' p is where no row differs from row 0: 0 and 200,000 sorted
-    draws. This is Dunnett's single step: the rows' t share row 0 and the noise deviation. `own` further
-    rows are judged by their own noise."""
+    """Return 0 and then 200,000 sorted draws of the smallest p of all rows, for data in which no row
+    differs from row 0. This is Dunnett's single step: the rows' t share row 0 and the noise deviation.
+    `own` further rows are judged by their own noise."""
     _, contrasts, df = design(mask, rows)
     tested = contrasts[1:][np.isfinite(contrasts[1:]).all(1)] if df > 0 else contrasts[:0]
     if len(tested) + own < 2:

@@ -62,9 +62,9 @@ class Config(train.Config):
     paper: str = ""  # all rows of these papers' tables: dsg, asg, sparsegated, dynamicgeglu, sparseglu
     baseline: str = "swiglu"  # spec of the FFN that all others are compared with
     ffn_match: Literal["hidden", "params", "flops", "both"] = "hidden"  # both: hidden and params
-    seeds: int = 3  # seeds 0 to seeds - 1 for each row; with --precision at most
-    precision: float = 0.0  # add seeds until no half-width is larger, in nats, and df >= 10; 0: off
-    horizons: bool = True  # time the steps; if no sweep, run the baseline at 0.7 and 1.4 times too
+    seeds: int = 3  # seeds 0 to seeds - 1 for each row; --precision may stop earlier
+    precision: float = 0.0  # add seeds until all half-widths are at most this (nats), df >= 10; 0: off
+    horizons: bool = True  # time steps; without a sweep also run the baseline at 0.7 and 1.4 times
     lr_sweep: str = ""  # learning rates to try for every row, comma-separated; the best is shown
     init_sweep: str = ""  # values of --ffn_init_std to try for every row, likewise
     name: str = ""  # runs go to out/{name}; empty: the paper's name, else compare
@@ -94,6 +94,7 @@ NEUTRAL = {flag.name for flag in fields(train.Config) if flag.metadata.get("neut
 TUNED = ("learning_rate", "ffn_init_std")  # a row shows its best of those that every row has tried
 VARIED = {"ffn", "ffn_match", "seed", "data_seed", "min_lr", *TUNED}
 DEFAULTS = asdict(train.Config())
+ARCHIVE = r"\.(tar(\.\w+)?|t[gx]z)$"
 ROUNDS = 15  # timed steps of each FFN
 HORIZONS = (0.7, 1.4)  # the baseline's further runs have this many times the steps
 
@@ -125,7 +126,8 @@ class Run:
         self.done = bool(self.val) and self.val[-1]["step"] == flags["max_iters"] > 0
         self.loss = self.val[-1]["val_loss"] if self.done else math.nan  # the last one, not the best
         lost = bool(rows) and not math.isfinite(rows[-1].get("val_loss", 0))
-        self.diverged = not self.done and bool(lost or re.search("error: .*not finite", printed(folder)))
+        said = bool(made) and re.search("error: .*not finite", printed(folder))
+        self.diverged = not self.done and bool(lost or said)
         self.ended = self.done or self.diverged
 
     def too_early(self) -> str:
@@ -168,7 +170,7 @@ def find_runs(places: list[str]) -> tuple[list[Run], dict]:
     for place in places:
         with tempfile.TemporaryDirectory() as unpacked:
             folder = place
-            if os.path.isfile(place) and re.search(r"\.(tar\.\w+|t[gx]z)$", place):
+            if os.path.isfile(place) and re.search(ARCHIVE, place):
                 folder = unpacked
                 try:
                     with tarfile.open(place) as tar:
@@ -497,8 +499,8 @@ def check_alike(runs: list[Run], baseline: str) -> None:
     # These may differ where all rows tried them, whether or not they came to an end.
     for a, b in itertools.product({r.tuned: r for r in done}.values(), done):
         if (b.row, a.tuned) not in tried:
-            differ = f"{a.dir} and {b.dir} differ in --{' or --'.join(TUNED)}"
-            raise UserError(f"{differ}, and {b.label} did not try those of the former: {cure}, or sweep")
+            values = " ".join(f"--{name}={value:g}" for name, value in zip(TUNED, a.tuned))
+            raise UserError(f"{a.dir} has {values}, which no run of {b.label} has: {cure}, or sweep")
 
 
 def group_runs(runs: list[Run], baseline: str) -> list[list[Run]]:
@@ -667,7 +669,7 @@ def read_command(argv: list[str]) -> tuple[Config, train.Config, list[str]]:
         raise UserError(f"--launch={cfg.launch}: there is no such program here: check its name")
     if cfg.archive and not cfg.archive.endswith(".tar.xz"):
         raise UserError(f"--archive={cfg.archive} must end in .tar.xz")
-    if cfg.archive and (packed := [p for p in places if re.search(r"\.tar\.\w+$", p)]):
+    if cfg.archive and (packed := [p for p in places if re.search(ARCHIVE, p)]):
         raise UserError(f"--archive takes folders of runs, and {packed[0]} is none: unpack it first")
     if "data_dir" in typed and "prepare" not in typed:
         cfg.prepare = ""  # a config file's is for its own data_dir
@@ -691,8 +693,10 @@ def main() -> None:
     failed = 0
     if places:
         runs, step_times = find_runs(places)
-        folder = os.path.relpath(os.path.commonpath([os.path.abspath(r.dir) for r in runs] or ["/"]))
-        folder = os.path.dirname(folder) if os.path.isfile(folder) else folder
+        folder = os.path.commonpath([os.path.abspath(r.dir) for r in runs] or ["/"])
+        while not os.path.isdir(folder):  # of runs in an archive: the folder that it lies in
+            folder = os.path.dirname(folder)
+        folder = os.path.relpath(folder)
     else:
         train.check_flags(base, 1 if cfg.launch else max(1, len(gpus(base)) // cfg.jobs))
         chosen = plan(cfg, base)

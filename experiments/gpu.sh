@@ -11,7 +11,7 @@
 # done again, so that the script may be cut anywhere and started anew, on another machine too if the
 # folder RESULTS comes along. After LIMIT seconds a part cuts the step that runs and starts no other. It
 # needs torch and numpy; without transformers the steps peers-hf and peers-hf-no-mask fail, and the
-# others go on. The seconds beside the steps are an H100's, measured where they are not in brackets.
+# others go on. The number beside a step is its seconds on an H100: measured, or in brackets estimated.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} device=${DEVICE:-cuda} parts=${1:-1 2} only=${*:2} limit=${LIMIT:-420}

@@ -5,9 +5,9 @@ Time whole training steps beside those of the trainers that people would use ins
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     python experiments/peers.py --nanogpt=../nanoGPT             # and nanoGPT
 
-All are compiled, of one shape, in one dtype, with fused AdamW and clipping. Each computes the loss its
-own way, in a process of its own, with the memory allocator as its trainer has it. Hugging Face's model
-runs twice: `hf` as people run it, where a compiled model builds its causal mask as a tensor, with which
+All are compiled, of one shape, in one dtype, with fused AdamW and clipping. Each runs in a process of
+its own, with its own loss and the memory allocator set as its trainer sets it. Hugging Face's model runs
+twice: `hf` as people run it, where a compiled model builds its causal mask as a tensor, with which
 attention takes a slower kernel (transformers issue 48925), and `hf-no-mask` with a mask of None, where
 attention is causal by its flag, as ours is. nanoGPT's FFN is a GELU of width 4 n_embd, which has as many
 parameters as a SwiGLU of 8/3 n_embd. The figures are those of `bench.py --mode=step`; `ours_faster` is
@@ -88,11 +88,6 @@ def hugging_face(
     return Qwen3ForCausalLM(config), loss
 
 
-def hugging_face_without_mask(cfg: Config) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
-    """The same without a mask, which it would build as a tensor. Attention is causal without it too."""
-    return hugging_face(cfg, {"full_attention": None})
-
-
 def nanogpt(cfg: Config) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
     """nanoGPT's own model from the clone, and its loss of a batch (B, T + 1)."""
     path = Path(cfg.nanogpt, "model.py")
@@ -143,7 +138,8 @@ def our_step(cfg: Config, device: torch.device, dtype: torch.dtype) -> tuple[nn.
 PEERS = {
     "nanogpt": nanogpt,
     "hf": hugging_face,
-    "hf-no-mask": hugging_face_without_mask,
+    # Without a mask, which it would build as a tensor. Attention is causal without it too.
+    "hf-no-mask": functools.partial(hugging_face, mask={"full_attention": None}),
 }
 
 

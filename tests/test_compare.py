@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import lzma
 import math
 import re
 import runpy
@@ -276,6 +277,8 @@ def planned(monkeypatch, tmp_path: Path, *argv: str) -> dict[str, dict[str, str]
     monkeypatch.chdir(tmp_path)
     import compare
 
+    # A train.txt in the current folder, a corpus perhaps, is not a run's.
+    monkeypatch.setattr(compare, "printed", lambda folder: pytest.fail(f"read {folder}/train.txt"))
     cfg, base, _ = compare.read_command([*argv, "--horizons=False"])
     return {run.dir.removeprefix("out/"): run.flags for run in compare.plan(cfg, base)}
 
@@ -1111,6 +1114,25 @@ def test_an_archive_keeps_runs_and_times_of_equal_names(tmp_path):
     with tarfile.open(tmp_path / "a.tar.xz") as tar:
         assert json.load(tar.extractfile("step_times.json")).keys() == {"0.001", "0.003"}
         assert len([name for name in tar.getnames() if name.endswith("log.jsonl")]) == 12
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
+        tar.add(tmp_path / "unpacked", ".")
+    fails(tmp_path, "--report", "a.tgz", "--archive=b.tar.xz", needles=("a.tgz", "unpack it"))
+
+
+@pytest.mark.parametrize("runs", [1, 4])
+@pytest.mark.parametrize("name", ["a.tar.xz", "a.tar"])
+def test_the_table_of_an_archive_lies_beside_it(tmp_path, runs, name):
+    """Also where the archive is in the current folder, and where it has one run, which has the archive's
+    name as its parent. It may be one that was decompressed."""
+    make_runs(tmp_path / "out", dict.fromkeys(["swiglu", "geglu"][: (runs + 1) // 2], 0), runs // 2 or 1)
+    works(tmp_path, "--report", "out", "--archive=a.tar.xz")
+    packed = (tmp_path / "a.tar.xz").read_bytes()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / name).write_bytes(packed if name.endswith("xz") else lzma.decompress(packed))
+    works(tmp_path / "here", "--report", name)
+    found = json.loads((tmp_path / "here" / "compare.json").read_text())
+    assert sum(len(row["runs"]) for row in found["rows"]) == runs
 
 
 def test_data_and_trainers_that_changed_between_runs_of_one_name(tmp_path, monkeypatch, compare):

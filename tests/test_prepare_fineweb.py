@@ -912,8 +912,11 @@ META = {"encoding": "bytes", "vocab_size": 257, "complete": True,
     "text",
     ["[]", '"x"', "{}", "[" * 100_000, '{"shards": 5}', json.dumps(META | {"shards": [5]}),
      json.dumps(META | {"shards": [{"name": "x_train_000000.bin"}]}),
-     json.dumps(META | {"flags": None})],
-    ids=["list", "string", "empty", "deep", "no list", "number", "no count", "no flags"],
+     json.dumps(META | {"flags": None}),
+     json.dumps({k: v for k, v in META.items() if k != "vocab_size"} | {"complete": False}),
+     json.dumps({k: v for k, v in META.items() if k != "complete"})],
+    ids=["list", "string", "empty", "deep", "no list", "number", "no count", "no flags",
+         "no vocabulary", "not said whether complete"],
 )  # fmt: skip
 def test_meta_that_is_none(tmp_path, monkeypatch, text):
     """A meta.json that is JSON and no meta.json: one line with the cure, whatever was asked."""

@@ -619,6 +619,10 @@ def test_what_is_printed_before_the_first_step(here: Path):
     head = run.out.split("step      0")[0]
     for text in (f"{layers:,}", f"{total:,}", f"{flops:,}", "3 steps x 128 = 384 tokens", "n/a"):
         assert text in head
+    assert "hidden 64: 6,144 parameters a layer, 1.0000 of SwiGLU's" in head
+    # ASG has four matrices: 48 units have 3 x 64 x 32 parameters, and its threshold is one more.
+    run = train(here, out_dir="p", max_iters=0, ffn="asg", ffn_match="params")
+    assert "hidden 48: 6,145 parameters a layer, 1.0002 of SwiGLU's" in run.out
     assert "0.10 epochs" in head  # 12 windows of 115
     assert "3,753 training tokens" in head
     assert "data: test, encoding bytes" in head
@@ -699,6 +703,13 @@ def test_data_are_made_when_there_are_none(here: Path):
     train(here, out_dir="b", **{**values, "micro_batch_size": 2})
     assert {p: p.stat().st_mtime_ns for p in (here / "made" / "here").iterdir()} == made
     assert "sample (9 tokens" in first.out
+    # Another sample of the same weights is another seed's.
+    again = {"init_from": "resume", "out_dir": "a", "sample_tokens": 9}
+    texts = [train(here, "--eval_only", seed=seed, **again).out for seed in (0, 1, 1)]
+    found = [re.split(r"\nsample .*:\n", text.split("validation loss")[1]) for text in texts]
+    (loss, zero), *ones = found
+    assert ones == [[loss, ones[0][1]]] * 2
+    assert ones[0][1] != zero
     a, b = losses(here / "a"), losses(here / "b")
     assert max(abs(a[step] - b[step]) for step in a) < 1e-5
 
