@@ -20,10 +20,16 @@ DRAWS = 200_000
 SHARES = np.linspace(0, 1, DRAWS + 1)  # share of the sorted draws up to each
 ODD_NOISE = 0.01  # p of the F-test below which a row is judged by its own noise
 ROUNDING = 1e-9  # nats: smaller deviations are rounding
+ROUNDS = 15  # of timed steps, from which the ratio of step times and its error come
 
 
 def two_sided_p(t: float | np.ndarray, df: int) -> float | np.ndarray:
     return 2 * special.stdtr(df, -np.abs(t))
+
+
+def quantile(level: float, df: int) -> float:
+    """Return the t that |t| exceeds with a probability of level."""
+    return -float(special.stdtrit(df, level / 2))
 
 
 @functools.lru_cache(maxsize=2000)
@@ -103,9 +109,10 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
     """table: (rows, seeds) losses, nan where there is no run; row 0 is the baseline.
 
     Returns, for each row, its difference to row 0, simultaneous 95% interval and adjusted p (None where
-    they cannot be told), `edge` (half-width over standard error), whether it is equal to row 0 in every
-    seed and, where its noise differs from the others', its own; and the noise: std, df. Rows that are
-    equal to each other in every seed are judged as one, or its noise would count several times."""
+    they cannot be told), `level` (at which it is tested, so that all rows together err in 5% of
+    comparisons), whether it is equal to row 0 in every seed and, where its noise differs from the
+    others', its own; and the noise: std, df. Rows that are equal to each other in every seed are judged
+    as one, or its noise would count several times."""
     table, of, gaps = table.copy(), list(range(len(table))), table[:, None] - table
     same = ((gaps == 0) | np.isnan(gaps)).all(2) & (gaps == 0).any(2)
     for j, i in np.argwhere(np.triu(same[1:, 1:], 1)) + 1:
@@ -124,12 +131,12 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
     draws = smallest_p(np.isfinite(table[pooled]).tobytes(), len(pooled), len(odd))
     results = []
     for i, d in enumerate(pairs):
-        result = dict.fromkeys(("difference", "low", "high", "p", "edge", "own_noise"))
+        result = dict.fromkeys(("difference", "low", "high", "p", "level", "own_noise"))
         result["equal"] = equal[i]
         results.append(result)
         error, freedom = None, df
         if equal[i]:
-            result |= {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "edge": 2.0}
+            result |= {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "level": 0.05}
         elif i in odd and len(d):
             result["difference"] = float(d.mean())
             if len(d) > 1:
@@ -139,10 +146,9 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
             result["difference"] = float(differences[pooled.index(i)])
             error = std and std * errors[pooled.index(i)]
         if error:
-            # A row is tested at the level at which all rows together err in 5% of comparisons.
-            edge = result["edge"] = -float(special.stdtrit(freedom, draws[DRAWS // 20] / 2))
-            result["low"] = float(result["difference"] - edge * error)
-            result["high"] = float(result["difference"] + edge * error)
+            result["level"] = float(draws[DRAWS // 20])
+            half = quantile(result["level"], freedom) * error
+            result["low"], result["high"] = result["difference"] - half, result["difference"] + half
             p = two_sided_p(result["difference"] / error, freedom)
             result["p"] = float(np.interp(p, draws, SHARES))
     # Where the baseline is the odd one there is no pooled noise: the fewest degrees of freedom count.
@@ -167,7 +173,7 @@ def expected_precision(rows: int, seeds: int, noise: float) -> tuple[float, floa
     found with a probability of 0.8."""
     mask = np.ones((rows, seeds), bool).tobytes()
     df, error = design(mask, rows)[2], noise * math.sqrt(2 / seeds)
-    edge = -special.stdtrit(df, smallest_p(mask, rows)[DRAWS // 20] / 2)
+    edge = quantile(smallest_p(mask, rows)[DRAWS // 20], df)
     return edge * error, (edge + special.stdtrit(df, 0.8)) * error
 
 
@@ -193,8 +199,8 @@ def verdict(row: dict, baseline_runs: int, too_early: str) -> str:
 
 def exchange_rate(runs: list[tuple[int, object, float]]) -> dict | None:
     """The baseline's loss as a line in log(tokens) with a level for each seed, by least squares over
-    runs (tokens, seed, loss) of all lengths: the slope, its standard error, and each length's loss and
-    distance to the line. None where the runs do not tell a slope."""
+    runs (tokens, seed, loss) of all lengths: the slope, its standard error and degrees of freedom, and
+    each length's loss and distance to the line. None where the runs do not tell a slope."""
     levels, tokens = sorted({seed for _, seed, _ in runs}), np.array([n for n, _, _ in runs])
     x = np.array([[*(seed == level for level in levels), math.log(n)] for n, seed, _ in runs])
     y, df = np.array([loss for _, _, loss in runs]), len(runs) - len(levels) - 1
@@ -206,19 +212,20 @@ def exchange_rate(runs: list[tuple[int, object, float]]) -> dict | None:
     lengths = [(int(n), tokens == n) for n in sorted(set(tokens))]
     horizons = [{"tokens": n, "n": int(here.sum()), "val_loss": float(y[here].mean()),
                  "off_line": float(off[here].mean())} for n, here in lengths]  # fmt: skip
-    return {"slope": float(line[-1]), "std_error": math.sqrt(variance), "horizons": horizons}
+    error = math.sqrt(variance)
+    return {"slope": float(line[-1]), "std_error": error, "df": df, "horizons": horizons}
 
 
 def price(row: dict, exchange: dict | None, step: dict | None) -> dict:
     """How many times the baseline's tokens, and its time, a row needs to reach the baseline's loss:
-    exp(difference / -slope), and that times the step time. The interval is Fieller's, which lies on one
-    side of 1 exactly where the difference's lies on one side of 0."""
+    exp(difference / -slope), and that times the step time. The interval of tokens is Fieller's, which
+    lies on one side of 1 exactly where the difference's lies on one side of 0."""
     keys = [f"{what}_{end}" for what in ("tokens", "time") for end in ("ratio", "low", "high")]
     found = dict.fromkeys(keys)
     if exchange is None or row["low"] is None:
         return found
     d, half, fall = row["difference"], row["high"] - row["difference"], -exchange["slope"]
-    unsure = row["edge"] * exchange["std_error"]
+    unsure = quantile(row["level"], exchange["df"]) * exchange["std_error"]
     scale = fall**2 - unsure**2
     if fall <= 0 or scale <= 0:  # the loss does not surely fall with more tokens
         return found
@@ -226,6 +233,7 @@ def price(row: dict, exchange: dict | None, step: dict | None) -> dict:
     middle, low, high = d / fall, (d * fall - root) / scale, (d * fall + root) / scale
     logs = [middle, low, high]
     if step:  # the two errors are independent: the squared distances to the ends add up
-        center, own = middle + math.log(step["ratio"]), row["edge"] * step["std_error"]
+        own = quantile(row["level"], ROUNDS - 1) * step["std_error"]
+        center = middle + math.log(step["ratio"])
         logs += [center, center - math.hypot(middle - low, own), center + math.hypot(high - middle, own)]
     return found | {key: math.exp(min(x, 700)) for key, x in zip(keys, logs)}

@@ -95,7 +95,6 @@ TUNED = ("learning_rate", "ffn_init_std")  # a row shows its best of those that 
 VARIED = {"ffn", "ffn_match", "seed", "data_seed", "min_lr", *TUNED}
 DEFAULTS = asdict(train.Config())
 ARCHIVE = r"\.(tar(\.\w+)?|t[gx]z)$"
-ROUNDS = 15  # timed steps of each FFN
 HORIZONS = (0.7, 1.4)  # the baseline's further runs have this many times the steps
 
 
@@ -452,11 +451,11 @@ def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> 
                 raise UserError(f"this is no {base.made['device']}: run the same command on one")
             calls = {"own": r, "base": base}
             calls = {name: step_of(x, device, passes_of(base)) for name, x in calls.items()}
-            own, theirs = bench.measure(calls, ROUNDS, device).values()
+            own, theirs = bench.measure(calls, blocks.ROUNDS, device).values()
         except (UserError, RuntimeError, AssertionError) as e:  # no memory, no such device here
             print(f"no step time of {r.label}: {' '.join(str(e).split())[:200]}")
             continue
-        of_median = 1.25 * stdev(math.log(a / b) for a, b in zip(own, theirs)) / math.sqrt(ROUNDS)
+        of_median = 1.25 * stdev(math.log(a / b) for a, b in zip(own, theirs)) / math.sqrt(blocks.ROUNDS)
         times[key] = {"ratio": bench.ratio(own, theirs), "std_error": of_median}
         Path(folder, "step_times.json").write_text(json.dumps(times, indent=1))
 

@@ -840,21 +840,28 @@ def test_steps_are_timed_with_all_their_passes(tmp_path, compare, monkeypatch):
 
 
 def test_intervals_of_prices():
-    """They hold the true ratio in 95% of cases. The interval of tokens excludes 1 exactly where that
-    of the difference excludes 0."""
-    rng, held, n = np.random.default_rng(0), {"tokens": 0, "time": 0}, 4000
-    for _ in range(n):
-        d, slope, step = rng.normal(0.02, 0.01), rng.normal(-0.3, 0.05), math.exp(rng.normal(0.1, 0.03))
-        row = {"difference": d, "low": d - 0.0196, "high": d + 0.0196, "edge": 1.96}
-        time = {"ratio": step, "std_error": 0.03}
-        found = block_analysis.price(row, {"slope": slope, "std_error": 0.05}, time)
-        assert (row["low"] <= 0 <= row["high"]) == (found["tokens_low"] <= 1 <= found["tokens_high"])
-        truth = {"tokens": math.exp(0.02 / 0.3), "time": math.exp(0.02 / 0.3 + 0.1)}
-        for name, value in truth.items():
-            held[name] += found[f"{name}_low"] <= value <= found[f"{name}_high"]
-    assert held["tokens"] / n == pytest.approx(0.95, abs=0.01)
-    assert held["time"] / n == pytest.approx(0.95, abs=0.015)
-    flat = block_analysis.price(row, {"slope": -0.05, "std_error": 0.05}, time)  # perhaps a flat line
+    """They hold the true ratio in 95% of cases, whether the difference, the slope (of 5 degrees of
+    freedom) or the step time decides its error. The interval of tokens excludes 1 exactly where that of
+    the difference excludes 0."""
+    rng, n = np.random.default_rng(0), 4000
+    for d_error, slope_error, step_error in [(0.01, 0.01, 0.03), (0.001, 0.03, 0.001), (0.001, 0, 0.05)]:
+        held = {"tokens": 0, "time": 0}
+        for _ in range(n):
+            d, slope = rng.normal(0.1, d_error), rng.normal(-0.3, slope_error)
+            half = stats.t.isf(0.025, 60) * d_error * math.sqrt(rng.chisquare(60) / 60)
+            row = {"difference": d, "low": d - half, "high": d + half, "level": 0.05}
+            exchange = {"slope": slope, "df": 5}
+            exchange["std_error"] = slope_error * math.sqrt(rng.chisquare(5) / 5)
+            time = {"ratio": math.exp(rng.normal(0.1, step_error))}
+            time["std_error"] = step_error * math.sqrt(rng.chisquare(14) / 14)
+            found = block_analysis.price(row, exchange, time)
+            assert (row["low"] <= 0 <= row["high"]) == (found["tokens_low"] <= 1 <= found["tokens_high"])
+            truth = {"tokens": math.exp(0.1 / 0.3), "time": math.exp(0.1 / 0.3 + 0.1)}
+            for name, value in truth.items():
+                held[name] += found[f"{name}_low"] <= value <= found[f"{name}_high"]
+        assert held["tokens"] / n == pytest.approx(0.95, abs=0.015)
+        assert held["time"] / n == pytest.approx(0.95, abs=0.02)
+    flat = block_analysis.price(row, {"slope": -0.05, "std_error": 0.05, "df": 5}, time)  # perhaps flat
     assert set(flat.values()) == {None}
 
 
