@@ -538,8 +538,8 @@ class ThresholdMoE(MoE):
 def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) -> Tensor:
     """Apply expert e to the next count[e] rows of x (M, d): (M, d). An expert without rows gets zeros as
     gradients (on Blackwell perhaps not: pytorch issue 172439). A CPU loops, because stacking weights is
-    slow there. On a GPU a loop would wait for the counts; from Hopper on, one kernel does them all, if
-    they are ReLU2s."""
+    slow there. On a GPU a loop would wait for the counts; equal ones, a list, need none, and from Hopper
+    on one kernel does others, if the experts are ReLU2s."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     relu2 = all(type(expert) is ReLU2 and expert.slope == 0 for expert in experts)
@@ -549,12 +549,12 @@ def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) ->
         return torch.cat([expert(part) for expert, part in zip(experts, parts)])
     up = torch.stack([expert.up_proj.weight for expert in experts]).to(dtype)
     down = torch.stack([expert.down_proj.weight for expert in experts]).to(dtype)
+    if isinstance(count, list):
+        hidden = F.relu(x.to(dtype).unflatten(0, (len(experts), count[0])) @ up.mT)
+        return (hidden * hidden @ down.mT).flatten(0, 1)
     more = -up.size(1) % 8  # units whose weights are 0
     up, down = F.pad(up, (0, 0, 0, more)).mT, F.pad(down, (0, more)).mT
-    if isinstance(count, list):  # equal ones, and a copy to a GPU would wait
-        ends = torch.arange(1, len(experts) + 1, device=device, dtype=torch.int32) * count[0]
-    else:
-        ends = count.cumsum(0, dtype=torch.int32)
+    ends = count.cumsum(0, dtype=torch.int32)
     hidden = F.relu(F.grouped_mm(x.to(dtype), up, offs=ends))
     # CUDA's autocast would compute square() in float32.
     return F.grouped_mm(hidden * hidden, down, offs=ends)
@@ -763,7 +763,8 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
 
 def make_ffn(spec: str, d: int, h: int) -> nn.Module:
     """Build the FFN of a spec with PyTorch's own init. Raises UserError for a bad spec, for an h that
-    does not divide as needed and for parameters that the optimizers cannot train."""
+    does not divide as needed, for parameters that the optimizers cannot train and buffers that
+    cannot be written to."""
     cls, options = parse_spec(spec)
     if d < 1 or h < 1:
         raise UserError(f"an FFN needs d >= 1 and h >= 1, not d={d} h={h}")
@@ -775,6 +776,9 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
             raise UserError(f"{spec}: parameter {name} is {p.dtype}: make it float32")
         if torch.empty_like(p).stride() != p.stride():  # fused AdamW would write into its other parts
             raise UserError(f"{spec}: parameter {name} is a part of a tensor: make it one by clone()")
+    for name, b in ffn.named_buffers():
+        if any(size > 1 and not stride for size, stride in zip(b.shape, b.stride())):
+            raise UserError(f"{spec}: buffer {name} is expanded, cannot be written to: clone() it")
     return ffn
 
 
@@ -1305,7 +1309,8 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
         (dynamo, "capture_scalar_outputs", True),
         (dynamo, "capture_dynamic_output_shape_ops", True),
         # Without these two, what has an autograd.Function (our loss) or an autocast inside is traced
-        # anew at each start, though the cache's key has both: 32 layers take 17 s, not 5.
+        # anew at each start, though the cache's key has both: 32 layers take 17 s, not 5. (DDP cuts
+        # the graph into pieces, and PyTorch keeps none of these.)
         (functorch, "autograd_cache_allow_custom_autograd_functions", True),
         (inductor, "unsafe_marked_cacheable_functions", cacheable),
         # Off, as in eager mode: the backward pass of what is float32 on purpose stays float32.

@@ -5,9 +5,8 @@ Train a Qwen3-style language model whose FFN is picked by a flag, on shards of t
     torchrun --nproc_per_node=8 train.py --ffn=sparseglu             # the full run
 
 In order: the flags, the schedule and the optimizer, one step, evaluation, checkpoint and log, the run.
-Step n is the state after n updates. Batches do not depend on the model, and the initial matrices of
-equal name and shape do not depend on the FFN. So two runs that differ in --ffn see the same tokens
-from the same start, on any number of GPUs, resumed or not.
+Step n is the state after n updates. Neither batches nor initial matrices of equal name and shape depend
+on the FFN: runs that differ in --ffn see the same tokens, on any number of GPUs, resumed or not.
 """
 
 from __future__ import annotations
@@ -147,13 +146,13 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     """The device of this rank. Raises UserError if there is no such device."""
     n_cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if n_cuda else "mps" if mps else "cpu"
+        name = "cuda" if n_cuda else "mps" if mps and "RANK" not in os.environ else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device={name} is unknown: auto, cpu, cuda, cuda:N or mps")
     # Attention and norms on MPS were silently wrong (pytorch issues 195910, 181133, 183825).
     old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-    if name == "mps" and (old or not mps):
-        raise UserError("MPS needs macOS on Apple silicon, torch 2.13 or newer: or use --device=cpu")
+    if name == "mps" and (old or not mps or "RANK" in os.environ):
+        raise UserError("MPS needs Apple silicon, torch 2.13 or newer, a single rank: use --device=cpu")
     if not name.startswith("cuda"):
         return torch.device(name)
     index = local_rank if "RANK" in os.environ else int(name[5:] or 0)
@@ -477,7 +476,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
         return lock
 
 
-def start_wandb(cfg: Config, run_id: str):
+def init_wandb(cfg: Config, run_id: str):
     """A Weights & Biases run named after out_dir; a resumed run goes on with its own."""
     name = {"name": os.path.basename(os.path.normpath(cfg.out_dir)), "id": run_id, "resume": "allow"}
     with user_error(f"--wandb_project={cfg.wandb_project}", "pip install wandb, then wandb login"):
@@ -552,7 +551,9 @@ def connect(device: torch.device, step: int, shards: dict) -> None:
     store, rank, world = next(dist.rendezvous("env://", timeout=wait))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+    cure = "between machines set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to their network, e.g. eth0"
+    with user_error("the ranks cannot reach each other", cure, RuntimeError):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     found = [(step, shards)] * world
     dist.all_gather_object(found, (step, shards))
     if any(other != found[0] for other in found):
@@ -622,11 +623,10 @@ def main() -> None:
     counts = window_counts(data.train, cfg.block_size)
     raw_model = GPT(model_config(vars(cfg), vocab_size=math.ceil(data.n_vocab / 128) * 128)).to(device)
     compile = cfg.compile and training and device.type != "mps"  # compiling is a prototype there
-    wandb = None
     if rank == 0 and training:
         made_with = about(cfg, data, raw_model, device, world)
         lock = claim_out_dir(cfg, made_with, saved_step)  # noqa: F841  held until the process ends
-        wandb = start_wandb(cfg, made_with["run_id"]) if cfg.wandb_project else None
+    wandb = init_wandb(cfg, made_with["run_id"]) if training and cfg.wandb_project and not rank else None
     if ddp:
         connect(device, step, shards)
     optimizers = make_optimizers(raw_model, cfg)
@@ -640,8 +640,7 @@ def main() -> None:
     known = f"{peak / 1e12:.0f} TFLOP/s each" if peak else "n/a"
     signals = catch_signals()  # before anything is printed: who sees a run can stop it cleanly
     print0(f"device  {device} x {world}, {'bfloat16' if bf16 else 'float32'}, peak {known}")
-    text = f"\nresumed at step {step} of {cfg.max_iters}" * resumed
-    print0(describe(raw_model, cfg, data, world) + text)
+    print0(describe(raw_model, cfg, data, world) + f"\nresumed at step {step}" * resumed)
     fast_model = compiled(raw_model, device, recompute=cfg.recompute) if compile else raw_model
     model = fast_model  # evaluation uses fast_model: inside DDP its graph would be cut into pieces
     if ddp and training:
@@ -712,9 +711,10 @@ def main() -> None:
             raw_model.set_progress(min(step, length - 1), length)
             loss, aux, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             # A running threshold or an expert's bias follows this rank's tokens: take the ranks' mean.
-            for b in filter(torch.is_floating_point, raw_model.model.layers.buffers() if ddp else ()):
-                dist.all_reduce(b)
-                b /= world
+            for b in raw_model.model.layers.buffers() if ddp else ():
+                if b.is_floating_point():
+                    dist.all_reduce(mean := b.contiguous())  # NCCL takes no other
+                    b.copy_(mean / world)
             step, window_steps, evaluated = step + 1, window_steps + 1, False
             first = step == first_step + 1
             if first or step % cfg.log_interval == 0:

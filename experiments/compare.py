@@ -446,7 +446,8 @@ def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> 
             continue
         print(f"timing steps of {r.label}", flush=True)
         try:
-            device = torch.device(base.made["device"].split()[0])
+            kind, asked = base.made["device"].split()[0], base.flags["device"]
+            device = train.pick_device(asked if asked.startswith(kind) else kind, 0)
             if device.type == "cuda" and torch.cuda.get_device_name() not in base.made["device"]:
                 raise UserError(f"this is no {base.made['device']}: run the same command on one")
             calls = {"own": r, "base": base}

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from trainer import FORK, PRELOADED, ROOT, TINY, enter, make_data, one_line, rows, wait_until
 
@@ -837,6 +838,21 @@ def test_steps_are_timed_with_all_their_passes(tmp_path, compare, monkeypatch):
     for run in runs:
         run.made["world"] = 4
     assert compare.timed_as(*runs[::-1]) != key
+
+
+def test_steps_are_timed_on_the_device_of_the_runs(tmp_path, compare, monkeypatch):
+    """GPU 0 may be busy where --device=cuda:1 was asked for."""
+    asked, cpu = [], torch.device("cpu")
+    monkeypatch.setattr(compare.train, "pick_device", lambda *which: asked.append(which) or cpu)
+    monkeypatch.setattr(compare, "step_of", lambda *which: lambda: None)
+    for device in ("cuda:1", "auto"):
+        runs = []
+        for ffn in ("swiglu", "relu2"):
+            make_run(tmp_path / device / ffn, [6, 4, 3], ffn=ffn)
+            runs.append(compare.read_run(str(tmp_path / device / ffn)))
+            runs[-1].made["device"], runs[-1].flags["device"] = "cuda NVIDIA H100", device
+        compare.time_steps([[run] for run in runs], {}, str(tmp_path))
+    assert asked == [("cuda:1", 0), ("cuda", 0)]
 
 
 def test_intervals_of_prices():

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -434,6 +435,20 @@ def test_hostile_and_damaged_checkpoints(here: Path):
             wrong.append(f"{name}: {e}")
     assert not (here / "pwned").exists()
     assert not wrong, "\n\n".join(wrong)
+
+
+def test_ranks_that_cannot_reach_each_other(here: Path):
+    """As where each machine's name means itself to it: gloo's error becomes one line with the cure."""
+    code = """
+        import torch.distributed as dist
+        def refused(*args, **more):
+            raise RuntimeError("Gloo connectFullMesh failed with: Connection refused")
+        dist.init_process_group = refused
+    """
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1"}
+    env |= {"RANK": "0", "LOCAL_RANK": "0"}
+    code = f"{textwrap.dedent(code)}runpy.run_path({TRAIN!r}, run_name='__main__')"
+    start(here, out_dir="o", env=env, code=code).fails("connectFullMesh", "GLOO_SOCKET_IFNAME")
 
 
 def test_ranks_with_different_checkpoints(here: Path):

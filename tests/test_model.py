@@ -590,8 +590,9 @@ def test_thresholds_come_to_let_k_experts_through():
 @pytest.mark.parametrize("spec", ["moe", "moe:k=2:share=0", "thresholdmoe"])
 @pytest.mark.parametrize("training", [True, False])
 def test_experts_of_a_gpu_give_the_same(spec, training, monkeypatch):
-    """On a GPU one grouped product in bfloat16 replaces the loop, which stays in float32. Outputs and
-    gradients agree. Expert 2 gets no token, and no width is a multiple of 8 units, as the product's
+    """On a GPU one grouped product in bfloat16 replaces the loop, which stays in float32; for equal
+    numbers of rows a batched one, which waits for no counts on older cards either. Outputs and gradients
+    agree. Expert 2 gets no token, and no width is a multiple of 8 units, as the product's
     rows must be."""
 
     def results(bf16: bool) -> list[torch.Tensor]:
@@ -610,7 +611,7 @@ def test_experts_of_a_gpu_give_the_same(spec, training, monkeypatch):
     with torch.profiler.profile() as profile:
         there, there_bf16 = results(False), results(True)
     called = {event.key for event in profile.key_averages()}
-    assert "aten::_grouped_mm" in called
+    assert ("aten::_grouped_mm" in called) != (spec == "thresholdmoe" and training)
     for a, b in zip(there, here, strict=True):
         assert error(a, b) < 1e-5
     for a, b, exact in zip(there_bf16, here_bf16, here, strict=True):
@@ -2534,18 +2535,15 @@ def test_an_ffn_that_looks_far_back_generates_right(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-@pytest.mark.parametrize("hack", ["index", "weight_norm", "expanded"])
+@pytest.mark.parametrize("hack", ["index", "weight_norm"])
 def test_what_a_fork_does_to_its_ffns_passes_the_checks(monkeypatch, hack):
-    """Layers that know their number by an attribute, tensors that Python cannot copy, a buffer whose
-    elements share their memory."""
+    """Layers that know their number by an attribute, tensors that Python cannot copy."""
 
     class Mine(FFNS["swiglu"]):
         def __init__(self, d, h):
             super().__init__(d, h)
             if hack == "weight_norm":
                 torch.nn.utils.weight_norm(self.up_proj)
-            if hack == "expanded":
-                self.register_buffer("ones", torch.ones(1).expand(d))
 
         def forward(self, x):
             return super().forward(x) / (1 + self.index if hack == "index" else 1)
@@ -2803,6 +2801,15 @@ def with_parameter(p: torch.Tensor):
     return Mine
 
 
+def with_buffer(b: torch.Tensor):
+    class Mine(FFNS["swiglu"]):
+        def __init__(self, d: int, h: int):
+            super().__init__(d, h)
+            self.register_buffer("b", b)
+
+    return Mine
+
+
 @pytest.mark.parametrize(
     "cls, spec, says",
     [
@@ -2824,6 +2831,7 @@ def with_parameter(p: torch.Tensor):
         (with_parameter(torch.ones(4, dtype=torch.bfloat16)), "mine", "p is torch.bfloat16"),
         (with_parameter(torch.ones(4, 8)[:, :4]), "mine", "p is a part of a tensor"),
         (with_parameter(torch.ones(4, 1).expand(4, 4)), "mine", "p is a part of a tensor"),
+        (with_buffer(torch.ones(1).expand(4)), "mine", "buffer b is expanded"),
     ],
 )
 def test_a_class_that_cannot_be_used_is_one_line(monkeypatch, cls, spec, says):
