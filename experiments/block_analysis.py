@@ -147,7 +147,7 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
             error = std and std * errors[pooled.index(i)]
         if error:
             result["level"] = float(draws[DRAWS // 20])
-            half = quantile(result["level"], freedom) * error
+            half = float(quantile(result["level"], freedom) * error)
             result["low"], result["high"] = result["difference"] - half, result["difference"] + half
             p = two_sided_p(result["difference"] / error, freedom)
             result["p"] = float(np.interp(p, draws, SHARES))
