@@ -446,6 +446,38 @@ def test_errors_are_one_line(args, word, monkeypatch, capsys):
     assert "\n" not in stop.value.code
 
 
+def test_ratios_and_spreads():
+    """The median of the rounds' own ratios, and half the distance between their quartiles."""
+    a, b = [2.0, 9.0, 3.0], [1.0, 3.0, 3.0]
+    assert bench.ratio(a, b) == 2
+    assert bench.spread([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5) == 1
+
+
+def test_contenders_take_turns():
+    """After two untimed calls each, in reverse order every other round."""
+    order = []
+    calls = {name: functools.partial(order.append, name) for name in "abc"}
+    times = bench.measure(calls, 3, CPU)
+    assert "".join(order) == "aabbcc" + "abc" + "cba" + "abc"
+    assert {name: len(rounds) for name, rounds in times.items()} == dict.fromkeys("abc", 3)
+
+
+def test_figures_of_calls_of_one_second(monkeypatch, run_here):
+    """Times are a layer's in mode decode, rates a step's in mode step."""
+    monkeypatch.setattr(bench, "measure", lambda calls, *rest: {key: [1.0] for key in calls})
+    (row,) = run_here("--mode=decode", "--n_layer=4", "--ffn=swiglu")
+    assert row["ms"] == 250
+    assert row["gb_per_s"] == pytest.approx(4 * row["read_mib"] * 2**20 / 1e9)
+    (row,) = run_here(*STEP, "--mode=step", "--compile=False")
+    tokens = row["tok_per_s"]
+    assert row["ms"] == 1000
+    assert row["tflops"] == pytest.approx(row["flops"] * tokens / 1e12)
+    (row,) = run_here(*FFN, "--ffn=relu2")
+    assert row["tok_per_s"] == 32
+    assert row["tflops"] == pytest.approx(3 * 32 * row["flops"] / 1e12)
+    assert (row["over_swiglu"], row["matmul_fraction"]) == (1, 1)
+
+
 def test_peers(tmp_path):
     """Hugging Face and nanoGPT (here a stand-in with its interface) beside ours, of one size."""
     if importlib.util.find_spec("transformers") is None:

@@ -280,7 +280,7 @@ def planned(monkeypatch, tmp_path: Path, *argv: str) -> dict[str, dict[str, str]
 
     # A train.txt in the current folder, a corpus perhaps, is not a run's.
     monkeypatch.setattr(compare, "printed", lambda folder: pytest.fail(f"read {folder}/train.txt"))
-    cfg, base, _ = compare.read_command([*argv, "--horizons=False"])
+    cfg, base, _ = compare.read_command(["--horizons=False", *argv])
     return {run.dir.removeprefix("out/"): run.flags for run in compare.plan(cfg, base)}
 
 
@@ -326,6 +326,17 @@ def test_what_is_planned(monkeypatch, tmp_path):
     assert list(runs) == names
     assert [run["ffn_init_std"] for run in runs.values()] == [0.02, 0.02, 0.06, 0.06]
 
+    # SwiGLU's other lengths have its whole schedule, and a sweep has none.
+    steps = ["--max_iters=100", "--warmup_iters=10", "--horizons=True"]
+    runs = planned(monkeypatch, tmp_path, "c.py", "--ffn=geglu", "--seeds=1", *steps)
+    names = ("ffn", "max_iters", "lr_decay_iters", "warmup_iters")
+    schedules = {tuple(run[name] for name in names) for run in runs.values()}
+    lengths = [("swiglu", n, n, n // 10) for n in (100, 70, 140)]
+    assert schedules == {*lengths, ("geglu", 100, 100, 10)}
+    for sweep in ("--init_sweep=0.02,0.06", "--lr_sweep=1e-3,3e-3"):
+        runs = planned(monkeypatch, tmp_path, "c.py", "--ffn=geglu", "--seeds=1", *steps, sweep)
+        assert {run["max_iters"] for run in runs.values()} == {100}
+
     runs = planned(monkeypatch, tmp_path, "c.py", "--ffn=asg", "--seeds=1", "--learning_rate=0")
     assert [run["learning_rate"] for run in runs.values()] == [0, 0]
 
@@ -369,6 +380,10 @@ def test_the_machine_is_shared_out(monkeypatch, tmp_path):
     assert commands(gpus=4, jobs=1) == [(True, "2", "0,1,2,3")]
     assert commands(gpus=4, jobs=2) == [(True, "2", "0,1"), (True, "2", "2,3")]
     assert [c[2] for c in commands(gpus=2, jobs=3)] == ["0", "1", "0"]
+    compare.start(run, compare.Config(launch="env", jobs=2), 0)  # the launcher gives a whole machine
+    assert "--nproc_per_node=gpu" in started[-1][0]
+    compare.start(run, compare.Config(launch="env", device="cpu"), 0)
+    assert not any("nproc" in word for word in started[-1][0])
     monkeypatch.setenv("OMP_NUM_THREADS", "6,2")  # OpenMP's syntax for nested levels
     assert commands(gpus=0, jobs=2) == [(False, "3", None)] * 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
@@ -781,9 +796,14 @@ def test_the_price_of_a_difference(tmp_path, compare, monkeypatch):
     assert "~" not in (tmp_path / "first" / "compare.md").read_text().partition("\n- ")[0]
     assert (tmp_path / "first" / "compare.png").stat().st_size > 10_000
 
-    # 1.8 times SwiGLU's tokens: SwiGLU was run at no 1 / 1.8 of its steps.
-    make_priced(compare, tmp_path / "far", 0.3, 1)
-    assert re.search(r"\| ~1\.8\d* \[.*\| ~1\.8", works(tmp_path, "--report", "far"))
+    # 1.8 and 1.4 times SwiGLU's tokens: SwiGLU was run at no 1 / 1.4 of its steps, but at 0.75.
+    for effect, ratio in ((0.3, "1.8"), (0.168, "1.4")):
+        make_priced(compare, tmp_path / ratio, effect, 1)
+        assert re.search(rf"\| ~{ratio}\d* \[.*\| ~{ratio}", works(tmp_path, "--report", ratio))
+    # Folders of runs, one by one, have the step times that lie beside them.
+    folders = sorted(f"out/{path.name}" for path in (tmp_path / "out").glob("*-s*"))
+    works(tmp_path, "--report", *folders, "--out=alone")
+    assert json.loads((tmp_path / "alone" / "compare.json").read_text())["rows"][1] == row
 
     works(tmp_path, "--report", "runs.tar.xz", "--out=second")
     second = json.loads((tmp_path / "second" / "compare.json").read_text())
@@ -819,6 +839,11 @@ def test_the_price_of_a_difference(tmp_path, compare, monkeypatch):
     key = compare.timed_as(relu2, swiglu)
     del swiglu.flags["residual"]  # as in a run made before train.py had the flag
     assert compare.timed_as(relu2, swiglu) == key
+    relu2.made["ffn_code"] = "another"
+    assert compare.timed_as(relu2, swiglu) != key
+    del relu2.made["ffn_code"]
+    swiglu.made["device"] = "cpu of another kind"
+    assert compare.timed_as(relu2, swiglu) != key
 
 
 def test_steps_are_timed_with_all_their_passes(tmp_path, compare, monkeypatch):
@@ -853,6 +878,72 @@ def test_steps_are_timed_on_the_device_of_the_runs(tmp_path, compare, monkeypatc
             runs[-1].made["device"], runs[-1].flags["device"] = "cuda NVIDIA H100", device
         compare.time_steps([[run] for run in runs], {}, str(tmp_path))
     assert asked == [("cuda:1", 0), ("cuda", 0)]
+
+
+def test_step_times_are_the_rows_over_the_baselines(tmp_path, compare, monkeypatch):
+    """The ratio is the median of the rounds' own, and its error that of a median."""
+    ratios = np.linspace(1.9, 2.3, 15)
+    monkeypatch.setattr(compare, "step_of", lambda *which: None)
+    took = {"own": (3 * ratios).tolist(), "base": [3.0] * 15}
+    monkeypatch.setattr(compare.bench, "measure", lambda calls, *rest: {k: took[k] for k in calls})
+    times, runs = {}, []
+    for ffn in ("swiglu", "relu2"):
+        make_run(tmp_path / ffn, [6, 4, 3], ffn=ffn)
+        runs.append(compare.read_run(str(tmp_path / ffn)))
+    compare.time_steps([[run] for run in runs], times, str(tmp_path))
+    (found,) = times.values()
+    assert found["ratio"] == pytest.approx(2.1)
+    # The median of n normal numbers has sqrt(pi / 2) = 1.25 times the error of their mean.
+    want = math.sqrt(math.pi / 2) * np.log(ratios).std(ddof=1) / math.sqrt(15)
+    assert found["std_error"] == pytest.approx(want, rel=0.01)
+
+
+def test_what_a_plan_says(tmp_path, compare, monkeypatch, capsys):
+    """Hours of runs side by side: where a launcher spreads them, and on a CPU, which they share. The
+    half-width is that of the intervals, and the power that of the test."""
+    make_data(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "step_of", lambda *which: None)
+    monkeypatch.setattr(compare.bench, "measure", lambda *which: {"step": [36.0, 30.0, 99.0]})
+    base = train.Config(max_iters=100, lr_decay_iters=100, data_dir="data", block_size=8)
+    for launch, hours in (("", 6), ("env", 3)):
+        cfg = compare.Config(ffn="geglu", horizons=False, data_dir="data", block_size=8, jobs=2)
+        cfg.launch, cfg.device = launch, "cpu"
+        compare.print_plan(compare.plan(cfg, base), cfg)
+        assert f"6 runs of 2 rows, about {hours} hours" in capsys.readouterr().out
+    width, found = block_analysis.expected_precision(2, 5, 0.01)
+    assert width == pytest.approx(stats.t.isf(0.025, 4) * 0.01 * math.sqrt(2 / 5))
+    pairs = np.random.default_rng(0).normal(found, 0.01 * math.sqrt(2), (20_000, 5))
+    t = pairs.mean(1) / pairs.std(1, ddof=1) * math.sqrt(5)
+    assert (t > stats.t.isf(0.025, 4)).mean() == pytest.approx(0.8, abs=0.05)
+    table = np.random.default_rng(0).normal(2, 0.01, (6, 5))
+    results, noise = block_analysis.analyse(table)
+    width, _ = block_analysis.expected_precision(6, 5, noise["std"])
+    assert block_analysis.widest(results) == pytest.approx(width)
+
+
+def test_precision_stops_when_it_is_reached(tmp_path, compare, monkeypatch):
+    """After the first three seeds here, of eight; at a width that is not reached all are run."""
+    monkeypatch.chdir(tmp_path)
+    rng, made = np.random.default_rng(0), []
+
+    def run_all(runs, cfg) -> int:
+        made.append(len(runs))
+        for run in runs:
+            if not Path(run.dir).exists():
+                flags = {k: v for k, v in run.flags.items() if k != "out_dir"}
+                make_run(Path(run.dir), [6, 3, float(2 + rng.normal(0, 0.01))], **flags)
+        return 0
+
+    monkeypatch.setattr(compare, "run_all", run_all)
+    base = train.Config(max_iters=4, lr_decay_iters=4, n_embd=32, n_head=2, n_kv_head=2, ffn_hidden=64)
+    ffns = "geglu,relu2,gelu,dsg,asg"
+    for name, precision, seeds in (("wide", 0.1, 3), ("narrow", 1e-5, 8)):
+        made.clear()
+        cfg = compare.Config(ffn=ffns, seeds=8, precision=precision, horizons=False, name=name)
+        chosen, failed = compare.run_to_precision(compare.plan(cfg, base), cfg)
+        assert (len(chosen), failed) == (6 * seeds, 0)
+        assert made == [6 * n for n in range(3, seeds + 1)]
 
 
 def test_intervals_of_prices():

@@ -704,6 +704,16 @@ def test_a_second_signal_stops_at_once(here: Path):
     assert not (here / "o" / "ckpt.pt").exists()
 
 
+def test_a_signal_that_comes_twice_under_a_launcher_is_one(here: Path):
+    """Ctrl-C in a terminal reaches a rank directly and through torchrun, a moment later."""
+    (run,) = start_ranks(here, 1, **{**LONG, "save_interval": 1000})
+    run.wait_for("step      5/")
+    run.kill(signal.SIGINT)
+    run.kill(signal.SIGTERM)
+    run.works()
+    assert intact(here / "o")["step"] >= 5
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_stops_all_at_one_step(here: Path, rank: int):
     """Both ranks exit 0 with one checkpoint, which a straight run of as many steps has as well."""

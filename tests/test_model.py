@@ -2169,6 +2169,18 @@ def test_loss_under_autocast():
     assert all(p.grad.dtype == torch.float32 for p in gpt.parameters())
 
 
+def test_the_weights_gradient_is_summed_in_float32(monkeypatch):
+    """A sum of a thousand chunks in bfloat16 would drift: it ends where a chunk no longer counts."""
+    monkeypatch.setitem(model_module.LOSS_CHUNK_BYTES, "cpu", 4 * 8 * 4)
+    x, weight = inputs(4096, 8).abs(), inputs(8, 8, seed=2)
+    targets = torch.zeros(4096, dtype=torch.long)
+    want = weight.clone().requires_grad_()
+    F.cross_entropy(x @ want.T, targets).backward()
+    got = weight.bfloat16().requires_grad_()
+    model_module.linear_cross_entropy(x.bfloat16(), got, targets).backward()
+    assert error(got.grad, want.grad) < 0.01
+
+
 # -- an auxiliary loss, and the progress of the run ------------------------------------------------
 
 
@@ -2603,6 +2615,20 @@ def test_the_causality_check_multiplies_exactly(monkeypatch):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert set(found) == {"highest"}
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_one_layer_that_reads_earlier_tokens_is_enough(checked, layer):
+    """To generate without a cache, whichever layer it is."""
+    gpt = stir(GPT(small(block_size=16, tie_embeddings=False)))
+    gpt.model.layers[layer].mlp = stir(ConvGLU(32, 64))
+    if checked:
+        check_ffns(gpt)
+    idx = tokens(2, 5)
+    right = gpt.generate(idx, 8, temperature=0.0, use_cache=False)
+    assert torch.equal(gpt.generate(idx, 8, temperature=0.0), right)
+    assert gpt.mixes_tokens is True
 
 
 @pytest.mark.parametrize("checked", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import glob
 import json
@@ -244,6 +245,7 @@ def test_ranks_share_what_an_ffn_remembers_of_its_tokens(here: Path, ffn: str):
     values = {"ffn": ffn, "micro_batch_size": 1, "max_iters": 12, "eval_interval": 4, "val_tokens": 960}
     values["code"] = "runpy.run_path('mine.py', run_name='__main__')"
     train_ranks(here, 2, out_dir="two", **values)
+    assert json.loads((here / "two" / "config.json").read_text())["world"] == 2
     alone = train(here, "--eval_only", init_from="resume", out_dir="two", code=values["code"])
     logged = losses(here / "two", "val_loss")[12]
     assert f"validation loss  {logged:.4f}" in alone.out
@@ -628,6 +630,8 @@ def test_what_is_printed_before_the_first_step(here: Path):
     head = run.out.split("step      0")[0]
     for text in (f"{layers:,}", f"{total:,}", f"{flops:,}", "3 steps x 128 = 384 tokens", "n/a"):
         assert text in head
+    assert f"{flops * 384:.3g} in all" in head
+    assert f"384 tokens, {384 / layers:.2f} a parameter" in head
     assert "hidden 64: 6,144 parameters a layer, 1.0000 of SwiGLU's" in head
     # ASG has four matrices: 48 units have 3 x 64 x 32 parameters, and its threshold is one more.
     run = train(here, out_dir="p", max_iters=0, ffn="asg", ffn_match="params")
@@ -1114,8 +1118,161 @@ def test_a_group_keeps_its_own_learning_rate():
     assert [group["lr"] for group in optimizers[0].param_groups] == [2.5e-4, 1.25e-3]
 
 
+def tiny_model_and_batches(ffn: str) -> tuple[GPT, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    model = GPT(GPTConfig(8, 384, 1, 2, 2, 16, ffn=ffn, ffn_hidden=16))
+    return model, [torch.randint(257, (2, 9), generator=generator) for _ in range(2)]
+
+
+def gradients(model: GPT, batches: list[torch.Tensor]) -> dict[str, np.ndarray]:
+    """Of the mean over the batches, in float64."""
+    copied = copy.deepcopy(model).double()
+    sum(copied(b[:, :-1], b[:, 1:])[1] for b in batches).backward()
+    return {name: (p.grad / len(batches)).numpy() for name, p in copied.named_parameters()}
+
+
+def test_steps_are_adamw_by_hand():
+    """Four steps in NumPy: the mean gradient of two passes, clipped by its norm over all parameters, two
+    moments without bias, decay of matrices and not of vectors, the scheduled rate."""
+    model, batches = tiny_model_and_batches("dsg")
+    cfg = train_py.Config(learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, lr_decay_iters=4,
+                          weight_decay=0.5, beta1=0.8, beta2=0.9, grad_clip=0.5)  # fmt: skip
+    optimizers = train_py.make_optimizers(model, cfg)
+    want = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
+    one, two = ({name: np.zeros_like(p) for name, p in want.items()} for _ in range(2))
+    rates = [1e-2 / 3, 1e-2 * 2 / 3, 1e-2, 1e-3 + 9e-3 * 0.5]
+    for step, rate in enumerate(rates):
+        grads = gradients(model, batches)
+        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        assert norm > 0.6  # or it would not be clipped
+        for name, g in grads.items():
+            g = g * 0.5 / norm
+            one[name] = 0.8 * one[name] + 0.2 * g
+            two[name] = 0.9 * two[name] + 0.1 * g**2
+            update = one[name] / (1 - 0.8 ** (step + 1))
+            update /= np.sqrt(two[name] / (1 - 0.9 ** (step + 1))) + 1e-8
+            decay = 1 - rate * 0.5 * (want[name].ndim == 2)
+            want[name] = decay * want[name] - rate * update
+        found = train_py.train_step(model, optimizers, batches, cfg, step, torch.zeros(()))
+        assert float(found[2]) == pytest.approx(norm, rel=1e-5)
+        for name, p in model.named_parameters():
+            np.testing.assert_allclose(p.detach().numpy(), want[name], rtol=0, atol=2e-5, err_msg=name)
+            p.data.copy_(torch.as_tensor(want[name]))  # so that rounding does not add up
+
+
+def test_a_step_of_muon():
+    """Matrices inside layers decay and then move by an orthogonal matrix of which the numbers are 0.2
+    times the rate, as AdamW's updates are; the embedding and the vectors are AdamW's."""
+    model, batches = tiny_model_and_batches("swiglu")
+    cfg = train_py.Config(learning_rate=1e-2, min_lr=1e-2, warmup_iters=0, lr_decay_iters=9,
+                          weight_decay=0.5, grad_clip=0.0, optimizer="muon")  # fmt: skip
+    optimizers = train_py.make_optimizers(model, cfg)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train_py.train_step(model, optimizers, batches, cfg, 0, torch.zeros(()))
+    for name, p in model.named_parameters():
+        moved = (p.detach() - before[name] * (1 - 1e-2 * 0.5 * (p.ndim == 2))) / 1e-2
+        if "layers" in name and p.ndim == 2:
+            assert moved.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2), name
+            singular = torch.linalg.svdvals(moved)
+            assert singular.min() > 0.4 * singular.max(), name
+        else:  # AdamW's first update is the gradient's sign
+            seen = moved[moved.abs() > 1e-3]
+            assert len(seen)
+            assert (seen.abs() - 1).abs().max() < 1e-2, name
+
+
+def test_noise_is_other_noise_each_step_and_rank_and_seed(here: Path):
+    """What FFNs draw in training: two ranks that drew the same would halve the noise's variety."""
+    code = """
+        import os
+        class Mine(model.SwiGLU):
+            def forward(self, x):
+                if self.training and len(x) > 1:  # and not the checks before the first step
+                    run = next(flag for flag in sys.argv if flag.startswith("--out_dir="))
+                    with open(f"{run[10:]}-drew-{os.environ.get('RANK', 0)}", "a") as f:
+                        f.write(f"{torch.rand(()).item()}\\n")
+                return super().forward(x)
+    """
+    (here / "mine.py").write_text(program_with(code))
+    values = {"ffn": "mine", "n_layer": 1, "max_iters": 3, "micro_batch_size": 2, "eval_interval": 9}
+    values["code"] = "runpy.run_path('mine.py', run_name='__main__')"
+    train_ranks(here, 2, out_dir="two", **values)
+    train(here, out_dir="one", batch_size=2, seed=1, **values)
+    drawn = [(here / f"{name}-drew-{rank}").read_text().split() for name, rank in
+             (("two", 0), ("two", 1), ("one", 0))]  # fmt: skip
+    assert [len(numbers) for numbers in drawn] == [3, 3, 3]
+    assert len({number for numbers in drawn for number in numbers}) == 9
+
+
+def test_noise_in_evaluation_is_the_same_each_time(here: Path):
+    """Else two evaluations of the same weights would differ."""
+    code = """
+        class Mine(model.SwiGLU):
+            def forward(self, x):
+                return super().forward(x) * (1 + torch.rand_like(x))
+    """
+    still = {"learning_rate": 0, "min_lr": 0, "max_iters": 2, "eval_interval": 1}
+    train_with(here, code, *flags(out_dir="o", ffn="mine", **still)).works()
+    assert len(set(losses(here / "o", "val_loss").values())) == 1
+
+
+def test_the_clock_counts_training_steps_alone(here: Path):
+    """Neither a slow validation is in step_ms nor is it divided by more steps than were made."""
+    code = """
+        import time
+        class Mine(model.SwiGLU):
+            def forward(self, x):
+                time.sleep(0.05 if self.training else 1.0)
+                return super().forward(x)
+            def active(self, x):
+                return x.new_zeros(())
+    """
+    values = {"ffn": "mine", "n_layer": 1, "max_iters": 6, "log_interval": 3, "eval_interval": 2}
+    values |= {"val_tokens": BLOCK}
+    train_with(here, code, *flags(out_dir="o", **values)).works()
+    found = rows(here / "o")
+    assert found[1]["step_ms"] is None
+    assert all(50 <= found[step]["step_ms"] < 500 for step in (3, 6))
+
+
+def test_samples_and_rows_are_as_asked(here: Path, capsys):
+    """A sample takes prompt, temperature, top_k and vocabulary; a row shows the time that is left."""
+
+    class Fake:
+        def generate(self, idx, n, temperature, top_k, n_vocab):
+            assert (n, temperature, top_k, n_vocab) == (5, 0.3, 7, 257)
+            return torch.cat((idx, idx), 1)
+
+    data = train_py.open_data(str(here / "data"), BLOCK)
+    cfg = train_py.Config(sample_tokens=5, temperature=0.3, top_k=7, prompt="ab", max_iters=70)
+    cfg.eval_only = True  # so that nothing is written
+    text = train_py.sample(Fake(), cfg, data, torch.device("cpu"), nullcontext)
+    assert text.split("\n", 1)[1].startswith("ab")
+    train_py.report({"step": 10, "train_loss": 2.0, "step_ms": 1000.0}, cfg, None)
+    assert "eta 0:01:00" in capsys.readouterr().out
+
+
+def test_notes_before_the_first_step(here: Path):
+    """What a new class may not expect: frozen parameters, constants that were redrawn, no down_proj."""
+    notes = ("no gradient by design, e.g.", "constants were redrawn", "is named down_proj")
+    code = """
+        class Mine(torch.nn.Module):
+            def __init__(self, d, h):
+                super().__init__()
+                self.up, self.down = model.linear(d, h), model.linear(h, d)
+                torch.nn.init.zeros_(self.down.weight)
+                self.frozen = torch.nn.Parameter(torch.ones(d), requires_grad=False)
+            def forward(self, x):
+                return self.down(torch.relu(self.up(x))) * self.frozen
+    """
+    done = train_with(here, code, *flags(out_dir="o", ffn="mine", max_iters=1)).works()
+    assert all(note in done.out for note in notes)
+    assert not any(note in train(here, out_dir="p", max_iters=0).out for note in notes)
+
+
 def test_what_an_optimizer_draws_is_the_same_on_all_ranks():
-    """A rank's seed is its own, for its FFNs; optimizers that add noise would drift apart by it."""
+    """A rank's seed is its own, for its FFNs; optimizers that add noise would drift apart by it. Each
+    step has noise of its own."""
 
     class Noisy(torch.optim.SGD):
         def step(self):
@@ -1124,13 +1281,14 @@ def test_what_an_optimizer_draws_is_the_same_on_all_ranks():
 
     shape = {k: v for k, v in TINY.items() if hasattr(GPTConfig, k)}
     ends, batch = [], torch.randint(257, (2, BLOCK + 1))
-    for rank in range(2):
+    for rank, step in ((0, 0), (1, 0), (1, 1)):
         model = GPT(GPTConfig(vocab_size=384, **shape))
         torch.manual_seed(rank)
         cfg = train_py.Config(lr_decay_iters=100)
-        train_py.train_step(model, [Noisy(model.parameters())], [batch], cfg, 0, torch.zeros(()))
+        train_py.train_step(model, [Noisy(model.parameters())], [batch], cfg, step, torch.zeros(()))
         ends.append(model.lm_head.weight.detach())
-    assert torch.equal(*ends)
+    assert torch.equal(*ends[:2])
+    assert not torch.equal(*ends[1:])
 
 
 def test_the_cost_in_config_is_the_mean_of_the_layers(here: Path):
