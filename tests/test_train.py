@@ -1120,7 +1120,7 @@ def test_a_group_keeps_its_own_learning_rate():
 
 def tiny_model_and_batches(ffn: str) -> tuple[GPT, list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    model = GPT(GPTConfig(8, 384, 1, 2, 2, 16, ffn=ffn, ffn_hidden=16))
+    model = GPT(GPTConfig(8, 384, 1, 2, 2, 16, ffn=ffn, ffn_hidden=64))
     return model, [torch.randint(257, (2, 9), generator=generator) for _ in range(2)]
 
 
@@ -1165,20 +1165,20 @@ def test_a_step_of_muon():
     times the rate, as AdamW's updates are; the embedding and the vectors are AdamW's."""
     model, batches = tiny_model_and_batches("swiglu")
     cfg = train_py.Config(learning_rate=1e-2, min_lr=1e-2, warmup_iters=0, lr_decay_iters=9,
-                          weight_decay=0.5, grad_clip=0.0, optimizer="muon")  # fmt: skip
+                          weight_decay=20.0, grad_clip=0.0, optimizer="muon")  # fmt: skip
     optimizers = train_py.make_optimizers(model, cfg)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train_py.train_step(model, optimizers, batches, cfg, 0, torch.zeros(()))
     for name, p in model.named_parameters():
-        moved = (p.detach() - before[name] * (1 - 1e-2 * 0.5 * (p.ndim == 2))) / 1e-2
+        moved = (p.detach() - before[name] * (1 - 1e-2 * 20 * (p.ndim == 2))) / 1e-2
         if "layers" in name and p.ndim == 2:
             assert moved.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2), name
             singular = torch.linalg.svdvals(moved)
             assert singular.min() > 0.4 * singular.max(), name
         else:  # AdamW's first update is the gradient's sign
-            seen = moved[moved.abs() > 1e-3]
+            seen = moved[moved.abs() > 0.5]
             assert len(seen)
-            assert (seen.abs() - 1).abs().max() < 1e-2, name
+            assert (seen.abs() - 1).abs().max() < 0.1, name
 
 
 def test_noise_is_other_noise_each_step_and_rank_and_seed(here: Path):
