@@ -1174,7 +1174,7 @@ def test_a_step_of_muon():
         if "layers" in name and p.ndim == 2:
             assert moved.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2), name
             singular = torch.linalg.svdvals(moved)
-            assert singular.min() > 0.4 * singular.max(), name
+            assert singular.median() > 0.5 * singular.max(), name
         else:  # AdamW's first update is the gradient's sign
             seen = moved[moved.abs() > 0.5]
             assert len(seen)
