@@ -453,6 +453,21 @@ def test_ratios_and_spreads():
     assert bench.spread([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5) == 1
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("mode", ["step", "ffn"])
+def test_what_is_timed_has_the_type_asked_for(monkeypatch, run_here, mode, dtype):
+    seen = set()
+
+    class Mine(model.SwiGLU):
+        def forward(self, x):
+            seen.add(torch.is_autocast_enabled("cpu"))
+            return super().forward(x)
+
+    monkeypatch.setitem(model.FFNS, "mine", Mine)
+    run_here(*(STEP if mode == "step" else FFN), f"--mode={mode}", f"--dtype={dtype}", "--ffn=mine")
+    assert seen == {dtype == "bfloat16"}
+
+
 def test_contenders_take_turns():
     """After two untimed calls each, in reverse order every other round."""
     order = []

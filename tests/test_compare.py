@@ -382,6 +382,8 @@ def test_the_machine_is_shared_out(monkeypatch, tmp_path):
     assert [c[2] for c in commands(gpus=2, jobs=3)] == ["0", "1", "0"]
     compare.start(run, compare.Config(launch="env", jobs=2), 0)  # the launcher gives a whole machine
     assert "--nproc_per_node=gpu" in started[-1][0]
+    (passed_on,) = (word for word in started[-1][0] if word.startswith("--signals-to-handle="))
+    assert "SIGUSR1" in passed_on
     compare.start(run, compare.Config(launch="env", device="cpu"), 0)
     assert not any("nproc" in word for word in started[-1][0])
     monkeypatch.setenv("OMP_NUM_THREADS", "6,2")  # OpenMP's syntax for nested levels
@@ -596,6 +598,9 @@ def test_committed_archives_give_their_table(tmp_path, archives):
     paths = [str(results / name / "runs.tar.xz") for name in archives]
     works(tmp_path, "--out=again", "--report", *paths)
     folders = tmp_path / "again", results / archives[-1]
+    texts = [(folder / "compare.md").read_text() for folder in folders]
+    again, before = (re.findall(r"^\|.*", text, re.M) for text in texts)
+    assert again == before
     made, kept = (json.loads((folder / "compare.json").read_text()) for folder in folders)
     assert len(made["rows"]) == len(kept["rows"]) > 1
     for a, b in zip(made["rows"], kept["rows"]):
@@ -1057,6 +1062,38 @@ def test_report_refuses_runs_that_differ_in_more_than_the_ffn(tmp_path, flag, va
     make_run(folder, [6, 3, 2], ffn="geglu", **{flag: value})
     fails(tmp_path, "--report", "out/a", "out/b", needles=("--", f"{flag} ", "out/a", "out/b"))
     assert not list(tmp_path.rglob("compare.*"))
+
+
+def test_report_refuses_runs_of_two_devices_and_judges_none_of_two_baselines(tmp_path):
+    """A GPU rounds in its own way; and a verdict wants three runs of the baseline too."""
+    for spec, s in [("swiglu", 0), ("swiglu", 1), *(("geglu", s) for s in range(4))]:
+        last = 2 + 0.1 * s + 0.001 * s * s * (spec == "geglu")
+        make_run(tmp_path / "out" / f"{spec}-s{s}", [6, 3, last], ffn=spec, seed=s, data_seed=s)
+    works(tmp_path, "--report", "out", "--out=one")
+    record = json.loads((tmp_path / "one" / "compare.json").read_text())
+    assert record["rows"][1]["verdict"] == "too few seeds"
+    path = tmp_path / "out" / "geglu-s3" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "cuda NVIDIA H100"}))
+    fails(tmp_path, "--report", "out", "--out=two", needles=("--device", "cuda NVIDIA H100", "geglu-s3"))
+
+
+def test_a_picture_has_the_smallest_value_on_top(compare):
+    """Filled are the marks of which the interval is clear of the mark, if there is a verdict."""
+    from matplotlib.figure import Figure
+
+    import rendering
+
+    values = {"high": (3, 2.9, 3.2, "worse"), "low": (-1, -2, -0.5, "better"),
+              "near": (1, -1, 2, "no difference shown"), "few": (2, 1.5, 2.5, "too few seeds")}  # fmt: skip
+    rows = [dict(zip((*rendering.DIFFERENCE, "verdict"), found), label=label, extrapolated=False)
+            for label, found in values.items()]  # fmt: skip
+    ax = Figure().subplots()
+    rendering.plot_intervals(ax, rows, rendering.DIFFERENCE, 0, "title", "x")
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["low", "near", "few", "high"]
+    assert ax.get_ylim()[0] > 3 > 0 > ax.get_ylim()[1]  # downwards
+    marks = [container.lines[0] for container in ax.containers]
+    assert [mark.get_xdata()[0] for mark in marks] == [-1, 1, 2, 3]
+    assert [mark.get_markerfacecolor() for mark in marks] == ["black", "white", "white", "black"]
 
 
 def test_report_leaves_out_the_unfinished_and_refuses_doubles(tmp_path):

@@ -2379,6 +2379,17 @@ def test_checking_leaves_no_traces(block_size):
     assert gpt.training
 
 
+def test_a_future_that_is_far_is_seen(monkeypatch):
+    """A hundred tokens ahead; and a sequence that is too long is refused by both of its numbers."""
+    ahead = lambda f, x: f(x + F.pad(x, (0, 0, 0, 100))[:, 100:])  # noqa: E731
+    monkeypatch.setitem(FFNS, "mine", swiglu_on(ahead))
+    gpt = GPT(small(ffn="mine", block_size=256, n_layer=1))
+    with pytest.raises(UserError, match="sees the future"):
+        check_ffns(gpt)
+    with pytest.raises(UserError, match="257 tokens are more than block_size=256"):
+        gpt(tokens(1, 257))
+
+
 def test_noise_is_not_the_future(monkeypatch):
     """An FFN that draws new random numbers at each call, in evaluation too, passes the check."""
     monkeypatch.setitem(FFNS, "mine", swiglu_on(lambda f, x: f(x) * torch.rand_like(x)))

@@ -915,12 +915,15 @@ def test_other_weights_are_named_on_resume(here: Path):
     made = json.loads(path.read_text())
     assert "warning" not in train(here, out_dir="p", max_iters=3, init_from="resume").out
     old = {"ffn_code": "0" * 16, "hidden": 7, "trainer_code": "1" * 16, "torch": made["torch"]}
+    old |= {"ffn_cost": {"params": 1, "flops": 2, "ideal_flops": 3}, "total_params": 4}
     path.write_text(json.dumps(made | old))
+    (here / "p" / "model.py").write_text("as it was when the run began")
     assert "the code of swiglu is not what it was" in train(
         here, out_dir="p", max_iters=4, init_from="resume"
     ).out
     resumed = json.loads(path.read_text())
-    assert (resumed["ffn_code"], resumed["hidden"]) == ("0" * 16, 7)
+    assert all(resumed[key] == old[key] for key in ("ffn_code", "hidden", "ffn_cost", "total_params"))
+    assert (here / "p" / "model.py").read_text() == "as it was when the run began"
     assert resumed["trainer_code"] == "1" * 16 + ", " + made["trainer_code"]  # of both its parts
     assert resumed["torch"] == made["torch"]
 
@@ -1252,6 +1255,54 @@ def test_samples_and_rows_are_as_asked(here: Path, capsys):
     assert "eta 0:01:00" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_all_passes_are_in_the_type_asked_for(here: Path, dtype: str):
+    """Training, evaluation, the share of active units and the sample."""
+    code = f"""
+        class Mine(model.SwiGLU):
+            def note(self, what, x):
+                with open("seen", "a") as f:
+                    print(what, self.training, len(x), torch.is_autocast_enabled("cpu"), file=f)
+            def forward(self, x):
+                self.note("forward", x)
+                return super().forward(x)
+            def active(self, x):
+                self.note("active", x)
+                return x.new_zeros(())
+    """
+    asked = {"dtype": dtype, "sample_tokens": 2, "max_iters": 1, "n_layer": 1}
+    train_with(here, code, *flags(out_dir="o", ffn="mine", **asked)).works()
+    seen = {tuple(line.split()) for line in (here / "seen").read_text().splitlines()}
+    on = str(dtype == "bfloat16")
+    for one in (("forward", "True", "4"), ("forward", "False", "4"), ("active", "False", "1")):
+        assert {line[3] for line in seen if line[:3] == one} == {on}, one
+
+
+def test_recompute_reaches_the_compiler(here: Path):
+    code = """
+        class Mine(model.SwiGLU):
+            pass
+        def spy(f, device, recompute=False):
+            print("recompute is", recompute)
+            return f
+        model.compiled = spy
+    """
+    for asked in (True, False):
+        out = f"{asked}"
+        argv = flags(out_dir=out, ffn="mine", max_iters=1, compile=True, recompute=asked)
+        assert f"recompute is {asked}" in train_with(here, code, *argv).works().out
+
+
+def test_active_is_the_mean_of_all_layers(here: Path, monkeypatch):
+    data = train_py.open_data(str(here / "data"), BLOCK)
+    model = GPT(GPTConfig(BLOCK, 384, 3, 2, 2, 32, ffn="asg", ffn_hidden=64))
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "active", lambda self, x: torch.tensor(self.share))
+    for layer, share in zip(model.model.layers, (0.1, 0.2, 0.6)):
+        layer.mlp.share = share
+    found = train_py.active_fraction(model, data, torch.device("cpu"), nullcontext)
+    assert found == pytest.approx(0.3)
+
+
 def test_notes_before_the_first_step(here: Path):
     """What a new class may not expect: frozen parameters, constants that were redrawn, no down_proj."""
     notes = ("no gradient by design, e.g.", "constants were redrawn", "is named down_proj")
@@ -1367,6 +1418,7 @@ BAD_FLAGS = [
     ({"learning_rate": 1e-4, "min_lr": 1e-3}, ["--min_lr=0.001", "--learning_rate=0.0001"]),
     ({"learning_rate": "nan"}, ["learning_rate"]),
     ({"beta2": 1.0}, ["beta2"]),
+    ({"beta1": 1.0}, ["beta1"]),
     ({"seed": -1}, ["seed"]),
     ({"data_seed": 2**40}, ["seed"]),
     ({"data_dir": "nowhere"}, ["nowhere", "python prepare_fineweb.py"]),
@@ -1441,6 +1493,7 @@ def test_which_device_is_taken(monkeypatch):
 
     names = {"NVIDIA A100-SXM4-80GB": (8, 0), "Tesla T4": (7, 5), "NVIDIA GeForce RTX 4090": (8, 9)}
     names |= {"NVIDIA H100 80GB HBM3": (9, 0), "NVIDIA H100 PCIe": (9, 0), "NVIDIA L4": (8, 9)}
+    names |= {"NVIDIA H200": (9, 0), "NVIDIA H200 NVL": (9, 0)}
     names |= {"NVIDIA GeForce RTX 4090 Laptop GPU": (8, 9), "NVIDIA H100 80GB HBM3 MIG 1g.10gb": (9, 0)}
     peaks = []
     for name, capability in names.items():
@@ -1450,7 +1503,7 @@ def test_which_device_is_taken(monkeypatch):
         assert train_py.use_bfloat16("auto", cuda) == (name != "Tesla T4")
         assert not train_py.use_bfloat16("float32", cuda)
         peaks.append(train_py.peak_flops(cuda))
-    assert peaks == [312e12, None, 165e12, 989e12, 756e12, 121e12, None, None]
+    assert peaks == [312e12, None, 165e12, 989e12, 756e12, 121e12, 989e12, 835e12, None, None]
     for device in ("cpu", "mps"):
         assert not train_py.use_bfloat16("auto", torch.device(device))
         assert train_py.use_bfloat16("bfloat16", torch.device(device))
