@@ -1083,8 +1083,8 @@ def test_a_picture_has_the_smallest_value_on_top(compare):
 
     import rendering
 
-    values = {"high": (3, 2.9, 3.2, "worse"), "low": (-1, -2, -0.5, "better"),
-              "near": (1, -1, 2, "no difference shown"), "few": (2, 1.5, 2.5, "too few seeds")}  # fmt: skip
+    values = {"high": (3, 2.9, 3.2, "worse"), "low": (-1, -2, -0.5, "better")}
+    values |= {"near": (1, -1, 2, "no difference shown"), "few": (2, 1.5, 2.5, "too few seeds")}
     rows = [dict(zip((*rendering.DIFFERENCE, "verdict"), found), label=label, extrapolated=False)
             for label, found in values.items()]  # fmt: skip
     ax = Figure().subplots()

@@ -1257,8 +1257,8 @@ def test_samples_and_rows_are_as_asked(here: Path, capsys):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_all_passes_are_in_the_type_asked_for(here: Path, dtype: str):
-    """Training, evaluation, the share of active units and the sample."""
-    code = f"""
+    """Training, evaluation and the share of active units."""
+    code = """
         class Mine(model.SwiGLU):
             def note(self, what, x):
                 with open("seen", "a") as f:
@@ -1270,7 +1270,7 @@ def test_all_passes_are_in_the_type_asked_for(here: Path, dtype: str):
                 self.note("active", x)
                 return x.new_zeros(())
     """
-    asked = {"dtype": dtype, "sample_tokens": 2, "max_iters": 1, "n_layer": 1}
+    asked = {"dtype": dtype, "max_iters": 1, "n_layer": 1}
     train_with(here, code, *flags(out_dir="o", ffn="mine", **asked)).works()
     seen = {tuple(line.split()) for line in (here / "seen").read_text().splitlines()}
     on = str(dtype == "bfloat16")
@@ -1296,7 +1296,8 @@ def test_recompute_reaches_the_compiler(here: Path):
 def test_active_is_the_mean_of_all_layers(here: Path, monkeypatch):
     data = train_py.open_data(str(here / "data"), BLOCK)
     model = GPT(GPTConfig(BLOCK, 384, 3, 2, 2, 32, ffn="asg", ffn_hidden=64))
-    monkeypatch.setattr(type(model.model.layers[0].mlp), "active", lambda self, x: torch.tensor(self.share))
+    asg = type(model.model.layers[0].mlp)
+    monkeypatch.setattr(asg, "active", lambda self, x: torch.tensor(self.share))
     for layer, share in zip(model.model.layers, (0.1, 0.2, 0.6)):
         layer.mlp.share = share
     found = train_py.active_fraction(model, data, torch.device("cpu"), nullcontext)
