@@ -764,7 +764,7 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
 def make_ffn(spec: str, d: int, h: int) -> nn.Module:
     """Build the FFN of a spec with PyTorch's own init. Raises UserError for a bad spec, for an h that
     does not divide as needed, for parameters that the optimizers cannot train and buffers that
-    cannot be written to."""
+    no checkpoint can fill."""
     cls, options = parse_spec(spec)
     if d < 1 or h < 1:
         raise UserError(f"an FFN needs d >= 1 and h >= 1, not d={d} h={h}")
@@ -776,9 +776,9 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
             raise UserError(f"{spec}: parameter {name} is {p.dtype}: make it float32")
         if torch.empty_like(p).stride() != p.stride():  # fused AdamW would write into its other parts
             raise UserError(f"{spec}: parameter {name} is a part of a tensor: make it one by clone()")
-    for name, b in ffn.named_buffers():
-        if any(size > 1 and not stride for size, stride in zip(b.shape, b.stride())):
-            raise UserError(f"{spec}: buffer {name} is expanded, cannot be written to: clone() it")
+    for name, b in ffn.state_dict().items():
+        if isinstance(b, Tensor) and any(n > 1 and not step for n, step in zip(b.shape, b.stride())):
+            raise UserError(f"{spec}: buffer {name} is expanded and could not be loaded: clone() it")
     return ffn
 
 

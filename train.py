@@ -712,7 +712,7 @@ def main() -> None:
             loss, aux, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             # A running threshold or an expert's bias follows this rank's tokens: take the ranks' mean.
             for b in raw_model.model.layers.buffers() if ddp else ():
-                if b.is_floating_point():
+                if b.is_floating_point() and 0 not in b.stride():  # into an expanded one none can write
                     dist.all_reduce(mean := b.contiguous())  # NCCL takes no other
                     b.copy_(mean / world)
             step, window_steps, evaluated = step + 1, window_steps + 1, False

@@ -533,7 +533,7 @@ def test_hugging_face_without_its_mask_is_the_same_model():
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "ffn_hidden": 64, "block_size": 16}
     cfg = peers["Config"](vocab_size=128, micro_batch_size=2, **shape)
     model, loss = peers["hugging_face"](cfg)
-    _, loss_without_mask = peers["hugging_face_without_mask"](cfg)
+    _, loss_without_mask = peers["PEERS"]["hf-no-mask"](cfg)
     batch = torch.randint(128, (2, 17))
     x = batch[:, :-1]
     with torch.no_grad():

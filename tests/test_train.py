@@ -222,11 +222,12 @@ ASSIGNS = """
             super().__init__(d, h)
             self.register_buffer("theta", torch.tensor(0.0))
             self.register_buffer("turned", torch.ones(3, 2).t())
+            self.register_buffer("expanded", torch.ones(1).expand(d), persistent=False)
         def forward(self, x):
             if self.training:
                 self.theta = 0.5 * self.theta + x.detach().mean()
                 self.turned.mul_(0.5).add_(x.detach().mean())
-            return super().forward(x) + self.theta + self.turned.sum()
+            return super().forward(x) + self.theta * self.expanded + self.turned.sum()
     import torch.distributed as dist
     real = dist.all_reduce
     def as_nccl(tensor, *more):
