@@ -97,7 +97,7 @@ def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.
     rows, yardstick = [], times["swiglu", "both"]
     for spec in specs:
         both, matmul, cost = times[spec, "both"], times[spec, "matmul"], ffn_cost(layers[spec])
-        known = math.isclose(forward[spec], n * cost["flops"], rel_tol=0.1)  # are these all products?
+        known = math.isclose(forward[spec], n * cost["flops"], rel_tol=0.1)  # all its products found
         executed = flops[spec] if known else 3 * n * cost["flops"]
         rows.append({
             "ffn": spec, "hidden": hidden(cfg, spec), **cost,

@@ -538,8 +538,9 @@ class ThresholdMoE(MoE):
 def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) -> Tensor:
     """Apply expert e to the next count[e] rows of x (M, d): (M, d). An expert without rows gets zeros as
     gradients (on Blackwell perhaps not: pytorch issue 172439). A CPU loops, because stacking weights is
-    slow there. On a GPU a loop would wait for the counts; equal ones, a list, need none, and from Hopper
-    on one kernel does others, if the experts are ReLU2s."""
+    slow there. On a GPU a loop would wait for the counts. Equal counts come as a list, for which ReLU2s
+    take one batched product; for other counts they take one grouped product, without a wait from Hopper
+    on."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     relu2 = all(type(expert) is ReLU2 and expert.slope == 0 for expert in experts)
@@ -763,8 +764,8 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
 
 def make_ffn(spec: str, d: int, h: int) -> nn.Module:
     """Build the FFN of a spec with PyTorch's own init. Raises UserError for a bad spec, for an h that
-    does not divide as needed, for parameters that the optimizers cannot train and buffers that
-    no checkpoint can fill."""
+    does not divide as needed, for parameters that the optimizers cannot train and for buffers that no
+    checkpoint can fill."""
     cls, options = parse_spec(spec)
     if d < 1 or h < 1:
         raise UserError(f"an FFN needs d >= 1 and h >= 1, not d={d} h={h}")
@@ -777,7 +778,7 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
         if torch.empty_like(p).stride() != p.stride():  # fused AdamW would write into its other parts
             raise UserError(f"{spec}: parameter {name} is a part of a tensor: make it one by clone()")
     for name, b in ffn.state_dict().items():
-        if isinstance(b, Tensor) and any(n > 1 and not step for n, step in zip(b.shape, b.stride())):
+        if isinstance(b, Tensor) and is_expanded(b):
             raise UserError(f"{spec}: buffer {name} is expanded and could not be loaded: clone() it")
     return ffn
 
@@ -793,6 +794,11 @@ def is_matrix(p: Tensor) -> bool:
     """Whether a parameter is a matrix, or several: more than one of its dimensions is not 1. Matrices
     are drawn at random, decayed and counted; a gain of shape (1, 1, d) is a vector."""
     return sum(size != 1 for size in p.shape) > 1
+
+
+def is_expanded(t: Tensor) -> bool:
+    """Whether elements of a tensor share their memory, so that nothing can be written into it."""
+    return any(size > 1 and not stride for size, stride in zip(t.shape, t.stride()))
 
 
 def ffn_cost(ffn: nn.Module) -> dict[str, int]:

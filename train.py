@@ -42,8 +42,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import model as model_file
 import prepare_fineweb
 from configurator import UserError, configure, print0, read_launcher, run, user_error
-from model import FFNS, GPT, GPTConfig, check_ffns, compile_errors, compiled, evaluating
-from model import code_hash, ffn_code, ffn_cost, has, is_matrix, is_residual, parse_spec, set_up
+from model import FFNS, GPT, GPTConfig, check_ffns, compile_errors, compiled, evaluating, set_up
+from model import code_hash, ffn_code, ffn_cost, has, is_expanded, is_matrix, is_residual, parse_spec
 from prepare_fineweb import Data, has_shards, load_encoding, locate, lock_folder, open_data
 from prepare_fineweb import read_windows, whole_file, window_counts
 
@@ -712,7 +712,7 @@ def main() -> None:
             loss, aux, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             # A running threshold or an expert's bias follows this rank's tokens: take the ranks' mean.
             for b in raw_model.model.layers.buffers() if ddp else ():
-                if b.is_floating_point() and 0 not in b.stride():  # into an expanded one none can write
+                if b.is_floating_point() and not is_expanded(b):
                     dist.all_reduce(mean := b.contiguous())  # NCCL takes no other
                     b.copy_(mean / world)
             step, window_steps, evaluated = step + 1, window_steps + 1, False

@@ -64,7 +64,7 @@ class Config(train.Config):
     ffn_match: Literal["hidden", "params", "flops", "both"] = "hidden"  # both: hidden and params
     seeds: int = 3  # seeds 0 to seeds - 1 for each row; --precision may stop earlier
     precision: float = 0.0  # add seeds until all half-widths are at most this (nats), df >= 10; 0: off
-    horizons: bool = True  # time steps; without a sweep also run the baseline at 0.7 and 1.4 times
+    horizons: bool = True  # time steps; if no sweep, also train the baseline for 0.7 and 1.4 max_iters
     lr_sweep: str = ""  # learning rates to try for every row, comma-separated; the best is shown
     init_sweep: str = ""  # values of --ffn_init_std to try for every row, likewise
     name: str = ""  # runs go to out/{name}; empty: the paper's name, else compare

@@ -446,6 +446,20 @@ def test_errors_are_one_line(args, word, monkeypatch, capsys):
     assert "\n" not in stop.value.code
 
 
+def test_the_backward_pass_of_an_auxiliary_loss_is_timed(run_here, monkeypatch):
+    calls = []
+
+    class WithAux(model.SwiGLU):
+        def forward(self, x):
+            aux = x.square().mean()
+            aux.register_hook(lambda g: calls.append(1)) if aux.requires_grad else None
+            return super().forward(x), aux
+
+    monkeypatch.setitem(model.FFNS, "with_aux", WithAux)
+    run_here(*FFN, "--ffn=with_aux")
+    assert calls
+
+
 def test_ratios_and_spreads():
     """The median of the rounds' own ratios, and half the distance between their quartiles."""
     a, b = [2.0, 9.0, 3.0], [1.0, 3.0, 3.0]

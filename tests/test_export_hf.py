@@ -337,6 +337,21 @@ def trained(tmp_path_factory) -> tuple[Path, list[tuple[int, str, str]]]:
     return cwd, done
 
 
+def test_the_command_of_a_card_starts_as_many_ranks(tmp_path, monkeypatch):
+    """As the run had: torchrun's, if several."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import export_hf
+    from model import GPT, GPTConfig
+    from train import Config
+
+    gpt = GPT(GPTConfig(8, 384, 1, 2, 2, 16, ffn_hidden=16))
+    data = {"source": "", "encoding": "bytes", "train_tokens": 9}
+    saved = {"flags": asdict(Config(max_iters=5)), "step": 5}
+    for world, launch in ((1, "python train.py"), (8, "torchrun --nproc_per_node=8 train.py")):
+        about = {"data": data, "world": world, "git_commit": "abc"}
+        assert f"    {launch} --max_iters=5\n" in export_hf.card(gpt, saved, about, tmp_path, False)
+
+
 def test_a_trained_run_and_its_card(trained):
     """What train.py has left can be exported: norms that training has moved, another width by ffn_match,
     the log. The card says what the run was and by which command."""

@@ -730,6 +730,23 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(here: Path, rank: int):
     assert_same_run(here / "o", here / "straight")
 
 
+def test_a_signal_to_one_rank_during_validation(here):
+    """All ranks stop: none waits for the others' losses."""
+    make_data(here / "long", {"x_train_000001.bin": 3000, "x_val_000000.bin": 400_000})
+    values = {"out_dir": "o", "data_dir": "long", "n_layer": 8, "micro_batch_size": 1}
+    ranks = start_ranks(here, 2, max_iters=3, eval_interval=1000, **values)
+    ranks[0].wait_for("run     3 steps")
+    time.sleep(0.5)
+    ranks[1].kill(signal.SIGTERM)
+    try:
+        for run in ranks:
+            assert run.wait(30).code == 0
+    finally:
+        for run in ranks:
+            run.process.kill()
+    assert "stopped at step 0" in ranks[0].out
+
+
 def test_a_rank_that_dies_ends_the_other(here: Path):
     """kill -9 of either rank: the other one exits 1 by itself and saves nothing."""
     for dead in (0, 1):

@@ -8,6 +8,7 @@ import hashlib
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -19,6 +20,8 @@ import sys
 import sysconfig
 import threading
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -939,6 +942,75 @@ def test_meta_of_another_program(tmp_path, monkeypatch):
             in_process(monkeypatch, *flags, f"--out_dir={tmp_path}")
 
 
+def test_max_tokens_of_a_run_that_goes_on(tmp_path, monkeypatch):
+    """They are those of the whole stream, shards that were there already included."""
+    texts = some_texts(1, 30, 50)
+    write_parquet(tmp_path / "a.parquet", texts)
+    flags = [f"--input={tmp_path}/a.parquet", "--encoding=bytes", "--workers=1", "--shard_tokens=30",
+             "--max_tokens=100", f"--out_dir={tmp_path / 'out'}"]  # fmt: skip
+    for _ in range(2):
+        in_process(monkeypatch, *flags)
+        assert stream(tmp_path / "out") == bytes_stream(texts)[:100]
+        truncate(tmp_path / "out", 2)
+
+
+@pytest.mark.parametrize("end", ["parquet", "jsonl"])
+def test_a_text_that_is_null(tmp_path, monkeypatch, end):
+    """It is an empty document."""
+    (write_parquet if end == "parquet" else write_jsonl)(tmp_path / f"a.{end}", ["a", None, "bcdefgh"])
+    flags = ["--encoding=bytes", "--workers=1", "--val_tokens=5", f"--out_dir={tmp_path / 'out'}"]
+    in_process(monkeypatch, f"--input={tmp_path}/a.{end}", *flags)
+    assert stream(tmp_path / "out") == bytes_stream(["a", "", "bcdefgh"])
+
+
+def test_a_worker_that_dies_is_one_line():
+    """The kernel's out-of-memory killer, as a rule."""
+
+    class Pool:
+        def submit(self, *_):
+            future = Future()
+            future.set_exception(BrokenProcessPool("a process died"))
+            return future
+
+    with pytest.raises(UserError, match="fewer --workers"):
+        list(prepare_fineweb.encode_in_order(Pool(), 1, iter(["text"])))
+
+
+def test_ctrl_c_while_preparing(tmp_path):
+    """One line, and the same command goes on to the same bytes. A terminal sends it to the workers too,
+    which leave it to their parent."""
+    for i in range(2):
+        write_parquet(tmp_path / f"{i}.parquet", some_texts(3 + i, 300, 3000))
+    flags = [f"--input={tmp_path}/*.parquet", "--encoding=bytes", "--shard_tokens=9999", "--workers=2"]
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(*flags, f"--out_dir={out}"), stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+    while len(list(out.glob("*.bin"))) < 3 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1, said
+    assert "Traceback" not in said
+    last = re.split("[\r\n]", said.strip())[-1]
+    assert last == "error: stopped: run the same command again, it goes on from there"
+    assert "going on after" in works(prep(*flags, f"--out_dir={out}"))
+    works(prep(*flags, f"--out_dir={tmp_path / 'whole'}"))
+    assert files(out) == files(tmp_path / "whole")
+    spawn = multiprocessing.get_context("spawn")
+    ready = {"initializer": prepare_fineweb.start_worker, "initargs": ("bytes",)}
+    with ProcessPoolExecutor(1, spawn, **ready) as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result(60) == signal.SIG_IGN
+
+
+def test_an_id_that_is_just_too_large(tmp_path):
+    """Ids end below the vocabulary's size. This shard has the id 256."""
+    small_shard(tmp_path / "x_train_000001.bin")
+    shards = [prepare_fineweb.check_shard(str(tmp_path / "x_train_000001.bin"))]
+    with pytest.raises(UserError, match="token id 256 is not below the encoding's 256"):
+        prepare_fineweb.read_windows(shards, [(0, 0)], 4, 256)
+    assert prepare_fineweb.read_windows(shards, [(0, 0)], 4, 257).tolist() == [[256, 1, 2, 256, 3]]
+
+
 # ---- reading ----------------------------------------------------------------------------------
 
 
@@ -1081,6 +1153,34 @@ def parquet_bytes(texts: list[str]) -> bytes:
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), buffer, row_group_size=11)
     return buffer.getvalue()
+
+
+ONE_FOLDER = (b"---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n"
+              b"    path: s/*\n---\n")  # fmt: skip
+
+
+def test_the_commit_that_is_asked_for(tmp_path, hub):
+    """--revision is what a new run asks the hub for. One that goes on asks for the commit that it began
+    with, wherever the branch is by now."""
+    texts = some_texts(11, 40, 40)
+    handler, env = hub({"README.md": ONE_FOLDER, "s/0.parquet": parquet_bytes(texts)})
+    out = tmp_path / "out"
+    flags = ["--encoding=bytes", "--shard_tokens=97", "--workers=1", "--revision=v1", f"--out_dir={out}"]
+    for revision in ("v1", SHA):
+        handler.log.clear()
+        works(prep(*flags, env=env))
+        assert stream(out) == bytes_stream(texts)
+        log = " ".join(handler.log)
+        asked = re.findall(r"GET /api/datasets/HuggingFaceFW/fineweb(?:/revision)?(\S*) ", log)
+        assert asked[0] == f"/{revision}"
+        truncate(out, 2)
+
+
+def test_a_split_that_is_not_there(tmp_path, hub):
+    _, env = hub({"README.md": ONE_FOLDER, "s/0.parquet": parquet_bytes(["a"])})
+    done = prep("--encoding=bytes", "--split=trian", f"--out_dir={tmp_path / 'out'}", env=env)
+    assert done.returncode == 1
+    assert "--split=trian: did you mean train?" in done.stderr.splitlines()[-1]
 
 
 def test_streaming_from_the_hub(tmp_path, hub):

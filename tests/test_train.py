@@ -245,8 +245,9 @@ def test_ranks_share_what_an_ffn_remembers_of_its_tokens(here: Path, ffn: str):
     (here / "mine.py").write_text(program_with(ASSIGNS))
     values = {"ffn": ffn, "micro_batch_size": 1, "max_iters": 12, "eval_interval": 4, "val_tokens": 960}
     values["code"] = "runpy.run_path('mine.py', run_name='__main__')"
-    train_ranks(here, 2, out_dir="two", **values)
+    run = train_ranks(here, 2, out_dir="two", **values)
     assert json.loads((here / "two" / "config.json").read_text())["world"] == 2
+    assert "step    2 ranks x 2 passes x 1 sequences x 32 tokens" in run.out
     alone = train(here, "--eval_only", init_from="resume", out_dir="two", code=values["code"])
     logged = losses(here / "two", "val_loss")[12]
     assert f"validation loss  {logged:.4f}" in alone.out
@@ -258,6 +259,40 @@ def test_ranks_share_what_an_ffn_remembers_of_its_tokens(here: Path, ffn: str):
     train_ranks(here, 2, out_dir="parts", **{**values, "max_iters": 5, "lr_decay_iters": 12})
     train_ranks(here, 2, out_dir="parts", **{**values, "lr_decay_iters": 12}, init_from="resume")
     assert same_bits(load(here / "parts")["model"], load(here / "two")["model"])
+
+
+def test_ranks_keep_the_mean_of_a_buffer(here):
+    """Of one that counts passes it is their number, and what is no float is left alone."""
+    code = """
+        class Mine(model.SwiGLU):
+            def __init__(self, d, h):
+                super().__init__(d, h)
+                self.register_buffer("passes", torch.zeros(()))
+                self.register_buffer("key", torch.tensor(2**40 + 1))
+            def forward(self, x):
+                if self.training:
+                    self.passes += 1
+                return super().forward(x) + 0 * self.passes
+    """
+    (here / "mine.py").write_text(program_with(code))
+    run = "runpy.run_path('mine.py', run_name='__main__')"
+    train_ranks(here, 2, out_dir="o", ffn="mine", max_iters=3, n_layer=1, micro_batch_size=1, code=run)
+    kept = load(here / "o")["model"]
+    assert kept["model.layers.0.mlp.passes"] == 6  # two passes of a rank in each step
+    assert kept["model.layers.0.mlp.key"] == 2**40 + 1
+
+
+def test_mfu_is_that_of_all_devices(here):
+    """With a peak that is made up: a CPU's is not known."""
+    source = Path(TRAIN).read_text()
+    none = '    if device.type != "cuda":\n        return None\n'
+    assert source.count(none) == 1
+    (here / "mine.py").write_text(source.replace(none, "    return 1e12\n"))
+    values = {"out_dir": "o", "max_iters": 3, "dtype": "bfloat16", "micro_batch_size": 2}
+    train_ranks(here, 2, code="runpy.run_path('mine.py', run_name='__main__')", **values)
+    shape = {k: v for k, v in TINY.items() if hasattr(GPTConfig, k)}
+    flops, row = GPT(GPTConfig(vocab_size=384, **shape)).flops_per_token(), rows(here / "o")[3]
+    assert row["mfu"] == pytest.approx(flops * row["tok_per_s"] / (2 * 1e12))
 
 
 # ---- resuming -----------------------------------------------------------------------------------
@@ -829,7 +864,8 @@ def test_the_future_is_seen_at_the_first_and_the_last_step(here: Path):
 
 
 def test_noise_is_the_same_when_it_is_repeated(here: Path):
-    """Of an FFN that draws numbers in evaluation too: the same flags give the same losses."""
+    """Of an FFN that draws numbers in evaluation too: the same flags give the same losses, and the same
+    weights the same validation loss at each step."""
     code = """
         class Mine(model.SwiGLU):
             def forward(self, x):
@@ -838,6 +874,9 @@ def test_noise_is_the_same_when_it_is_repeated(here: Path):
     for out in ("a", "b"):
         train_with(here, code, *flags(out_dir=out, max_iters=4, ffn="mine", eval_interval=2)).works()
     assert losses(here / "a", "val_loss") == losses(here / "b", "val_loss")
+    still = {"learning_rate": 0, "min_lr": 0, "max_iters": 2, "eval_interval": 1}
+    train_with(here, code, *flags(out_dir="c", ffn="mine", **still)).works()
+    assert len(set(losses(here / "c", "val_loss").values())) == 1
 
 
 def test_what_an_ffn_is_told_of_the_progress(here: Path):
@@ -1208,18 +1247,6 @@ def test_noise_is_other_noise_each_step_and_rank_and_seed(here: Path):
     assert len({number for numbers in drawn for number in numbers}) == 9
 
 
-def test_noise_in_evaluation_is_the_same_each_time(here: Path):
-    """Else two evaluations of the same weights would differ."""
-    code = """
-        class Mine(model.SwiGLU):
-            def forward(self, x):
-                return super().forward(x) * (1 + torch.rand_like(x))
-    """
-    still = {"learning_rate": 0, "min_lr": 0, "max_iters": 2, "eval_interval": 1}
-    train_with(here, code, *flags(out_dir="o", ffn="mine", **still)).works()
-    assert len(set(losses(here / "o", "val_loss").values())) == 1
-
-
 def test_the_clock_counts_training_steps_alone(here: Path):
     """Neither a slow validation is in step_ms nor is it divided by more steps than were made."""
     code = """
@@ -1303,6 +1330,27 @@ def test_active_is_the_mean_of_all_layers(here: Path, monkeypatch):
         layer.mlp.share = share
     found = train_py.active_fraction(model, data, torch.device("cpu"), nullcontext)
     assert found == pytest.approx(0.3)
+
+
+def test_shards_of_an_encoding_that_nobody_knows(here):
+    """A run on them ends well: it has no sample and says why."""
+    path = here / "data" / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"encoding": "mine"}))
+    run = train(here, out_dir="o", max_iters=1, sample_tokens=5)
+    assert "no sample: unknown encoding 'mine'" in run.out
+
+
+def test_the_first_step_that_went_bad_is_named():
+    """Not the last one before somebody looked."""
+    shape = {k: v for k, v in TINY.items() if hasattr(GPTConfig, k)}
+    model, failed = GPT(GPTConfig(vocab_size=384, **shape)), torch.zeros(())
+    cfg, batch = train_py.Config(lr_decay_iters=9), torch.randint(257, (2, BLOCK + 1))
+    optimizers = train_py.make_optimizers(model, cfg)
+    for step in range(5):
+        if step == 2:
+            model.model.norm.weight.data.fill_(float("nan"))
+        train_py.train_step(model, optimizers, [batch], cfg, step, failed)
+    assert failed == 3
 
 
 def test_notes_before_the_first_step(here: Path):
