@@ -17,12 +17,6 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return min(os.cpu_count() or 1, 7) + 1
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """Long tests, which have a timeout of their own, start first: else the other workers wait at the end
-    for the one that has the last of them."""
-    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
-
-
 def pytest_collection_finish(session) -> None:
     """What PyTorch has made at import is frozen, or each gc.collect of a test would walk through it."""
     gc.freeze()
