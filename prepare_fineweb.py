@@ -118,13 +118,8 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
 def start_worker(name: str) -> None:
     """Prepare a worker process: load the encoding, and end when the parent does, even by kill -9."""
     global worker_encoding
-
-    def exit_with_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     worker_encoding = load_encoding(name)
 
 
@@ -138,8 +133,14 @@ def encode_batch(texts: list[str]) -> np.ndarray:
 
 def encode_in_order(pool, workers: int, texts: Iterator[str]) -> Iterator[np.ndarray]:
     """Yield the tokens of texts, some documents at a time and in order, few of them in flight."""
-    batches = iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), [])
-    futures = (pool.submit(encode_batch, batch) for batch in batches)
+
+    def submit(batch: list[str]):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # new workers never see a Ctrl-C
+        future = pool.submit(encode_batch, batch)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        return future
+
+    futures = map(submit, iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), []))
     try:
         pending = deque(itertools.islice(futures, 4 * workers + 4))
         while pending:

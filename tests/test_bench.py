@@ -666,10 +666,13 @@ def test_gpu_script_goes_on_after_it_was_cut(gpu_script):
     assert sorted(path.name for path in results.iterdir()) == ["log.txt", "report.md", "results.jsonl"]
 
 
-def test_gpu_script_records_what_failed(gpu_script):
+def test_gpu_script_records_what_failed(gpu_script, tmp_path):
     """A step that failed, here for want of time, is named and not taken for done."""
     start, results = gpu_script
-    assert "FAILED after " in start("2", "step32", LIMIT="2").communicate(timeout=60)[0]
+    slow = tmp_path / "slow"
+    slow.write_text(f'[ "$1" = bench.py ] && exec sleep 60\nexec "{sys.executable}" "$@"\n')
+    run = start("2", "step32", LIMIT="2", PYTHON=f"sh {slow}")
+    assert "FAILED after " in run.communicate(timeout=60)[0]
     again = start("2", "step32", LIMIT="0").communicate(timeout=60)[0]
     assert again == "== step32: no time is left\n"
     (line,) = lines_of(results)

@@ -30,6 +30,7 @@ from trainer import (
     TRAIN,
     Run,
     assert_same_run,
+    doing,
     flags,
     free_port,
     load,
@@ -261,7 +262,8 @@ def vanish(d: Path) -> None:
 def beyond_vocabulary(d: Path) -> None:
     for name in SIZES:
         if "train" in name:
-            write_shard(d / name, tokens(SIZES[name], 0) % 2 + 257)
+            write_shard(d / "new", tokens(SIZES[name], 0) % 2 + 257)
+            os.replace(d / "new", d / name)  # at once: no step sees half of it
 
 
 def vanish_val(d: Path) -> None:
@@ -544,12 +546,10 @@ def test_no_space_for_the_log(here: Path):
 
 def test_a_log_that_is_lost_is_a_warning(here: Path):
     """A folder where log.jsonl was, during the run; and bytes that are no text, before it."""
-    run = start(here, **{**LONG, "max_iters": 400, "out_dir": "o"})
-    run.wait_for("step      2")
-    (here / "o" / "log.jsonl").unlink()
-    (here / "o" / "log.jsonl").mkdir()
+    lost = "if n == 3:\n    os.unlink('o/log.jsonl')\n    os.mkdir('o/log.jsonl')"
+    run = start(here, **{**LONG, "max_iters": 9}, code=doing(lost))
     assert "warning: cannot write" in run.works().out
-    assert load(here / "o")["step"] == 400
+    assert load(here / "o")["step"] == 9
     train(here, out_dir="p", max_iters=2, lr_decay_iters=4)
     log = here / "p" / "log.jsonl"
     log.write_bytes(b"\xff\xfe\n" + log.read_bytes() + b'{"step": \xff')
@@ -607,25 +607,15 @@ def test_one_signal_saves_and_stops(here: Path, number: int):
 def test_a_signal_during_validation_saves_and_stops(here: Path):
     """A validation of minutes is not waited for: what was trained is saved first, and the resumed run
     evaluates where it was stopped, at the end of the run too."""
-    values = {"out_dir": "o", "max_iters": 3, "n_layer": 8, "micro_batch_size": 1, "batch_size": 4}
-    make_data(here / "long", {"x_train_000001.bin": 3000, "x_val_000000.bin": 400_000})
-    run = start(here, data_dir="long", eval_interval=1000, init_from="auto", **values)
-    run.wait_for("device")
-    run.kill(signal.SIGTERM)
-    assert "stopped at step 0" in run.works().out
-    run = start(here, data_dir="long", eval_interval=1000, init_from="auto", val_tokens=64, **values)
-    run.wait().works()
-    train(here, **{**values, "data_dir": "long", "out_dir": "p", "max_iters": 2, "val_tokens": 64})
-    run = start(here, data_dir="long", init_from="auto", **{**values, "out_dir": "p", "max_iters": 3,
-                "lr_decay_iters": 2, "val_tokens": 400_000})  # fmt: skip
-    run.wait_for("step      3/3 | loss")
-    run.kill(signal.SIGTERM)
-    assert "stopped at step 3" in run.works().out
-    assert intact(here / "p")["step"] == 3
-    assert 3 not in losses(here / "p", "val_loss")
-    train(here, data_dir="long", init_from="auto", **{**values, "out_dir": "p", "val_tokens": 64,
-          "lr_decay_iters": 2})  # fmt: skip
-    assert 3 in losses(here / "p", "val_loss")
+    values = {"out_dir": "o", "lr_decay_iters": 3, "micro_batch_size": 1, "init_from": "auto"}
+    train(here, max_iters=2, **values)
+    # The resumed run reads a batch for its step, then those of the last validation.
+    code = doing("if n == 3: os.kill(os.getpid(), signal.SIGTERM)", "prepare_fineweb.read_windows")
+    assert "stopped at step 3" in start(here, max_iters=3, code=code, **values).works().out
+    assert intact(here / "o")["step"] == 3
+    assert 3 not in losses(here / "o", "val_loss")
+    train(here, max_iters=3, **values)
+    assert 3 in losses(here / "o", "val_loss")
 
 
 def test_checkpoints_that_could_not_be_loaded_are_refused_at_the_start(here: Path):
@@ -679,33 +669,31 @@ def test_a_cache_folder_that_cannot_be_made(here: Path):
     one_line(done.returncode, done.stderr, "/proc/nowhere", "TORCHINDUCTOR_CACHE_DIR")
 
 
-def test_a_signal_at_any_moment_of_the_start(here: Path):
-    """Before the first step too: the run ends, and what it leaves can be gone on from."""
-    rng = random.Random(0)
-    for i in range(8):
-        run = start(here, **LONG, init_from="auto")
-        time.sleep(rng.uniform(0, 1))
-        run.kill(signal.SIGINT if i % 2 else signal.SIGTERM)
-        assert run.wait().code in (0, 130 if i % 2 else -signal.SIGTERM), run.err
-        if (here / "o" / "ckpt.pt").exists():
-            intact(here / "o")
-        assert "Traceback" not in run.err
+BEFORE = ["configurator.read_launcher", "model.set_up", "prepare_fineweb.open_data"]
+BEFORE += ["prepare_fineweb.lock_folder", "prepare_fineweb.whole_file", "model.check_ffns"]
+FROM_THEN_ON = ["prepare_fineweb.read_windows", "prepare_fineweb.locate"]
+
+
+@pytest.mark.parametrize("place", BEFORE + FROM_THEN_ON)
+def test_a_signal_at_each_moment_of_the_start(here: Path, place: str):
+    """Until the model is checked a signal ends the process, with its usual code and without a word. From
+    then on the run saves, and what it leaves can be gone on from."""
+    ended = {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 130}
+    runs = {}
+    for number in ended:
+        code = doing(f"if n == 1: os.kill(os.getpid(), {int(number)})", place)
+        runs[number] = start(here, **{**LONG, "out_dir": number.name, "max_iters": 50}, code=code)
+    for number, run in runs.items():
+        assert run.wait().code == (ended[number] if place in BEFORE else 0), run.err
+        assert not run.err
+        if place not in BEFORE:
+            assert intact(here / number.name)["step"] <= 1
 
 
 def test_a_signal_before_the_first_step(here: Path):
     """During the first validation: the run saves step 0, and goes on from it with the bits of a straight
     run."""
-    code = """
-import os, runpy, signal, sys, prepare_fineweb
-
-def stop(*args, plain=prepare_fineweb.read_windows, sent=[]):
-    if not sent:
-        sent.append(os.kill(os.getpid(), signal.SIGTERM))
-    return plain(*args)
-
-prepare_fineweb.read_windows = stop
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+    code = doing("if n == 1: os.kill(os.getpid(), signal.SIGTERM)", "prepare_fineweb.read_windows")
     run = start(here, out_dir="o", code=code).works()
     assert "stopped at step 0 of" in run.out
     assert intact(here / "o")["step"] == 0
@@ -715,26 +703,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_second_signal_stops_at_once(here: Path):
-    """A step of several seconds is not waited for, and nothing is saved."""
-    slow = {**LONG, "n_layer": 60, "batch_size": 115, "micro_batch_size": 1}
-    run = start(here, **slow)
-    run.wait_for("step      0/")
-    time.sleep(0.5)
-    run.kill(signal.SIGTERM)
-    time.sleep(0.5)
-    run.kill(signal.SIGTERM)
-    assert run.wait(30).code == -signal.SIGTERM
+    """The step is not waited for, and nothing is saved."""
+    twice = "os.kill(os.getpid(), signal.SIGTERM)\n" * 2 + "sys.exit('it went on')"
+    run = start(here, **LONG, code=doing(twice))
+    assert run.wait().code == -signal.SIGTERM, run.err
     assert not (here / "o" / "ckpt.pt").exists()
 
 
 def test_a_signal_that_comes_twice_under_a_launcher_is_one(here: Path):
     """Ctrl-C in a terminal reaches a rank directly and through torchrun, a moment later."""
-    (run,) = start_ranks(here, 1, **{**LONG, "save_interval": 1000})
-    run.wait_for("step      5/")
-    run.kill(signal.SIGINT)
-    run.kill(signal.SIGTERM)
+    twice = "for sent in (signal.SIGINT, signal.SIGTERM) if n == 6 else (): os.kill(os.getpid(), sent)"
+    (run,) = start_ranks(here, 1, **{**LONG, "save_interval": 1000}, code=doing(twice))
     run.works()
-    assert intact(here / "o")["step"] >= 5
+    assert intact(here / "o")["step"] == 6
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -753,21 +734,20 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(here: Path, rank: int):
     assert_same_run(here / "o", here / "straight")
 
 
-def test_a_signal_to_one_rank_during_validation(here):
+def test_a_signal_to_one_rank_during_validation(here: Path):
     """All ranks stop: none waits for the others' losses."""
-    make_data(here / "long", {"x_train_000001.bin": 3000, "x_val_000000.bin": 400_000})
-    values = {"out_dir": "o", "data_dir": "long", "n_layer": 8, "micro_batch_size": 1}
-    ranks = start_ranks(here, 2, max_iters=3, eval_interval=1000, **values)
-    ranks[0].wait_for("run     3 steps")
-    time.sleep(0.5)
-    ranks[1].kill(signal.SIGTERM)
+    code = "if n == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)"
+    code = doing(code, "prepare_fineweb.read_windows")
+    values = {"out_dir": "o", "max_iters": 3, "eval_interval": 1000, "micro_batch_size": 1}
+    ranks = start_ranks(here, 2, code=code, **values)
     try:
         for run in ranks:
-            assert run.wait(30).code == 0
+            assert run.wait(30).code == 0, run.err
     finally:
         for run in ranks:
             run.process.kill()
     assert "stopped at step 0" in ranks[0].out
+    assert not losses(here / "o", "val_loss")
 
 
 def test_a_rank_that_dies_ends_the_other(here: Path):
@@ -783,9 +763,8 @@ def test_a_rank_that_dies_ends_the_other(here: Path):
 def test_restarted_ranks_do_not_meet_the_dead(here: Path):
     """torchrun's agent keeps its store when it starts the ranks again, and with it the addresses of
     the dead ones: read again, they hang one restart in six. So a restart uses keys of its own."""
-    port = free_port()
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, True, wait_for_workers=False)
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
     env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": "2"}
     values = {"n_layer": 1, "out_dir": "o", "micro_batch_size": 2, "init_from": "auto"}
     keys = [store.num_keys()]
@@ -801,8 +780,7 @@ def test_restarted_ranks_do_not_meet_the_dead(here: Path):
 
 
 def torchrun(cwd: Path, *agent: str, **values) -> subprocess.Popen:
-    rendezvous = agent or (f"--master_port={free_port()}",)
-    return shell(cwd, *TORCHRUN, *rendezvous, TRAIN, *flags(micro_batch_size=2, **values))
+    return shell(cwd, *TORCHRUN, *agent, TRAIN, *flags(micro_batch_size=2, **values))
 
 
 def end(process: subprocess.Popen) -> None:
@@ -847,8 +825,9 @@ def test_thirty_kills(here: Path):
     rng = random.Random(0)
     values = {"n_layer": 2, "lr_decay_iters": 1500, "save_interval": 3, "eval_interval": 50}
     kills, during_save, steps = 0, 0, []
+    slow = doing("time.sleep(0.01)", "os.fsync")  # or a fast disk has saved before the kill
     while kills < 30:
-        run = start(here, out_dir="o", init_from="auto", max_iters=100_000, **values)
+        run = start(here, out_dir="o", init_from="auto", max_iters=100_000, code=slow, **values)
         tmp, moment = here / "o" / "ckpt.pt.tmp", rng.random()
         if kills % 3 == 0:
             tmp.unlink(missing_ok=True)
@@ -882,8 +861,7 @@ def test_thirty_kills(here: Path):
 def test_torchrun_restarts_and_finishes_by_itself(here: Path):
     """--max-restarts=1 with --init_from=auto: a rank is killed, the run ends as an undisturbed one."""
     values = {**LONG, "max_iters": 300}
-    port = f"--master_port={free_port()}"
-    agent = torchrun(here, port, "--max-restarts=1", init_from="auto", **values)
+    agent = torchrun(here, "--max-restarts=1", init_from="auto", **values)
     try:
         wait_until((here / "o" / "ckpt.pt").exists, 120, (here / "shell.err").read_text)
         os.kill(workers(agent.pid)[1], signal.SIGKILL)

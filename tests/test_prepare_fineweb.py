@@ -417,9 +417,9 @@ def test_bytes_encoding_is_the_bytes_in_linear_time():
     encoding = prepare_fineweb.load_encoding("bytes")
     assert (encoding.n_vocab, encoding.eot_token, encoding.name) == (257, 256, "bytes")
     text = ("x" * 91 + "é日 \U0001f600") * 300_000
-    start = time.perf_counter()
+    start = time.process_time()
     tokens = prepare_fineweb.encode(encoding, text)
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30
     assert tokens.astype(np.uint8).tobytes() == text.encode()
     assert encoding.decode_bytes(tokens[:200].tolist()) == text.encode()[:200]
 
@@ -442,9 +442,9 @@ def test_a_document_that_tiktoken_gives_up_on(blank: str):
 
 @pytest.mark.parametrize("text", ["a" * 10**6, " " * 10**6, "0!" * 500_000, "日" * 10**6])
 def test_pathological_documents_do_not_hang(gpt2, text):
-    start = time.perf_counter()
+    start = time.process_time()
     tokens = prepare_fineweb.encode(gpt2, text)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert gpt2.decode(tokens.tolist()) == text
 
 
@@ -525,12 +525,12 @@ def kill_and_resume(tmp_path: Path, kills: int, seed: int) -> None:
             assert path.read_bytes() == expected[path.name]
         meta = json.loads((out / "meta.json").read_text())
         assert shards() == total or not meta["complete"]
-        if first is None:
+        if first is None and meta["shards"]:  # one that is not listed yet is made again
             first = (out / "fineweb_val_000000.bin").stat().st_ino
-        psutil.wait_procs(children, timeout=20)
-        assert not [c for c in children if c.is_running()], "workers outlive a killed parent"
+        _, alive = psutil.wait_procs(children, timeout=20)
+        # In a container whose process 1 reaps nobody they stay as zombies.
+        assert all(c.status() == psutil.STATUS_ZOMBIE for c in alive), "workers outlive a killed parent"
     works(prep(*flags, f"--out_dir={out}"))
-    (out / "fineweb_val_000000.bin").stat()
     assert (out / "fineweb_val_000000.bin").stat().st_ino == first  # it went on, not anew
     left = {name: data for name, data in files(out).items() if not name.endswith(".tmp")}
     assert left == expected
@@ -755,6 +755,7 @@ def errors_outside(tmp_path, monkeypatch, inputs, flags, needles) -> None:
     dead = "http://127.0.0.1:9"  # no one listens on the discard port
     env = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "HF_ENDPOINT": dead,
            "HTTPS_PROXY": dead, "HTTP_PROXY": dead, "HF_HOME": str(tmp_path / "hf"),
+           "https_proxy": dead, "http_proxy": dead, "NO_PROXY": "", "no_proxy": "",
            "PYTHONPATH": f"{ROOT}{os.pathsep}{inputs / 'plugin'}"}  # fmt: skip
     fails(prep(*flags, env=env, cwd=tmp_path), *needles)
 
@@ -984,12 +985,17 @@ def test_ctrl_c_while_preparing(tmp_path, monkeypatch):
 
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.setattr(prepare_fineweb, "read_texts", interrupted)
+    flags = [f"--input={tmp_path}/a.txt", "--encoding=bytes", f"--out_dir={tmp_path}/out"]
     with pytest.raises(UserError, match="stopped: run the same command again, it goes on from there"):
-        in_process(monkeypatch, f"--input={tmp_path}/a.txt", "--encoding=bytes", f"--out_dir={tmp_path}/out")
+        in_process(monkeypatch, *flags)
     spawn = multiprocessing.get_context("spawn")
     ready = {"initializer": prepare_fineweb.start_worker, "initargs": ("bytes",)}
     with ProcessPoolExecutor(1, spawn, **ready) as pool:
-        assert pool.submit(signal.getsignal, signal.SIGINT).result(60) == signal.SIG_IGN
+        (tokens,) = prepare_fineweb.encode_in_order(pool, 1, iter(["a"]))
+        assert tokens.tolist() == [256, 97]
+        blocked = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, []).result(60)
+    assert signal.SIGINT in blocked  # from the start on, also while it imports
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_an_id_that_is_just_too_large(tmp_path):
@@ -1005,7 +1011,7 @@ def test_an_id_that_is_just_too_large(tmp_path):
 
 
 def test_a_batch_over_more_shards_than_files_may_be_open(tmp_path):
-    """Each window is right and in its place, although the process may open only 64 files."""
+    """Each window is right and in its place, although the process may open only 8 files more."""
     shards, expected = [], []
     for i in range(200):
         header = np.array([20240520, 1, 9] + [0] * 253, dtype="<i4")
@@ -1017,7 +1023,8 @@ def test_a_batch_over_more_shards_than_files_may_be_open(tmp_path):
     places = [(i, window) for i in range(200) for window in (0, 2)]
     mixed = random.Random(0).sample(range(400), 400)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    most = max(map(int, os.listdir("/dev/fd"))) + 8
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     try:
         batch = prepare_fineweb.read_windows(shards, [places[i] for i in mixed], 2, 257)
     finally:
@@ -1127,7 +1134,7 @@ def hub(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "NO_PROXY": "127.0.0.1",
-               "HF_HOME": str(tmp_path / "hf")}  # fmt: skip
+               "no_proxy": "127.0.0.1", "HF_HOME": str(tmp_path / "hf")}  # fmt: skip
         return handler, env
 
     yield start
@@ -1193,12 +1200,20 @@ def test_streaming_from_the_hub(tmp_path, hub):
     assert meta["revision"] == SHA
     # killed in the last file
     shutil.rmtree(out)
-    process = subprocess.Popen(command(*flags), env={**os.environ, **env,
-                               "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)  # fmt: skip
-    shard = out / meta["shards"][len(bytes_stream(texts[:100])) // 3000 + 2]["name"]
-    wait_for(shard.exists, process, "no shards come")
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    code = f"""
+import os, signal, prepare_fineweb as p
+
+def save(out_dir, meta, plain=p.save_meta):
+    plain(out_dir, meta)
+    if len(meta["shards"]) == {len(bytes_stream(texts[:100])) // 3000 + 3}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+p.save_meta = save
+p.run(p.main)
+"""
+    env = {**os.environ, **env, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", code, *flags], env=env, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not json.loads((out / "meta.json").read_text())["complete"]
     handler.log.clear()
     works(prep(*flags, env=env))

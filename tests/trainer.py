@@ -9,6 +9,7 @@ a process of its own, with its own arguments, environment, output files, signals
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import json
@@ -20,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -185,15 +187,38 @@ def start(
     return Run(cwd, flags(*given, **values), env, file_limit, stdout, code)
 
 
+def doing(what: str, at: str = "prepare_fineweb.locate") -> str:
+    """Code for `start`: train.py, which does this at the start of each call of that function, the n-th
+    time. (It calls locate before each step and read_windows for each batch.)"""
+    return f"""
+import os, runpy, sys, configurator, model, prepare_fineweb
+
+def first(*args, plain={at}, calls=[], **more):
+    calls.append(1)
+    n = len(calls)
+{textwrap.indent(what, "    ")}
+    return plain(*args, **more)
+
+{at} = first
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def train(cwd: Path, *given: str, **values) -> Run:
     """A tiny run to its end, which must be a good one."""
     return start(cwd, *given, **values).works()
 
 
+PORTS = iter(range(20_000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), 2**15))
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """One that neither another pytest worker nor the kernel, which starts above, gives to anyone."""
+    for port in PORTS:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def start_ranks(cwd: Path, world: int, *given: str, **values) -> list[Run]:
@@ -212,7 +237,7 @@ def train_ranks(cwd: Path, world: int, *given: str, **values) -> Run:
     return ranks[0]
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def shell(cwd: Path, *command: str, **options) -> subprocess.Popen:
