@@ -546,8 +546,12 @@ def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) ->
     relu2 = all(type(expert) is ReLU2 and expert.slope == 0 for expert in experts)
     # grouped_mm wants rows of 16 bytes.
     if on_cpu(x) or dtype != torch.bfloat16 or x.size(-1) % 8 or not relu2:
-        parts = x.split(count if isinstance(count, list) else count.tolist())
-        return torch.cat([expert(part) for expert, part in zip(experts, parts)])
+        count = count if isinstance(count, list) else count.tolist()
+        # oneDNN takes about 1 ms to make a kernel for each new number of rows: there are fewer of these
+        # where up to 7 rows of zeros are added.
+        rows = 8 if torch.compiler.is_compiling() and experts.training else 1
+        parts = zip(experts, x.split(count), count)
+        return torch.cat([expert(F.pad(part, (0, 0, 0, -n % rows)))[:n] for expert, part, n in parts])
     up = torch.stack([expert.up_proj.weight for expert in experts]).to(dtype)
     down = torch.stack([expert.down_proj.weight for expert in experts]).to(dtype)
     if isinstance(count, list):
