@@ -615,13 +615,20 @@ def test_the_committed_losses():
         assert (result["p"] < 0.05) == (not result["low"] <= 0 <= result["high"])
 
 
-@pytest.mark.parametrize("archives", [["equal_flops"], ["equal_flops", "start_values"]])
-def test_committed_archives_give_their_table(tmp_path, archives):
+@pytest.mark.parametrize(
+    "archives, given",
+    [
+        (["equal_flops"], []),
+        (["equal_flops", "start_values"], []),
+        (["equal_flops", "start_values", "against_relu2"], ["--baseline=relu2"]),
+    ],
+)
+def test_committed_archives_give_their_table(tmp_path, archives, given):
     """Anyone can make the tables in experiments/results again from the logs that are kept beside
     them, on any CPU: the draws of the intervals are the same."""
     results = ROOT / "experiments" / "results"
     paths = [str(results / name / "runs.tar.xz") for name in archives]
-    works(tmp_path, "--out=again", "--report", *paths)
+    works(tmp_path, "--out=again", *given, "--report", *paths)
     folders = tmp_path / "again", results / archives[-1]
     texts = [(folder / "compare.md").read_text() for folder in folders]
     again, before = (re.findall(r"^\|.*", text, re.M) for text in texts)
@@ -651,7 +658,7 @@ def test_the_table_of_longer_runs_is_what_its_command_prints(tmp_path):
     table = {(ffn, std): said for ffn, std, said in
              re.findall(r"^\| (\w+), (\S+) \|.*\| (\S+ ± \S+) \| \S+ \|$", text, re.M)}  # fmt: skip
     assert printed == table
-    assert len(table) == 10
+    assert len(table) == 11
 
 
 def test_an_archive_writes_into_its_folder_only(tmp_path, monkeypatch, compare):
