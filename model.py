@@ -546,12 +546,15 @@ def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) ->
     relu2 = all(type(expert) is ReLU2 and expert.slope == 0 for expert in experts)
     # grouped_mm wants rows of 16 bytes.
     if on_cpu(x) or dtype != torch.bfloat16 or x.size(-1) % 8 or not relu2:
-        count = count if isinstance(count, list) else count.tolist()
-        # oneDNN takes about 1 ms to make a kernel for each new number of rows: there are fewer of these
-        # where up to 7 rows of zeros are added.
-        rows = 8 if torch.compiler.is_compiling() and experts.training else 1
-        parts = zip(experts, x.split(count), count)
-        return torch.cat([expert(F.pad(part, (0, 0, 0, -n % rows)))[:n] for expert, part, n in parts])
+        known = isinstance(count, list)
+        parts = x.split(count if known else count.tolist())
+        if known or not on_cpu(x) or not torch.compiler.is_compiling() or not experts.training:
+            return torch.cat([expert(part) for expert, part in zip(experts, parts)])
+        # oneDNN takes about 1 ms to make a kernel for each new number of rows: up to 7 rows of zeros
+        # more leave few of these.
+        padded = [F.pad(part, (0, 0, 0, -part.size(0) % 8)) for part in parts]
+        out = [expert(more) for expert, more in zip(experts, padded)]
+        return torch.cat([y[: part.size(0)] for y, part in zip(out, parts)])
     up = torch.stack([expert.up_proj.weight for expert in experts]).to(dtype)
     down = torch.stack([expert.down_proj.weight for expert in experts]).to(dtype)
     if isinstance(count, list):

@@ -14,8 +14,9 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 def pytest_xdist_auto_num_workers(config) -> int:
     """A worker more than there are cores, because many tests wait for other processes; at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 7) + 1
+    from prepare_fineweb import cores
+
+    return min(cores(), 7) + 1
 
 
 def pytest_collection_finish(session) -> None:

@@ -1324,6 +1324,26 @@ def test_a_compiled_step_copies_no_operand(monkeypatch):
 
 @needs_compiler
 @pytest.mark.timeout(900)
+def test_experts_need_few_kernels(monkeypatch):
+    """oneDNN makes a kernel for each new shape of a product. The numbers of tokens of the experts change
+    with each batch, so rows come in eights."""
+    if model_module.onednn_pass() is None:
+        pytest.skip("products go to another library here")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    torch.manual_seed(0)
+    moe, passes = model_module.MoE(16, 64), torch.randn(4, 1, 104, 16)
+    ready = model_module.compiled(moe, CPU)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        for x in passes:
+            ready(x.requires_grad_()).square().sum().backward()
+    events = [e for e in profile.events() if e.name == "mkldnn::_linear_pointwise"]
+    sizes = {size for e in events for shape in e.input_shapes[:2] for size in shape}
+    assert len(sizes) > 4
+    assert {size % 8 for size in sizes} == {0}
+
+
+@needs_compiler
+@pytest.mark.timeout(900)
 def test_the_same_model_is_compiled_once(monkeypatch, tmp_path):
     """Another run takes the traced model from PyTorch's cache, autograd.Function and inner autocast
     included, with equal bits. A class of the same name with other code is compiled anew."""
