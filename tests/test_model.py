@@ -1231,9 +1231,10 @@ MORE_SPECS += ["sparseglu:select=soft", "sparseglu:ramp=10", "sparsegated:select
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a CUDA build, though no GPU")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("spec", [*NAMES, *MORE_SPECS])
-def test_cuda_autocast_agrees_with_every_ffn(spec, training):
+def test_every_ffn_fits_cuda_autocast_and_one_graph(spec, training):
     """Autocast makes other results float32 on CUDA than on a CPU, powers for example, and a grouped
-    product of experts then refused its operands. PyTorch propagates types without a GPU."""
+    product of experts then refused its operands. What CUDA alone runs must be traced whole, too.
+    PyTorch propagates types and traces without a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -1241,14 +1242,17 @@ def test_cuda_autocast_agrees_with_every_ffn(spec, training):
         with torch.device("cuda"):
             ffn = make_ffn(spec, 64, 72).train(training)
             x = torch.randn(2, 16, 64)
+        model_module.compiled(ffn, torch.device("cuda"))  # which allows dynamic shapes
+        traced = torch.compile(ffn, backend="eager", dynamic=False, fullgraph=True)
         torch.set_autocast_enabled("cuda", True)  # torch.autocast would want a GPU
         torch.set_autocast_dtype("cuda", torch.bfloat16)
         try:
-            y = model_module.split_aux(ffn(x))[0]
+            for run in (ffn, traced):
+                y = model_module.split_aux(run(x))[0]
+                assert y.device.type == "cuda"
+                assert y.shape == x.shape
         finally:
             torch.set_autocast_enabled("cuda", False)
-    assert y.device.type == "cuda"
-    assert y.shape == x.shape
 
 
 PRODUCTS = {  # of a (6, 40), b (40, 24), c (24,)
