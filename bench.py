@@ -5,11 +5,11 @@ Time FFNs, the decoding of one token, and whole training steps.
     python bench.py --mode=decode --ffn=swiglu,sparseglu,spark      # on a CPU
     python bench.py --mode=step --n_layer=32 --n_head=8 --n_embd=512 --ffn_hidden=2048
 
-All contenders of a run take turns, in reverse order every other round, so that a machine that is slow
-for a while is slow for all. Before each call the caches are swept, as other layers would sweep them. A
-time is the median over the rounds, a ratio the median of the rounds' own ratios, and `spread` half the
-distance between their quartiles. Compare ratios within a run. FLOPs are those of a token's forward pass,
-in mode step those of its training.
+All contenders of a run take turns, in reverse order every other round, so that a slow spell hits all.
+Each round has new inputs, as other tokens choose other units and experts. Before each call the caches
+are swept, as other layers would sweep them. A time is the median over the rounds, a ratio the median of
+the rounds' own ratios, and `spread` half the distance between their quartiles. Compare ratios within a
+run. FLOPs are those of a token's forward pass, in mode step those of its training.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def bench_ffn(cfg: Config, specs: list[str], device: torch.device, dtype: torch.
         calls[spec, "matmul"], flops[spec], forward[spec] = products(layer, n, cfg, device, dtype)
         both()  # compiles
         peaks[spec] = peak_memory(both, device)
-    times = measure(calls, cfg.rounds, device)
+    times = measure(calls, cfg.rounds, device, x)
     rows, yardstick = [], times["swiglu", "both"]
     for spec in specs:
         both, matmul, cost = times[spec, "both"], times[spec, "matmul"], ffn_cost(layers[spec])
@@ -183,7 +183,7 @@ def bench_decode(cfg: Config, specs: list[str], device: torch.device, dtype: tor
 
         calls[spec] = functools.partial(prepared(token, cfg, device, dtype), x)
         calls[spec]()
-    times = measure(calls, cfg.rounds, device)
+    times = measure(calls, cfg.rounds, device, x)
     rows, yardstick, dense = [], times["swiglu"], ffn_cost(layers["swiglu"])["ideal_flops"]
     for spec in specs:
         cost, seconds = ffn_cost(layers[spec]), median(times[spec]) / cfg.n_layer
@@ -217,8 +217,7 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
         attention[spec] = profile(step, cfg.profile, device)
         calls[spec, "step"] = step
         calls[spec, "matmul"], known[spec], _ = products(model, n, cfg, device, dtype)
-    times = measure(calls, cfg.rounds, device)
-    rows = []
+    rows, times = [], measure(calls, cfg.rounds, device)
     for spec in specs:
         step, matmul = times[spec, "step"], times[spec, "matmul"]
         seconds, flops = median(step), models[spec].flops_per_token()
@@ -238,17 +237,18 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
 def make_step(
     model: GPT, flags: train.Config, device: torch.device, dtype: torch.dtype, passes: int = 1
 ) -> tuple[Callable[[], object], list[torch.optim.Optimizer]]:
-    """Return a function that does one training step of `model` on random tokens, of that many passes, by
-    train.py's own train_step, and the optimizers whose states it fills. Its first call compiles."""
+    """Return a function that does one training step of `model` on new random tokens, of that many
+    passes, by train.py's own train_step, and the optimizers that it fills. Its first call compiles."""
     check_clock(device)
     size = (flags.micro_batch_size, flags.block_size + 1)
-    batch = torch.randint(model.config.vocab_size, size).to(device)
     cast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    optimizers = train.make_optimizers(model, flags)
+    optimizers, failed = train.make_optimizers(model, flags), torch.zeros((), device=device)
     ready = compiled(model, device, recompute=flags.recompute) if flags.compile else model
-    failed = torch.zeros((), device=device)
-    batches = [batch] * passes
-    step = functools.partial(train.train_step, ready, optimizers, batches, flags, 0, failed, cast)
+
+    def step() -> object:
+        batches = [torch.randint(model.config.vocab_size, size, device=device) for _ in range(passes)]
+        return train.train_step(ready, optimizers, batches, flags, 0, failed, cast)
+
     return step, optimizers
 
 
@@ -274,8 +274,8 @@ def profile(step: Callable, show: bool, device: torch.device) -> str:
 # ---- The clock and the scales ------------------------------------------------------------------
 
 
-def measure(calls: dict, rounds: int, device: torch.device) -> dict[object, list[float]]:
-    """Seconds of each call in each round, after two untimed calls of each."""
+def measure(calls: dict, rounds: int, device: torch.device, x: Tensor | None = None) -> dict:
+    """Seconds of each call in each round, after two untimed calls of each. Each round draws x anew."""
     sweep = torch.empty(2**26, device=device)  # 256 MiB, more than most caches
     sweeps = 1 if device.type == "cpu" else 32  # GPU work during which the CPU queues the timed call
     for call in calls.values():
@@ -284,6 +284,8 @@ def measure(calls: dict, rounds: int, device: torch.device) -> dict[object, list
     gc.collect()
     gc.disable()
     for i in range(rounds):
+        if x is not None:
+            x.detach().normal_()
         for name in list(calls)[:: -1 if i % 2 else 1]:
             for _ in range(sweeps):
                 sweep.zero_()
@@ -313,8 +315,7 @@ def ratio(a: list[float], b: list[float]) -> float:
 
 def spread(a: list[float], b: list[float]) -> float:
     """Half the distance between the quartiles of the rounds' a / b: the noise of `ratio`."""
-    low, high = np.percentile([x / y for x, y in zip(a, b)], (25, 75)).tolist()
-    return (high - low) / 2
+    return float(np.ptp(np.percentile([x / y for x, y in zip(a, b)], (25, 75)))) / 2
 
 
 def peak_memory(call: Callable, device: torch.device) -> int:
@@ -415,8 +416,7 @@ def main() -> None:
         raise UserError(f"--json={cfg.json} cannot be written: give a file in a folder that exists")
     specs = cfg.ffn.split(",") if cfg.ffn else ["swiglu"] if cfg.mode == "step" else list(FFNS)
     for spec in specs:
-        flags = same_names(train.Config, cfg, ffn=spec, batch_size=cfg.micro_batch_size)
-        train.check_flags(flags, world=1)
+        train.check_flags(same_names(train.Config, cfg, ffn=spec, batch_size=cfg.micro_batch_size), 1)
     device, dtype = pick_device(cfg)
     set_up(device)
     torch._dynamo.config.recompile_limit = 64  # specs of one class share its code

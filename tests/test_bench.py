@@ -491,6 +491,24 @@ def test_contenders_take_turns():
     assert {name: len(rounds) for name, rounds in times.items()} == dict.fromkeys("abc", 3)
 
 
+@pytest.mark.parametrize("mode", ["ffn", "decode", "step"])
+def test_each_round_has_other_inputs(monkeypatch, run_here, mode):
+    """Which units and experts are in use depends on them, and compiled code may be slower for numbers of
+    tokens that it has not met."""
+    seen = []
+
+    class Mine(model.SwiGLU):
+        def forward(self, x):
+            seen.append(x.detach().sum().item())
+            return super().forward(x)
+
+    monkeypatch.setitem(model.FFNS, "mine", Mine)
+    args = {"ffn": FFN, "step": STEP, "decode": ["--n_embd=64", "--ffn_hidden=256", "--n_layer=1"]}
+    run_here(*args[mode], f"--mode={mode}", "--ffn=mine", "--rounds=5", "--compile=False")
+    assert len(set(seen[-5:])) >= (2 if mode == "ffn" else 5)  # in mode ffn each is used twice
+    assert seen[-1] != seen[-3]
+
+
 def test_figures_of_calls_of_one_second(monkeypatch, run_here):
     """Times are a layer's in mode decode, rates a step's in mode step."""
     monkeypatch.setattr(bench, "measure", lambda calls, *rest: {key: [1.0] for key in calls})
