@@ -491,7 +491,7 @@ def test_contenders_take_turns():
     assert {name: len(rounds) for name, rounds in times.items()} == dict.fromkeys("abc", 3)
 
 
-@pytest.mark.parametrize("mode", ["ffn", "decode", "step"])
+@pytest.mark.parametrize("mode", ["ffn", "decode"])
 def test_each_round_has_other_inputs(monkeypatch, run_here, mode):
     """Which units and experts are in use depends on them, and compiled code may be slower for numbers of
     tokens that it has not met."""
@@ -503,10 +503,23 @@ def test_each_round_has_other_inputs(monkeypatch, run_here, mode):
             return super().forward(x)
 
     monkeypatch.setitem(model.FFNS, "mine", Mine)
-    args = {"ffn": FFN, "step": STEP, "decode": ["--n_embd=64", "--ffn_hidden=256", "--n_layer=1"]}
-    run_here(*args[mode], f"--mode={mode}", "--ffn=mine", "--rounds=5", "--compile=False")
-    assert len(set(seen[-5:])) >= (2 if mode == "ffn" else 5)  # in mode ffn each is used twice
-    assert seen[-1] != seen[-3]
+    args = FFN if mode == "ffn" else ["--n_embd=64", "--ffn_hidden=256", "--n_layer=1"]
+    run_here(*args, f"--mode={mode}", "--ffn=mine", "--rounds=5", "--compile=False")
+    each = seen[-5:] if mode == "decode" else seen[-10::2]  # in mode ffn forward, and both
+    assert len(set(each)) == 5
+
+
+def test_each_step_has_other_tokens(monkeypatch):
+    seen, train_step = [], bench.train.train_step
+    record = lambda model, optimizers, batches, *rest: (  # noqa: E731
+        seen.extend(batches) or train_step(model, optimizers, batches, *rest)
+    )
+    monkeypatch.setattr(bench.train, "train_step", record)
+    gpt = model.GPT(model.GPTConfig(8, 128, 1, 1, 1, 8, ffn_hidden=8))
+    flags = bench.train.Config(block_size=8, micro_batch_size=2, compile=False)
+    step, _ = bench.make_step(gpt, flags, CPU, bench.torch.float32, passes=2)
+    step(), step()
+    assert len({tuple(batch.flatten().tolist()) for batch in seen}) == 4
 
 
 def test_figures_of_calls_of_one_second(monkeypatch, run_here):
