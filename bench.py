@@ -56,7 +56,7 @@ class Config:
     micro_batch_size: int = 8  # mode step: sequences per step
     tokens: int = 1024  # mode ffn: tokens per call, in sequences of block_size
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon for the matrices inside layers
-    recompute: bool = False  # compiled: keep less for the backward pass, compute elementwise parts again
+    recompute: bool = False  # if compiled: compute elementwise results again, which saves memory
     residual: Literal["float32", "bfloat16"] = "float32"  # residual stream, where dtype is bfloat16
     profile: bool = False  # mode step: also print which operators take the most time
     rounds: int = 15  # timed calls of each contender

@@ -37,7 +37,7 @@ class UserError(ValueError):
 
 
 def reason(e: BaseException) -> str:
-    """The first line of what an exception says, with the next where it is a heading; else its name."""
+    """The first line of an exception's text, with the second if it ends in a colon; else its name."""
     lines = str(e).strip().splitlines() or [type(e).__name__]
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])[:200]
 
@@ -52,9 +52,9 @@ def user_error(what: str, cure: str, errors: type | tuple = Exception) -> Iterat
 
 
 def run(main: Callable[[], object]) -> None:
-    """Call main(); a UserError becomes one line on stderr and exit code 1. One that all ranks share is
-    printed by rank 0, and torchrun ends the others; a rank that is still alive after PATIENCE is alone
-    with its error and prints it."""
+    """Call main(); a UserError becomes one line on stderr and exit code 1. Rank 0 prints it at once. The
+    others wait for PATIENCE seconds: if all have the error, torchrun ends them meanwhile, and one that
+    is alone with it prints it."""
     with contextlib.suppress(AttributeError):  # of a stdout that is no stream of bytes
         sys.stdout.reconfigure(errors="replace")  # a sample may have what a terminal cannot show
     try:

@@ -463,7 +463,7 @@ def begin(cfg: Config) -> dict:
         try:
             check_shard(os.path.join(cfg.out_dir, name), listed)
         except UserError as e:
-            print(f"{e}: this run makes it and what follows again")
+            print(f"{str(e).rpartition(': ')[0]}: this run makes it and what follows again")
             return meta | {"shards": meta["shards"][:i], "complete": False}
     return meta
 

@@ -446,7 +446,7 @@ def about(cfg: Config, data: Data, model: GPT, device: torch.device, world: int)
 def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
     """Make the run's folder with config.json, log.jsonl and model.py, or fail now and not at the first
     save. Returns its lock, held while the file is open. A run from scratch (resumed_step: -1) renames an
-    earlier one to *.prev, unless only the *.prev has a checkpoint; a resumed one cuts the log."""
+    earlier one to *.prev, unless only the *.prev has a checkpoint. A resumed run cuts the log."""
     path = functools.partial(os.path.join, cfg.out_dir)
     with user_error(f"cannot write to --out_dir={cfg.out_dir}", "name another", OSError):
         lock = lock_folder(cfg.out_dir)
@@ -456,7 +456,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
                 began = json.load(f)
                 if began["ffn_code"] != made_with["ffn_code"]:
                     print0(f"warning: the code of {cfg.ffn} is not what it was when this run began")
-                # What the run began with stays, so that compare.py refuses a run of two codes.
+                # These stay as the run began: compare.py then refuses it, if its code has changed.
                 stays = ("run_id", "ffn_code", "hidden", "ffn_cost", "total_params")
                 made_with |= {key: began[key] for key in stays if key in began}
                 for key in ("trainer_code", "torch"):  # both, where they differ
@@ -543,10 +543,10 @@ step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cf
 
 def connect(device: torch.device, step: int, shards: dict) -> None:
     """Join the other ranks; a UserError where they start from another step or other shards."""
-    # NCCL is for tensors on GPUs, gloo for those on the CPU. Every wait has an end.
+    # NCCL is for tensors on GPUs, gloo for those on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # torchrun's store outlives the ranks, and ranks that it starts again must not read the dead
-    # ones' addresses (pytorch issue 135712). Several nodes may count the restarts differently.
+    # torchrun's store outlives restarted ranks, and the prefix keeps them from reading the dead ones'
+    # addresses (pytorch issue 135712). Several nodes may count restarts differently: no prefix there.
     wait = timedelta(minutes=10)
     store, rank, world = next(dist.rendezvous("env://", timeout=wait))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
@@ -633,12 +633,12 @@ def main() -> None:
     if checkpoint:
         restore(raw_model, optimizers, checkpoint, ckpt_path)
     checkpoint = None  # its memory is free again
-    length = max(1, cfg.max_iters, cfg.lr_decay_iters)  # in steps: a run may stop early, to be resumed
+    length = max(1, cfg.max_iters, cfg.lr_decay_iters)  # of the schedule; a run may stop before its end
     check_model(raw_model, optimizers, autocast, length)
     peak = peak_flops(device) if bf16 else None
     flops, per_step = raw_model.flops_per_token(), cfg.batch_size * cfg.block_size
     known = f"{peak / 1e12:.0f} TFLOP/s each" if peak else "n/a"
-    signals = catch_signals()  # before anything is printed: who sees a run can stop it cleanly
+    signals = catch_signals()  # before the first line: from then on Ctrl-C ends the run cleanly
     print0(f"device  {device} x {world}, {'bfloat16' if bf16 else 'float32'}, peak {known}")
     print0(describe(raw_model, cfg, data, world) + f"\nresumed at step {step}" * resumed)
     fast_model = compiled(raw_model, device, recompute=cfg.recompute) if compile else raw_model
@@ -730,7 +730,7 @@ def main() -> None:
                 report(row, cfg, wandb)
                 if first:
                     print0(f"first   {seconds:.1f} s{' with compiling' * compile}, not counted")
-                # Python's garbage collector can take half a second: it runs here, on what is new.
+                # Python's garbage collector can take half a second: it runs only here, on new objects.
                 gc.disable()
                 gc.collect()
                 gc.freeze()
@@ -751,7 +751,7 @@ def main() -> None:
     if wandb:
         wandb.finish()
     if ddp:
-        # The models hold the process group. Freed by them last, it can deadlock on Python's lock.
+        # The models hold the process group. If they are the last to free it, it can deadlock.
         del model, fast_model
         dist.destroy_process_group()
 

@@ -108,11 +108,11 @@ def smallest_p(mask: bytes, rows: int, own: int = 0) -> np.ndarray:
 def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
     """table: (rows, seeds) losses, nan where there is no run; row 0 is the baseline.
 
-    Returns, for each row, its difference to row 0, simultaneous 95% interval and adjusted p (None where
-    they cannot be told), `level` (at which it is tested, so that all rows together err in 5% of
-    comparisons), whether it is equal to row 0 in every seed and, where its noise differs from the
-    others', its own; and the noise: std, df. Rows that are equal to each other in every seed are judged
-    as one, or its noise would count several times."""
+    Returns a dict for each row, and the noise: std, df. A row has its difference to row 0, its
+    simultaneous 95% interval and adjusted p (None where they cannot be told), the `level` of its test
+    (so that all rows together err in 5% of comparisons), `equal` (to row 0 in every seed) and
+    `own_noise`, if that differs from the others'. Rows that are equal to each other in every seed are
+    judged as one, or their noise would count several times."""
     table, of, gaps = table.copy(), list(range(len(table))), table[:, None] - table
     same = ((gaps == 0) | np.isnan(gaps)).all(2) & (gaps == 0).any(2)
     for j, i in np.argwhere(np.triu(same[1:, 1:], 1)) + 1:

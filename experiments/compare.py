@@ -63,13 +63,13 @@ class Config(train.Config):
     baseline: str = "swiglu"  # spec of the FFN that all others are compared with
     ffn_match: Literal["hidden", "params", "flops", "both"] = "hidden"  # both: hidden and params
     seeds: int = 3  # seeds 0 to seeds - 1 for each row; --precision may stop earlier
-    precision: float = 0.0  # add seeds until all half-widths are at most this (nats), df >= 10; 0: off
+    precision: float = 0.0  # add seeds until all intervals are at most +- this (nats), df >= 10; 0: off
     horizons: bool = True  # time steps; if no sweep, also train the baseline for 0.7 and 1.4 max_iters
     lr_sweep: str = ""  # learning rates to try for every row, comma-separated; the best is shown
     init_sweep: str = ""  # values of --ffn_init_std to try for every row, likewise
     name: str = ""  # runs go to out/{name}; empty: the paper's name, else compare
     jobs: int = 1  # runs side by side
-    launch: str = ""  # put before each run's command: "srun --gpus=8 --ntasks=1"; no GPUs: --device=cpu
+    launch: str = ""  # put before each run's command, as "srun --gpus=8 --ntasks=1"; CPUs: --device=cpu
     plan: bool = False  # only print the runs, the hours and the precision to expect
     noise: float = 0.01  # for --plan: standard deviation in nats that FFN and seed do not explain
     report: str = ""  # --report DIR_OR_ARCHIVE...: read these finished runs, start none
@@ -481,7 +481,7 @@ def check_alike(runs: list[Run], baseline: str) -> None:
     lengths = {stretched(first.flags, factor)["max_iters"]: factor for factor in HORIZONS}
     whole = {r.row for r in done if r.flags["max_iters"] == steps}
     for r in done:
-        # Another baseline's horizons are no rows of the table: group_runs leaves them out.
+        # A run of another length is a horizon, which group_runs leaves out of the table.
         if (r.row[0] == identity(baseline) or r.row in whole) and r.flags["max_iters"] != steps:
             r.factor = lengths.get(r.flags["max_iters"], 1)
         expected, here = common(first) | stretched(first.flags, r.factor), common(r)

@@ -25,7 +25,7 @@ class FFNForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: FFNConfig):
         super().__init__(config)
-        with torch.device("cpu"):  # and not without memory, as transformers would: not every FFN can
+        with torch.device("cpu"):  # not transformers' meta device: not every FFN can be built there
             gpt = GPT(GPTConfig(**config.gpt))
         self.model, self.lm_head = gpt.model, gpt.lm_head
         for module in self.modules():  # each buffer becomes part of the file
