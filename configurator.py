@@ -7,9 +7,8 @@ A command line is read from left to right and a later value wins:
 
     python train.py config/tiny.py --ffn=geglu --learning_rate 3e-4 --compile=False
 
-`config/tiny.py` holds plain `name = literal` lines. It is parsed, never executed: nanoGPT's
-exec() of a config file runs any code that is in it. A name that the dataclass does not
-have is an error with a did-you-mean, in a file as on the command line.
+`config/tiny.py` holds plain `name = literal` lines. It is parsed, never executed: nanoGPT's exec() of a
+config file runs any code that is in it. A name that the dataclass does not have is an error.
 """
 
 from __future__ import annotations
@@ -84,14 +83,10 @@ def suggest(name: str, valid: Collection[str]) -> str:
 
 
 def configure(cls: type[T], argv: list[str], epilog: str = "") -> tuple[T, set[str]]:
-    """
-    Read argv (config file paths, --key=value, --key value, --flag) into the dataclass cls.
-
-    Returns the instance and the names that were given (by file or flag, not by default).
-    Raises UserError; --help prints every field with its type, default and comment, and exits 0.
-    """
+    """Read argv (config file paths, --key=value, --key value, --flag) into the dataclass cls. Return the
+    instance and the names that were given. Raises UserError; --help prints the fields and exits 0."""
     types = typing.get_type_hints(cls)
-    values: dict[str, object] = {}
+    sources: list[dict[str, object]] = [{}]  # config files, and the flags between them
     if "--help" in argv or "-h" in argv:
         print(usage(cls, epilog))
         sys.exit(0)
@@ -99,7 +94,7 @@ def configure(cls: type[T], argv: list[str], epilog: str = "") -> tuple[T, set[s
     while rest:
         arg = rest.pop(0)
         if not arg.startswith("-"):
-            values.update(read_config_file(arg, types))
+            sources += [read_config_file(arg, types), {}]
             continue
         name, equals, text = arg[2:].partition("=")
         if not arg.startswith("--") or name not in types:
@@ -110,7 +105,12 @@ def configure(cls: type[T], argv: list[str], epilog: str = "") -> tuple[T, set[s
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{name} needs a value: --{name}=VALUE")
             text = rest.pop(0)
-        values[name] = parse_value(f"--{name}", text, types[name])
+        sources[-1][name] = parse_value(f"--{name}", text, types[name])
+    values: dict[str, object] = {}
+    for source in sources:
+        if "data_dir" in source and "prepare" in types:
+            values["prepare"] = ""  # one of an earlier source was for its own data_dir
+        values.update(source)
     return cls(**values), set(values)
 
 

@@ -400,7 +400,7 @@ def report(row: dict, cfg: Config, wandb) -> None:
     shown = [form.format(row[key]) for key, form in SHOWN.items() if row.get(key) is not None]
     if row.get("step_ms"):
         left = (cfg.max_iters - row["step"]) * row["step_ms"] / 1000
-        shown.append(f"eta {timedelta(seconds=round(left))}")
+        shown.append(f"eta {timedelta(seconds=min(round(left), 10**10))}")
     print0(" | ".join([f"step {row['step']:>6}/{cfg.max_iters}", *shown]))
     if read_launcher()[0] != 0 or cfg.eval_only:
         return
@@ -448,6 +448,8 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
     save. Returns its lock, held while the file is open. A run from scratch (resumed_step: -1) renames an
     earlier one to *.prev, unless only the *.prev has a checkpoint. A resumed run cuts the log."""
     path = functools.partial(os.path.join, cfg.out_dir)
+    if os.path.exists(path("train.py")):  # whose model.py is not a run's
+        raise UserError(f"--out_dir={cfg.out_dir} holds a trainer, not runs: name another")
     with user_error(f"cannot write to --out_dir={cfg.out_dir}", "name another", OSError):
         lock = lock_folder(cfg.out_dir)
         log, kept = read_log(path("log.jsonl")), os.path.exists(path("ckpt.pt.prev"))
@@ -506,9 +508,6 @@ def resolve_flags(argv: list[str], world: int) -> tuple[Config, dict | None]:
         cfg = Config(**saved | {name: flags[name] for name in given & allowed})
     check_flags(cfg, world)
     cfg.out_dir, cfg.lr_decay_iters = out_dir, cfg.lr_decay_iters or cfg.max_iters
-    typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
-    if "data_dir" in typed and "prepare" not in typed:
-        cfg.prepare = ""  # a recipe's `prepare` is for the recipe's own data_dir
     return cfg, checkpoint
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from scipy import special
 
 FEWEST_SEEDS = 3  # no verdict from fewer
+FEWEST_DF = 10  # --precision does not trust a noise from fewer degrees of freedom
 DRAWS = 200_000
 SHARES = np.linspace(0, 1, DRAWS + 1)  # share of the sorted draws up to each
 ODD_NOISE = 0.01  # p of the F-test below which a row is judged by its own noise
@@ -163,9 +164,9 @@ def widest(results: list[dict]) -> float:
 
 def precise(results: list[dict], noise: dict, precision: float) -> bool:
     """Whether no half-width is above precision. Only widths decide, never a difference or its p, and not
-    before the noise is known from 10 degrees of freedom: stopping where a noise from fewer happens to
-    be small makes up to twice as many errors as the 5% allowed."""
-    return widest(results) <= precision and noise["df"] >= 10
+    before the noise is known from FEWEST_DF degrees of freedom: stopping where a noise from fewer
+    happens to be small makes up to twice as many errors as the 5% allowed."""
+    return widest(results) <= precision and noise["df"] >= FEWEST_DF
 
 
 def expected_precision(rows: int, seeds: int, noise: float) -> tuple[float, float]:
@@ -185,7 +186,7 @@ def verdict(row: dict, baseline_runs: int, too_early: str) -> str:
     if row["baseline"]:
         return "the baseline"
     if row["difference"] is None:
-        return "no run of the baseline to compare with"
+        return "no run of the baseline with one of its seeds"
     if row["equal"]:
         return "identical"
     if row["low"] is None or min(row["n"], baseline_runs) < FEWEST_SEEDS:

@@ -9,8 +9,8 @@ of train.py and turns them into one table and one plot.
 All flags and config files of train.py are valid here too, except eval_only, and except seed, data_seed,
 init_from and out_dir, which this program sets. Run s of every FFN has --seed=s and --data_seed=s, so
 within a seed all FFNs see the same tokens and start from the same shared weights. The same command skips
-the runs that are done and resumes the others. --report takes folders of runs, their parents, and
-archives of --archive.
+the runs that are done and resumes the others. The table is of this command's runs: --report OUT makes
+one of all runs in a folder. It takes folders of runs, their parents, and archives of --archive.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def write_archive(path: str, runs: list[Run], times: dict[str, dict]) -> None:
     names = [os.path.basename(r.dir) for r in runs]
     with tarfile.open(f"{path}.tmp", "w:xz") as tar:
         for i, (r, name) in enumerate(zip(runs, names)):
-            folder = name if names.count(name) == 1 else f"{name}-{i}"  # several have it
+            folder = name if len({*names}) == len(names) else f"{i}-{name}"  # several have it
             said = ["train.txt"] if r.diverged and printed(r.dir) else []
             for file in ("config.json", "log.jsonl", *said):
                 tar.add(os.path.join(r.dir, file), os.path.join(folder, file))
@@ -408,7 +408,9 @@ def run_to_precision(runs: list[Run], cfg: Config) -> tuple[list[Run], int]:
             break
         check_alike(found, cfg.baseline)
         results, noise = judge(group_runs(found, cfg.baseline))
-        print(f"{seeds} seeds: half-widths up to {blocks.widest(results):.4g}", flush=True)
+        asked = f"asked: {cfg.precision:g} with {blocks.FEWEST_DF} degrees of freedom"
+        width = f"half-widths up to {blocks.widest(results):.4g}, noise with {noise['df']}"
+        print(f"{seeds} seeds: {width} ({asked})", flush=True)
         if blocks.precise(results, noise, cfg.precision):
             break
     return chosen, failed
@@ -669,10 +671,10 @@ def read_command(argv: list[str]) -> tuple[Config, train.Config, list[str]]:
         raise UserError(f"--launch={cfg.launch}: there is no such program here: check its name")
     if cfg.archive and not cfg.archive.endswith(".tar.xz"):
         raise UserError(f"--archive={cfg.archive} must end in .tar.xz")
+    if not os.path.isdir(os.path.dirname(cfg.archive) or "."):
+        raise UserError(f"--archive={cfg.archive}: there is no such folder: make it first")
     if cfg.archive and (packed := [p for p in places if re.search(ARCHIVE, p)]):
         raise UserError(f"--archive takes folders of runs, and {packed[0]} is none: unpack it first")
-    if "data_dir" in typed and "prepare" not in typed:
-        cfg.prepare = ""  # a config file's is for its own data_dir
     flags = {f.name: getattr(cfg, f.name) for f in fields(train.Config)}
     return cfg, train.Config(**flags | {"ffn": cfg.baseline, "ffn_match": "hidden"}), places
 

@@ -199,6 +199,7 @@ def test_a_launcher_precision_prices_and_runs_that_diverge(tmp_path):
     out = works(tmp_path, *command, "--precision=1e-6")
     assert len((tmp_path / "launched").read_text().splitlines()) == 4  # 2 rows, 2 horizons
     assert "1 seeds: half-widths up to" in out
+    assert "(asked: 1e-06 with 10 degrees of freedom)" in out
     assert "timing steps of geglu" in out
     record = json.loads((tmp_path / "out" / "a b" / "compare.json").read_text())
     assert [h["tokens"] for h in record["exchange"]["horizons"]] == [384, 512, 768]
@@ -260,6 +261,7 @@ def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path, mon
         (["c.py", "--ffn=geglu", "--launch= "], ("no such program",)),
         (["c.py", "--ffn=gegluu", """--launch=sh -c "it's" """], ("did you mean geglu",)),
         (["c.py", "--ffn=geglu", "--archive=x.zip"], ("--archive=x.zip", ".tar.xz")),
+        (["c.py", "--ffn=geglu", "--archive=no/x.tar.xz"], ("--archive=no/x.tar.xz", "no such folder")),
         (["--report", "nowhere"], ("no finished run",)),
         (["--report"], ("--report has no folder",)),
         (["--report", "nowhere", "--seeds=2"], ("--seeds",)),
@@ -1322,6 +1324,18 @@ def test_an_archive_keeps_runs_and_times_of_equal_names(tmp_path):
     fails(tmp_path, "--report", "a.tgz", "--archive=b.tar.xz", needles=("a.tgz", "unpack it"))
 
 
+def test_an_archives_names_are_all_different(tmp_path, compare):
+    """What tells two runs of one name apart must not be the name of a third."""
+    folders = [*(f"a/run{i}" for i in range(3)), *(f"b/run{i}" for i in range(3))]
+    folders += [f"c/{name}" for name in ("run0-1", "run1-4", "run2-7", "3-run0", "4-run1")]
+    for i, folder in enumerate(folders):
+        make_run(tmp_path / folder, [6, 3, 2], ffn="swiglu", seed=i, data_seed=i)
+    runs, times = compare.find_runs([str(tmp_path / name) for name in "abc"])
+    compare.write_archive(str(tmp_path / "all.tar.xz"), runs, times)
+    packed, _ = compare.find_runs([str(tmp_path / "all.tar.xz")])
+    assert sorted(r.flags["seed"] for r in packed) == list(range(len(folders)))
+
+
 @pytest.mark.parametrize("runs", [1, 4])
 @pytest.mark.parametrize("name", ["a.tar.xz", "a.tar"])
 def test_the_table_of_an_archive_lies_beside_it(tmp_path, runs, name):
@@ -1485,7 +1499,7 @@ def test_one_run_and_many_rows_are_plotted(tmp_path):
     # the plot leaves out a loss that was not finite
     make_run(tmp_path / "out" / "only", [6, math.inf, 2], ffn="asg", active=0.3, learning_rate=0.003)
     out = works(tmp_path, "--report", "out/only")
-    assert "no run of the baseline to compare with" in out
+    assert "no run of the baseline with one of its seeds" in out
     assert "--learning_rate=0.003" in out  # what the runs were made with
     record = json.loads((tmp_path / "out" / "only" / "compare.json").read_text())
     assert record["command"] == "python experiments/compare.py --report out/only"

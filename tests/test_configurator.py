@@ -270,6 +270,30 @@ def test_files_and_flags_are_read_from_left_to_right(tmp_path):
     assert cfg.n_layer == 9
 
 
+def test_what_prepares_data_is_for_the_folder_beside_it(tmp_path):
+    """Another folder, of another file or on the command line, is not filled with what it makes: a typing
+    error must not train on other data."""
+
+    @dataclass
+    class WithData(Config):
+        data_dir: str = "data"
+        prepare: str = ""
+
+    a, b = tmp_path / "a.py", tmp_path / "b.py"
+    a.write_text("data_dir = 'made'\nprepare = '--input=stdlib'")
+    b.write_text("data_dir = 'mine'")
+    for argv, prepare in [
+        ([str(a)], "--input=stdlib"),
+        ([str(a), "--n_layer=9"], "--input=stdlib"),
+        ([str(a), str(b)], ""),
+        ([str(b), str(a)], "--input=stdlib"),
+        ([str(a), "--data_dir=mine"], ""),
+        ([str(a), "--prepare=x", "--data_dir=mine"], "x"),
+        ([str(b), "--prepare", "x"], "x"),
+    ]:
+        assert configure(WithData, argv)[0].prepare == prepare, argv
+
+
 def test_a_value_that_equals_the_default_still_counts_as_given():
     """Resuming compares the flags that were given; a default spelled out is one of them."""
     assert configure(Config, ["--n_layer=32"])[1] == {"n_layer"}

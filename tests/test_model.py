@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -326,6 +327,43 @@ def test_asg_without_sparse_weights_is_swiglu(threshold, grad):
     assert torch.equal(a(X), b(X))
     a, b = twin("asg:sparse=False", "swiglu")
     assert torch.equal(a(X), b(X))
+
+
+OTHER = {"k": 0.5, "r": 8, "p": 16, "ramp": 10, "slope": 0.5, "tau": 0.3, "s": 0.3, "b": 0.2, "n": 4,
+         "share": 0.25, "speed": 0.1}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_option_is_without_effect(name):
+    """A row of a table whose option did nothing, as asg:tau=0.3 without threshold=fixed, would say that
+    it does not matter. Each option, also beside each other one, does something or is refused."""
+
+    def behaviour(*options: str) -> list | None:
+        try:
+            ffn = stir(make_ffn(":".join([name, *options]), D, H)).train()
+        except UserError:
+            return None
+        if hasattr(ffn, "set_progress"):
+            ffn.set_progress(1, 100)
+        x = inputs(2, 16, D, dtype=torch.float32).requires_grad_()
+        y, aux = model_module.split_aux(ffn(x))
+        y.mul(inputs(2, 16, D, seed=2)).sum().add(0 if aux is None else aux).backward()
+        values = [y, x.grad, *(p.grad for p in ffn.parameters()), *ffn.buffers()]
+        return [None if v is None else v.tolist() for v in values]
+
+    signature, others = inspect.signature(FFNS[name].__init__), []
+    for option, hint in get_type_hints(FFNS[name].__init__).items():
+        if signature.parameters[option].kind is inspect.Parameter.KEYWORD_ONLY:
+            default = signature.parameters[option].default
+            values = get_args(hint) or ([not default] if hint is bool else [OTHER[option]])
+            values = [2 if type(default) is int and option == "k" else value for value in values]
+            others += [(option, f"{option}={value}") for value in values if value != default]
+    alone = {text: behaviour(text) for _, text in others}
+    for option, text in others:
+        assert alone[text] != behaviour(), text
+        for other, more in others:
+            if other != option and (both := behaviour(text, more)) is not None:
+                assert both not in (alone[text], alone[more]), (text, more)
 
 
 @pytest.mark.parametrize("g", ["neuron", "token"])

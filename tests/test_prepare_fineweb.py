@@ -295,6 +295,13 @@ def test_a_pattern_that_finds_a_file_twice(tmp_path, monkeypatch):
     assert stream(tmp_path / "out") == bytes_stream(DROP_SURROGATES)
 
 
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a[1].jsonl", DROP_SURROGATES)
+    in_process(monkeypatch, f"--input={tmp_path}/a[1].jsonl", "--encoding=bytes", "--workers=1",
+               "--shard_tokens=1000", f"--out_dir={tmp_path / 'out'}")  # fmt: skip
+    assert stream(tmp_path / "out") == bytes_stream(DROP_SURROGATES)
+
+
 def test_odd_columns(tmp_path, monkeypatch):
     """A column of string_view, whose name is also that of a struct's field."""
     import pyarrow

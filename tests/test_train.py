@@ -515,6 +515,14 @@ def test_scratch_keeps_what_an_earlier_run_left(here: Path):
         assert (here / "o" / name).read_bytes() != content or name == "model.py"
 
 
+def test_a_run_cannot_lie_in_the_trainers_folder(here: Path):
+    """From scratch it would rename the trainer's own model.py."""
+    for name in ("train.py", "model.py"):
+        (here / name).write_bytes((ROOT / name).read_bytes())
+    Run(here, flags(out_dir=".")).fails("--out_dir=. holds a trainer", "name another")
+    assert not {"config.json", "log.jsonl", "model.py.prev"} & set(os.listdir(here))
+
+
 def test_prev_is_one_run(here: Path):
     """A run that saved nothing replaces no file of an earlier one that did; alone, its log is kept."""
     train(here, out_dir="o", max_iters=2)
@@ -1282,6 +1290,9 @@ def test_samples_and_rows_are_as_asked(here: Path, capsys):
     assert text.split("\n", 1)[1].startswith("ab")
     train_py.report({"step": 10, "train_loss": 2.0, "step_ms": 1000.0}, cfg, None)
     assert "eta 0:01:00" in capsys.readouterr().out
+    cfg.max_iters = 10**18  # "until I stop it"
+    train_py.report({"step": 10, "train_loss": 2.0, "step_ms": 1000.0}, cfg, None)
+    assert "days" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
