@@ -845,12 +845,7 @@ def code_hash(roots: Iterable[type | Callable]) -> str:
         library = root.__module__.partition(".")[0] in ("torch", *sys.stdlib_module_names)
         if library or not file.endswith(".py"):
             continue
-        tree, binding = ast.parse(Path(file).read_bytes()), defaultdict(list)
-        for node in ast.walk(tree):
-            if isinstance(node, DEFINITIONS) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        for name, statement in bindings(tree):
-            binding[name].append(statement)
+        binding = bindings(Path(file).read_bytes()).copy()
         start = root.__qualname__.partition(".")[0]
         made = "<locals>" in root.__qualname__ or start not in binding
         names = list(binding) if made else [start]
@@ -868,17 +863,25 @@ def code_hash(roots: Iterable[type | Callable]) -> str:
     return hashlib.sha256("\n".join(sorted(code)).encode()).hexdigest()[:16] if code else ""
 
 
-def bindings(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
-    """Yield each name that a top-level statement defines, imports, assigns to or changes, with that
-    statement; of an import of several names the part for this one."""
+@functools.cache
+def bindings(source: bytes) -> dict[str, list[ast.stmt]]:
+    """Return the top-level statements of a module, without docstrings, by each name that one defines,
+    imports, assigns to or changes; of an import of several names the part for this one."""
+    tree, found = ast.parse(source), defaultdict(list)
+    for node in ast.walk(tree):
+        if isinstance(node, DEFINITIONS) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
     for statement in tree.body:
         imports = isinstance(statement, (ast.Import, ast.ImportFrom))
         for node in [statement] if isinstance(statement, DEFINITIONS) else ast.walk(statement):
             if isinstance(getattr(node, "ctx", None), ast.Store):  # x = ..., x[0] = ..., x.y = ...
-                yield from ((n.id, statement) for n in ast.walk(node) if isinstance(n, ast.Name))
+                for n in ast.walk(node):
+                    if isinstance(n, ast.Name):
+                        found[n.id].append(statement)
             elif name := getattr(node, "asname", None) or getattr(node, "name", None):
                 part = type(statement)(**vars(statement) | {"names": [node]}) if imports else statement
-                yield name.partition(".")[0], part
+                found[name.partition(".")[0]].append(part)
+    return found
 
 
 @functools.cache

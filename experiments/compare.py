@@ -554,15 +554,18 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
     for group, result in [(g, r) for g, r in zip(groups, results) if g]:
         first, done, is_base = group[0], [r for r in group if r.done], group is groups[0]
         result = dict.fromkeys(result) if is_base else result
-        config = train.model_config(first.flags, vocab_size=first.made["vocab_size"])
-        model = sketch(lambda config=config: GPT(config))
-        cost = first.made.get("ffn_cost") or ffn_cost(model.model.layers[0].mlp)  # older runs lack it
-        cost = {k: v * config.n_layer for k, v in cost.items()}
+        made = first.made
+        if not {"ffn_cost", "total_params"} <= made.keys():  # of an older version
+            config = train.model_config(first.flags, vocab_size=made["vocab_size"])
+            model = sketch(lambda config=config: GPT(config))
+            counts = {"total_params": model.param_counts()["total"]}
+            made = {"ffn_cost": ffn_cost(model.model.layers[0].mlp), **counts, **made}
+        cost = {k: v * first.flags["n_layer"] for k, v in made["ffn_cost"].items()}
         active = [a for r in done if math.isfinite(a := r.val[-1].get("active", math.nan))]
         step = times.get(timed_as(first, groups[0][0])) if groups[0] and not is_base else None
         row = {"ffn": first.flags["ffn"], "match": first.match, "hidden": first.row[1]}
         row |= {"label": first.label, **dict(zip(TUNED, first.tuned)), "baseline": is_base}
-        row |= {**cost, "total_params": first.made.get("total_params") or model.param_counts()["total"]}
+        row |= {**cost, "total_params": made["total_params"]}
         row |= {"n": len(done), "diverged": len(group) - len(done)}
         row |= {"active": mean(active) if active else None}
         row |= {"val_loss": mean(r.loss for r in done) if done else None}

@@ -8,8 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Before torch is imported, and for every subprocess.
-os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+# Before torch is imported, and for every subprocess. Where Triton is installed, torch.compile would
+# start a process for it, which a CPU does not need.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TORCH_WARM_POOL": "0"}
 
 
 def pytest_xdist_auto_num_workers(config) -> int:

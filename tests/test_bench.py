@@ -360,16 +360,27 @@ def test_step_table_and_profile(run_here, tmp_path, capsys):
     assert text.count("aten::mm") >= 2
 
 
-@pytest.mark.parametrize(
-    "program, what", [("bench.py", "--mode=step"), ("experiments/peers.py", "--systems=ours")]
-)
-def test_where_compiling_fails_nothing_is_reported(tmp_path, program, what):
-    """Without a C++ compiler: one line with the reason and the cure, and no figures of eager code under
-    the name of compiled ones."""
+def test_where_compiling_fails_nothing_is_reported(monkeypatch, run_here, tmp_path, capsys):
+    """One line with the reason and the cure, and no figures of eager code under the name of compiled
+    ones."""
+
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(bench, "compiled", lambda f, *_, **more: torch.compile(f, backend=backend))
+    for mode in (["--mode=step", *STEP], FFN, ["--mode=decode", *FFN]):
+        with pytest.raises(configurator.UserError, match=r"not work here \(.*\): --compile=False$"):
+            run_here(*mode, "--compile=True", "--ffn=swiglu")
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "rows.json").exists()
+
+
+def test_where_compiling_fails_peers_reports_nothing(tmp_path):
+    """Without a C++ compiler, in the process of each peer."""
     env = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     path = tmp_path / "rows.json"
-    args = [what, "--rounds=1", "--device=cpu", *STEP, f"--json={path}"]
-    done = call(program, *args, **env)
+    args = ["--systems=ours", "--rounds=1", "--device=cpu", *STEP, f"--json={path}"]
+    done = call("experiments/peers.py", *args, **env)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("error: torch.compile does not work here (")
@@ -395,12 +406,14 @@ def test_the_seed_is_that_of_the_inputs(monkeypatch, run_here):
     """Of every mode: the tokens of a step are the same ones for the same --seed."""
     import torch
 
-    drawn, draw = [], torch.randint
-    monkeypatch.setattr(torch, "randint", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    drawn, draw, runs = [], torch.randint, []
+    monkeypatch.setattr(torch, "randint", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
     for seed in (5, 5, 6):
+        drawn.clear()
         run_here("--mode=step", *STEP, f"--seed={seed}")
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
+        runs.append(torch.stack(drawn))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
 
 
 def test_the_machine_is_set_up_as_for_training(monkeypatch, run_here):

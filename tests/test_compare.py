@@ -1356,7 +1356,8 @@ def test_data_and_trainers_that_changed_between_runs_of_one_name(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     make_data(tmp_path / "data")
     cfg = compare.Config(ffn="geglu", seeds=3, horizons=False, data_dir="data", block_size=8)
-    base = train.Config(max_iters=4, lr_decay_iters=4, data_dir="data", block_size=8)
+    size = {"n_layer": 1, "n_head": 2, "n_kv_head": 2, "n_embd": 32, "ffn_hidden": 64}
+    base = train.Config(max_iters=4, lr_decay_iters=4, data_dir="data", block_size=8, **size)
     planned = compare.plan(cfg, base)
     digest = compare.open_data("data", 8).digest
 

@@ -641,26 +641,6 @@ runpy.run_path({TRAIN!r}, run_name="__main__")
     one_line(done.returncode, done.stderr, "mlp._extra_state", "get_extra_state")
 
 
-def test_a_file_system_without_locks(here: Path):
-    """The run goes on, and says so once."""
-    script = here / "nolock.py"
-    script.write_text(f"""
-import errno, fcntl, os, runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
-
-def flock(*_):
-    raise OSError(errno.ENOLCK, "No locks available")
-
-fcntl.flock = flock
-runpy.run_path({TRAIN!r}, run_name="__main__")
-""")
-    argv = [sys.executable, str(script), *flags(out_dir="o", max_iters=2)]
-    done = subprocess.run(argv, cwd=here, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("without locks") == 1
-    assert intact(here / "o")["step"] == 2
-
-
 def test_a_cache_folder_that_cannot_be_made(here: Path):
     """PyTorch makes it when its optimizers are imported, with --compile=False too."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": "/proc/nowhere"}

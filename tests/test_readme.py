@@ -16,7 +16,7 @@ SHELL = [text for language, text in BLOCKS if language == "sh"]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 SMALLER = {"max_tokens=8000000": "max_tokens=400000", "\nval_tokens = 65536": "\nval_tokens = 4096"}
 SMALLER |= {"n_layer = 4": "n_layer = 1", "\nbatch_size = 16": "\nbatch_size = 4"}
-SMALLER |= {"micro_batch_size = 16": "micro_batch_size = 4"}
+SMALLER |= {"micro_batch_size = 16": "micro_batch_size = 4", "sample_tokens = 200": "sample_tokens = 20"}
 COPIED = ["*.py", "config", "experiments/*.py", "README.md"]
 
 

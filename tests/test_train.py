@@ -37,7 +37,6 @@ from trainer import (
     load,
     losses,
     make_data,
-    one_line,
     rows,
     same_bits,
     start,
@@ -184,12 +183,10 @@ def test_validation_loss(here: Path, val_tokens: int, windows: int, ranks: int, 
         assert {p.name: p.read_bytes() for p in (here / "o").iterdir()} == before
 
 
-@pytest.mark.parametrize("ffn", sorted(FFNS))
+@pytest.mark.parametrize("ffn", ["swiglu", "dsg", "asg", "sparseglu"])
 def test_two_ranks_train_as_one_process(here: Path, ffn: str):
-    """Same losses over 20 steps and same validation loss, for every FFN but those whose training depends
-    on which tokens share a pass, as balanced experts do."""
-    if list(make_ffn(ffn, 32, 64).buffers()):
-        pytest.skip("its buffers follow the tokens of one pass on one rank")
+    """Same losses over 20 steps and same validation loss, of an FFN with matrices alone, with norms and
+    scalars, with a frozen scalar and with a frozen module."""
     values = {"ffn": ffn, "n_layer": 1, "max_iters": 20, "eval_interval": 10, "learning_rate": 3e-3}
     one = start(here, out_dir="one", **values)
     two = start_ranks(here, 2, out_dir="two", micro_batch_size=1, **values)
@@ -208,10 +205,7 @@ def test_two_compiled_ranks_train_as_one_process(here: Path):
     included, has the losses of one plain process."""
     values = {"n_layer": 1, "max_iters": 6, "eval_interval": 3, "micro_batch_size": 1}
     train(here, out_dir="one", **values)
-    command = [*TORCHRUN, TRAIN, *flags(out_dir="two", compile=True, **values)]
-    two = subprocess.run(command, cwd=here, capture_output=True, text=True)
-    assert two.returncode == 0, two.stderr
-    assert "with compiling" in two.stdout
+    assert "with compiling" in train_ranks(here, 2, out_dir="two", compile=True, **values).out
     for key in ("train_loss", "val_loss"):
         assert losses(here / "two", key) == pytest.approx(losses(here / "one", key), abs=1e-5)
 
@@ -237,7 +231,7 @@ ASSIGNS = """
 """
 
 
-@pytest.mark.parametrize("ffn", ["moe", "thresholdmoe", "sparsegated:select=adaptive", "mine"])
+@pytest.mark.parametrize("ffn", ["moe", "mine"])
 def test_ranks_share_what_an_ffn_remembers_of_its_tokens(here: Path, ffn: str):
     """Two ranks see different tokens. The validation loss that they log together is the one that a
     single process finds with the checkpoint of rank 0, and resumed ranks repeat the run to the bit. An
@@ -298,13 +292,9 @@ def test_mfu_is_that_of_all_devices(here):
 # ---- resuming -----------------------------------------------------------------------------------
 
 RESUMED = {
-    "accumulated": {"micro_batch_size": 1},
-    "in three parts": {"parts": (7, 20)},
-    "muon": {"optimizer": "muon"},
-    "asg": {"ffn": "asg"},
-    "sparseglu": {"ffn": "sparseglu:grad=ste", "schedule": "wsd"},
-    "spark": {"ffn": "spark", "tie_embeddings": False, "grad_clip": 0},
-    "bfloat16": {"dtype": "bfloat16"},
+    "accumulated": {"micro_batch_size": 1, "ffn": "spark", "tie_embeddings": False, "grad_clip": 0},
+    "in three parts": {"parts": (7, 20), "ffn": "asg", "dtype": "bfloat16"},
+    "muon": {"optimizer": "muon", "ffn": "sparseglu:grad=ste", "schedule": "wsd"},
 }
 
 
@@ -408,6 +398,8 @@ def test_where_compiling_fails_the_run_says_so_and_ends(here: Path):
                 return self.t * super().forward(x)
         import torch._dynamo
         torch._dynamo.config.recompile_limit = 2
+        real = torch.compile
+        torch.compile = lambda f, options, **more: real(f, backend="eager", **more)
     """
     done = train_with(here, code, *flags(out_dir="q", ffn="mine", n_layer=1, compile=True))
     assert done.code == 1
@@ -656,11 +648,8 @@ def test_wandb_that_is_missing(here: Path, what: str, says: str):
     """An optional import, and one that may have no login: one line with the cure."""
     (here / "hidden").mkdir()
     (here / "hidden" / "wandb.py").write_text(what)
-    code = f"import runpy, sys; sys.path[:0] = ['hidden', {str(ROOT)!r}]\n"
-    code += f"runpy.run_path({TRAIN!r}, run_name='__main__')"
-    argv = [sys.executable, "-c", code, *flags(out_dir="o", max_iters=2, wandb_project="p")]
-    done = subprocess.run(argv, cwd=here, capture_output=True, text=True)
-    one_line(done.returncode, done.stderr, says)
+    code = f"sys.path.insert(0, 'hidden')\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
+    start(here, out_dir="o", max_iters=2, wandb_project="p", code=code).fails(says)
 
 
 def test_what_is_printed_before_the_first_step(here: Path):
@@ -1432,9 +1421,8 @@ def test_the_weight_of_an_auxiliary_loss(here: Path):
         assert max(abs(a[step][key] - b[step][key]) for step in a) < 1e-5
     assert all(row["aux_loss"] > 0 for row in a.values())
     assert all("aux_loss" not in row for row in rows(here / "a", "val_loss").values())
-    argv = flags(out_dir="c", ffn="mine", max_iters=6, micro_batch_size=2)
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*ranks, "mine.py", *argv], cwd=here, check=True, capture_output=True, timeout=200)
+    values = {"out_dir": "c", "ffn": "mine", "max_iters": 6, "micro_batch_size": 2}
+    train_ranks(here, 2, code="runpy.run_path('mine.py', run_name='__main__')", **values)
     c = rows(here / "c")
     assert max(abs(a[step]["aux_loss"] - c[step]["aux_loss"]) for step in a) < 1e-5
 
@@ -1590,16 +1578,3 @@ def test_files_of_flags_and_help(here: Path):
         assert re.search(rf"^  --{field.name}=.* \([\w|]+\) +\w", text, re.M), field.name
 
 
-def test_import_does_nothing(here: Path):
-    """No file, no CUDA, no default changed; heavy libraries are not imported."""
-    code = (
-        "import sys, torch; before = torch.get_default_dtype(); import train, model, configurator;"
-        "assert torch.get_default_dtype() is before; assert not torch.cuda.is_initialized();"
-        "print([m for m in ('tiktoken', 'datasets', 'wandb', 'matplotlib') if m in sys.modules])"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True, timeout=100
-    )
-    assert out.stdout.strip() == "[]", out.stdout + out.stderr
-    assert {p.name for p in here.iterdir()} == {"data"}

@@ -104,7 +104,7 @@ def _child(
     sys.path.insert(0, str(ROOT))
     import configurator
 
-    configurator.PATIENCE = 3  # no torchrun ends these ranks
+    configurator.PATIENCE = 0.5  # no torchrun ends these ranks
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         exec(code) if code else runpy.run_path(TRAIN, run_name="__main__")
