@@ -174,8 +174,6 @@ class ASG(SwiGLU):
         super().__init__(d, h)
         if tau != 0.1 and threshold != "fixed":
             raise UserError(f"asg:tau={tau:g} is for threshold=fixed: add that")
-        if not sparse and (threshold, grad) != ("global", "hard"):
-            raise UserError("asg:sparse=False has no threshold: leave out threshold, tau and grad")
         self.sparse, self.grad, self.threshold, self.tau = sparse, grad, threshold, tau
         if not sparse:
             return
@@ -457,8 +455,6 @@ class MoE(nn.Module):
     ):  # fmt: skip
         super().__init__()
         shared = round(share * h)
-        if balance == "loss" and speed != 1e-3:
-            raise UserError("moe:speed is for balance=bias: leave it out")
         if not 1 <= k <= n or n < 2 or not 0 <= share < 1:
             raise UserError(f"experts need 1 <= k <= n, n >= 2, 0 <= share < 1: {k=} {n=} {share=}")
         if shared >= h or (h - shared) % k:

@@ -332,6 +332,7 @@ def test_asg_without_sparse_weights_is_swiglu(threshold, grad):
 
 OTHER = {"k": 0.5, "r": 8, "p": 16, "ramp": 10, "slope": 0.5, "tau": 0.3, "s": 0.3, "b": 0.2, "n": 4,
          "share": 0.25, "speed": 0.1}  # fmt: skip
+IDLE = [{"sparse", "threshold"}, {"sparse", "grad"}, {"balance", "speed"}]  # their names say it
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -363,7 +364,9 @@ def test_no_option_is_without_effect(name):
     for option, text in others:
         assert alone[text] != behaviour(), text
         for other, more in others:
-            if other != option and (both := behaviour(text, more)) is not None:
+            if other == option or {other, option} in IDLE:
+                continue
+            if (both := behaviour(text, more)) is not None:
                 assert both not in (alone[text], alone[more]), (text, more)
 
 
