@@ -688,7 +688,7 @@ def test_what_is_float32_on_purpose_is_so_in_a_compiled_backward_pass(spec, name
     would compute them in autocast's type, which their forward pass has turned off."""
 
     def gradient(call) -> torch.Tensor:
-        x = inputs(2, 9, D, dtype=torch.float32)
+        x = inputs(2, 10, D, dtype=torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = call(x)
         return torch.autograd.grad(y.float().pow(2).sum(), dict(ffn.named_parameters())[name])[0]
@@ -771,14 +771,14 @@ def test_the_share_kept_falls_along_the_ramp(select):
 def test_the_ramp_compiles_nothing_anew():
     from torch._dynamo.testing import CompileCounter
 
-    gpt = stir(GPT(small(ffn="sparseglu:ramp=3:grad=ste")))
+    gpt = stir(GPT(small(ffn="sparseglu:ramp=3:grad=ste", ffn_hidden=H)))
     torch.compiler.reset()
     counter = CompileCounter()
     run = torch.compile(gpt, backend=counter, dynamic=False, fullgraph=True)
     for step in range(5):
         gpt.set_progress(step, 5)
-        got = run(tokens(2, 9), tokens(2, 9, seed=1))[1].item()
-        assert got == pytest.approx(gpt(tokens(2, 9), tokens(2, 9, seed=1))[1].item(), rel=1e-5)
+        got = run(tokens(2, 10), tokens(2, 10, seed=1))[1].item()
+        assert got == pytest.approx(gpt(tokens(2, 10), tokens(2, 10, seed=1))[1].item(), rel=1e-5)
     assert counter.frame_count == 1
     with pytest.raises(UserError, match=r"model.layers.0.mlp.set_progress \(ramp=3 is longer"):
         gpt.set_progress(0, 2)
@@ -1128,7 +1128,7 @@ def outputs_and_gradients(ffns: nn.ModuleList, compiler) -> tuple[torch.Tensor, 
     def outputs(x):
         return torch.stack([model_module.split_aux(ffn(x))[0] for ffn in ffns])
 
-    x = inputs(2, 8, D, dtype=torch.float32).requires_grad_()
+    x = inputs(2, 10, D, dtype=torch.float32).requires_grad_()
     y = compiler(outputs)(x)
     ffns.zero_grad()
     (y * inputs(*y.shape, seed=3, dtype=torch.float32)).sum().backward()
@@ -1172,7 +1172,7 @@ def test_a_second_copy_of_the_file_leaves_the_operators_of_the_first(tmp_path, m
     torch.compiler.reset()
     for module, kept in [(model_module, 7), (copied, 0), (model_module, 7)]:
         select = torch.compile(module.top_k_mask, backend="eager", fullgraph=True)
-        assert select(inputs(1, H, dtype=torch.float32), 7).sum() == kept
+        assert select(inputs(2, 10, H, dtype=torch.float32), 7).sum() == 20 * kept
 
 
 @needs_compiler
@@ -1180,22 +1180,24 @@ def test_a_second_copy_of_the_file_leaves_the_operators_of_the_first(tmp_path, m
 def test_compiled_selection_is_exact():
     """Compiled for a CPU, top-k counts instead of sorting. It must keep exactly k units and drop none
     that is larger than a kept one, whatever the size and sign of the scores."""
-    score = np.random.default_rng(0).standard_normal((20, 100)).astype(np.float32)
+    score = np.random.default_rng(0).standard_normal((20, H)).astype(np.float32)
     score[:10] = score[:10].round()  # ties
     score[10] = 0
-    score[11] = [-0.0, 0.0] * 50
+    score[11] = [-0.0, 0.0] * (H // 2)
     score[12:14] *= 1e-41  # subnormal
     score[14:16] *= 1e37
     score[16] = -3e38
     score[17:] = [[-1], [1], [-2]] * np.abs(score[17:])
-    score[4, 10:90] = -np.inf  # as masked_fill leaves them
+    score[4, 10:40] = -np.inf  # as masked_fill leaves them
     score[5, 7:9] = np.inf
     torch.compiler.reset()
-    ks = [1, 37, 100]
+    ks = [1, 17, H]
     select = torch.compile(
         lambda x: [model_module.top_k_mask(x, k) for k in ks], dynamic=False, fullgraph=True
     )
-    for k, mask in zip(ks, select(torch.from_numpy(score)), strict=True):
+    batch = torch.from_numpy(score).view(2, 10, H)  # a shape that is compiled for other tests too
+    for k, mask in zip(ks, select(batch), strict=True):
+        mask = mask.view(20, H)
         kept = mask.numpy() == 1
         assert ((mask.numpy() == 0) | kept).all()
         assert (kept.sum(-1) == k).all(), k
