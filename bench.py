@@ -275,7 +275,7 @@ def profile(step: Callable, show: bool, device: torch.device) -> str:
 
 
 def measure(calls: dict, rounds: int, device: torch.device, x: Tensor | None = None) -> dict:
-    """Seconds of each call in each round, after two untimed calls of each. Each round draws x anew."""
+    """Seconds of each call in each round, after two untimed calls of each. x is new in each round."""
     sweep = torch.empty(2**26, device=device)  # 256 MiB, more than most caches
     sweeps = 1 if device.type == "cpu" else 32  # GPU work during which the CPU queues the timed call
     for call in calls.values():

@@ -106,10 +106,10 @@ def configure(cls: type[T], argv: list[str], epilog: str = "") -> tuple[T, set[s
                 raise UserError(f"--{name} needs a value: --{name}=VALUE")
             text = rest.pop(0)
         sources[-1][name] = parse_value(f"--{name}", text, types[name])
-    values: dict[str, object] = {}
+    values, typed = {}, {name for source in sources[::2] for name in source}
     for source in sources:
-        if "data_dir" in source and "prepare" in types:
-            values["prepare"] = ""  # one of an earlier source was for its own data_dir
+        if "data_dir" in source and "prepare" in values.keys() - typed:
+            values["prepare"] = ""  # a file's is not for another data_dir
         values.update(source)
     return cls(**values), set(values)
 

@@ -172,8 +172,8 @@ class ASG(SwiGLU):
         tau: float = 0.1, sparse: bool = True, grad: Literal["hard", "ste"] = "hard",
     ):  # fmt: skip
         super().__init__(d, h)
-        if tau != 0.1 and threshold != "fixed":
-            raise UserError(f"asg:tau={tau:g} is for threshold=fixed: add that")
+        if tau != 0.1 and not (sparse and threshold == "fixed"):
+            raise UserError(f"asg:tau={tau:g} is for threshold=fixed:sparse=True")
         self.sparse, self.grad, self.threshold, self.tau = sparse, grad, threshold, tau
         if not sparse:
             return
@@ -493,7 +493,7 @@ class MoE(nn.Module):
 
     def rebalance(self, s: Tensor, taken: Tensor, count: Tensor) -> Tensor | None:
         """Move the biases after a training pass, or return the aux that balances instead. s: (N, n)
-        scores, taken: the score by which each row was chosen."""
+        scores, taken: each row's own score."""
         part = count.to(s.dtype) / count.sum()
         if self.balance == "loss":
             return 0.01 * self.n * (part * s.softmax(-1).mean(0)).sum()
@@ -734,7 +734,7 @@ METHODS = {  # what a class may have besides forward, with the arguments it is c
 
 def has(ffn: nn.Module, method: str) -> bool:
     """Whether an FFN's class has the method (an attribute or a submodule of that name is none). A class
-    with a forward of its own does not inherit active, decode and ideal_flops, which tell of another."""
+    with a forward of its own does not inherit active, decode and ideal_flops, which describe another."""
     for own in map(vars, type(ffn).__mro__):
         if method in own or ("forward" in own and method in ("active", "decode", "ideal_flops")):
             return method in own
@@ -795,7 +795,7 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
 
 def sketch(build: Callable[[], nn.Module]) -> nn.Module:
     """Build a module for its shapes alone, without moving PyTorch's random state. It is not built on the
-    meta device, because a class may keep tensors in a cache that later ones of it use."""
+    meta device, because a class may keep tensors in a cache that its later instances use."""
     with torch.random.fork_rng(devices=[]):
         return build()
 
@@ -1205,10 +1205,10 @@ def influences(ffn: nn.Module, x: Tensor, noise: float = 0.02) -> tuple[bool, bo
         batch = torch.cat((torch.cat((first[:, :cut], second[:, cut:]), 1), beside))
         return split_aux(torch.func.functional_call(ffn, params, (batch,)))[0][:1]
 
-    float32, rng = contextlib.ExitStack(), torch.random.fork_rng(devices)
-    with float32, rng, torch.autocast(x.device.type, enabled=False):
+    restore, rng = contextlib.ExitStack(), torch.random.fork_rng(devices)
+    with restore, rng, torch.autocast(x.device.type, enabled=False):
         # TF32 may round products of few rows and of many differently.
-        float32.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        restore.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("highest")
         torch.manual_seed(0)
         params = {name: p for name, p in ffn.named_parameters() if p.is_floating_point()}

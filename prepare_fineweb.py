@@ -160,11 +160,11 @@ def find_source(cfg: Config, meta: dict) -> list[str]:
         meta["revision"], paths = find_dataset(cfg, meta.get("revision") or cfg.revision or None)
         meta["source"] = f"{cfg.dataset} {cfg.name} {cfg.split} at {meta['revision']}"
         return paths
-    paths = input_files(os.path.expanduser(cfg.input))
+    paths = input_files(cfg.input)
     stdlib = f"the standard library of Python {sys.version.split()[0]}"
     meta["source"] = stdlib if cfg.input == "stdlib" else f"{cfg.input} ({len(paths)} files)"
     if not paths:
-        raise UserError(f"--input={cfg.input!r} matches no file: quote a glob, name a folder as X/*")
+        raise UserError(f"--input={cfg.input!r} matches no file: quote it, a folder is X/*, a [ is [[]")
     for path in paths:  # all at once, and not after hours in the last file
         if path.endswith((".gz", ".zst")) and not os.path.getsize(path):
             raise UserError(f"cannot read {path} (it is empty): repair it or take it out")
@@ -197,7 +197,7 @@ def find_dataset(cfg: Config, revision: str | None) -> tuple[str, list[str]]:
 def input_files(pattern: str) -> list[str]:
     """The files of a glob, sorted; for "stdlib" Python's own sources, without packages and tests."""
     if pattern != "stdlib":
-        return sorted(filter(os.path.isfile, {pattern, *glob.glob(pattern, recursive=True)}))
+        return sorted({*filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True))})
     skip = re.compile(r".*-packages|__pycache__|tests?|.*_tests?")
     paths = []
     for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):

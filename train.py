@@ -448,7 +448,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
     save. Returns its lock, held while the file is open. A run from scratch (resumed_step: -1) renames an
     earlier one to *.prev, unless only the *.prev has a checkpoint. A resumed run cuts the log."""
     path = functools.partial(os.path.join, cfg.out_dir)
-    if os.path.exists(path("train.py")):  # whose model.py is not a run's
+    if os.path.exists(path("train.py")) and not os.path.exists(path("config.json")):
         raise UserError(f"--out_dir={cfg.out_dir} holds a trainer, not runs: name another")
     with user_error(f"cannot write to --out_dir={cfg.out_dir}", "name another", OSError):
         lock = lock_folder(cfg.out_dir)
@@ -505,6 +505,7 @@ def resolve_flags(argv: list[str], world: int) -> tuple[Config, dict | None]:
             if flags[name] != saved[name] and (not cfg.eval_only or hasattr(GPTConfig, name)):
                 cure = "leave it out to go on, or name another --out_dir"
                 raise UserError(f"--{name}={flags[name]}, the checkpoint has {saved[name]}: {cure}")
+        saved |= {"prepare": ""} if "data_dir" in given else {}  # it was for the other data_dir
         cfg = Config(**saved | {name: flags[name] for name in given & allowed})
     check_flags(cfg, world)
     cfg.out_dir, cfg.lr_decay_iters = out_dir, cfg.lr_decay_iters or cfg.max_iters
@@ -517,7 +518,7 @@ def describe(model: GPT, cfg: Config, data: Data, world: int) -> str:
     cost, per_step = ffn_cost(ffn), cfg.batch_size * cfg.block_size
     h, share = model.config.hidden, cost["params"] / (3 * cfg.n_embd * cfg.ffn_hidden)
     passes, tokens = cfg.batch_size // (world * cfg.micro_batch_size), cfg.max_iters * per_step
-    epochs = cfg.max_iters * cfg.batch_size / window_counts(data.train, cfg.block_size).sum()
+    epochs = cfg.max_iters * cfg.batch_size / int(window_counts(data.train, cfg.block_size).sum())
     text = f"""\
 data    {cfg.data_dir}: {data.source or "source unknown"}, encoding {data.encoding}
 data    {sum(s.tokens for s in data.train):,} training tokens, {epochs:.2f} epochs in this run
@@ -632,12 +633,12 @@ def main() -> None:
     if checkpoint:
         restore(raw_model, optimizers, checkpoint, ckpt_path)
     checkpoint = None  # its memory is free again
-    length = max(1, cfg.max_iters, cfg.lr_decay_iters)  # of the schedule; a run may stop before its end
+    length = max(1, cfg.max_iters, cfg.lr_decay_iters)  # of the run or its schedule, which may end later
     check_model(raw_model, optimizers, autocast, length)
     peak = peak_flops(device) if bf16 else None
     flops, per_step = raw_model.flops_per_token(), cfg.batch_size * cfg.block_size
     known = f"{peak / 1e12:.0f} TFLOP/s each" if peak else "n/a"
-    signals = catch_signals()  # before the first line: from then on Ctrl-C ends the run cleanly
+    signals = catch_signals()  # from the run's description on, Ctrl-C ends it cleanly
     print0(f"device  {device} x {world}, {'bfloat16' if bf16 else 'float32'}, peak {known}")
     print0(describe(raw_model, cfg, data, world) + f"\nresumed at step {step}" * resumed)
     fast_model = compiled(raw_model, device, recompute=cfg.recompute) if compile else raw_model
@@ -729,7 +730,7 @@ def main() -> None:
                 report(row, cfg, wandb)
                 if first:
                     print0(f"first   {seconds:.1f} s{' with compiling' * compile}, not counted")
-                # Python's garbage collector can take half a second: it runs only here, on new objects.
+                # Python's garbage collector can take half a second: from now on it runs here alone.
                 gc.disable()
                 gc.collect()
                 gc.freeze()

@@ -9,8 +9,8 @@ of train.py and turns them into one table and one plot.
 All flags and config files of train.py are valid here too, except eval_only, and except seed, data_seed,
 init_from and out_dir, which this program sets. Run s of every FFN has --seed=s and --data_seed=s, so
 within a seed all FFNs see the same tokens and start from the same shared weights. The same command skips
-the runs that are done and resumes the others. The table is of this command's runs: --report OUT makes
-one of all runs in a folder. It takes folders of runs, their parents, and archives of --archive.
+the runs that are done and resumes the others. The table is of this command's runs; `--report out/tiny`
+makes one of all runs there. --report takes folders of runs, their parents, and archives of --archive.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Config(train.Config):
     init_sweep: str = ""  # values of --ffn_init_std to try for every row, likewise
     name: str = ""  # runs go to out/{name}; empty: the paper's name, else compare
     jobs: int = 1  # runs side by side
-    launch: str = ""  # put before each run's command, as "srun --gpus=8 --ntasks=1"; CPUs: --device=cpu
+    launch: str = ""  # put before each run's command, "srun --gpus=8 --ntasks=1"; no GPUs: --device=cpu
     plan: bool = False  # only print the runs, the hours and the precision to expect
     noise: float = 0.01  # for --plan: standard deviation in nats that FFN and seed do not explain
     report: str = ""  # --report DIR_OR_ARCHIVE...: read these finished runs, start none
@@ -199,6 +199,7 @@ def find_runs(places: list[str]) -> tuple[list[Run], dict]:
 def write_archive(path: str, runs: list[Run], times: dict[str, dict]) -> None:
     """Write what --report needs to make the table again, a few KB a run."""
     names = [os.path.basename(r.dir) for r in runs]
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with tarfile.open(f"{path}.tmp", "w:xz") as tar:
         for i, (r, name) in enumerate(zip(runs, names)):
             folder = name if len({*names}) == len(names) else f"{i}-{name}"  # several have it
@@ -408,8 +409,8 @@ def run_to_precision(runs: list[Run], cfg: Config) -> tuple[list[Run], int]:
             break
         check_alike(found, cfg.baseline)
         results, noise = judge(group_runs(found, cfg.baseline))
-        asked = f"asked: {cfg.precision:g} with {blocks.FEWEST_DF} degrees of freedom"
-        width = f"half-widths up to {blocks.widest(results):.4g}, noise with {noise['df']}"
+        width = f"half-widths up to {blocks.widest(results):.4g}, {noise['df']} degrees of freedom"
+        asked = f"asked: {cfg.precision:g}, {blocks.FEWEST_DF}"
         print(f"{seeds} seeds: {width} ({asked})", flush=True)
         if blocks.precise(results, noise, cfg.precision):
             break
@@ -483,7 +484,7 @@ def check_alike(runs: list[Run], baseline: str) -> None:
     lengths = {stretched(first.flags, factor)["max_iters"]: factor for factor in HORIZONS}
     whole = {r.row for r in done if r.flags["max_iters"] == steps}
     for r in done:
-        # A run of another length is a horizon, which group_runs leaves out of the table.
+        # Another length, of a row that also has this one, is a horizon: no row of the table.
         if (r.row[0] == identity(baseline) or r.row in whole) and r.flags["max_iters"] != steps:
             r.factor = lengths.get(r.flags["max_iters"], 1)
         expected, here = common(first) | stretched(first.flags, r.factor), common(r)
@@ -674,8 +675,6 @@ def read_command(argv: list[str]) -> tuple[Config, train.Config, list[str]]:
         raise UserError(f"--launch={cfg.launch}: there is no such program here: check its name")
     if cfg.archive and not cfg.archive.endswith(".tar.xz"):
         raise UserError(f"--archive={cfg.archive} must end in .tar.xz")
-    if not os.path.isdir(os.path.dirname(cfg.archive) or "."):
-        raise UserError(f"--archive={cfg.archive}: there is no such folder: make it first")
     if cfg.archive and (packed := [p for p in places if re.search(ARCHIVE, p)]):
         raise UserError(f"--archive takes folders of runs, and {packed[0]} is none: unpack it first")
     flags = {f.name: getattr(cfg, f.name) for f in fields(train.Config)}

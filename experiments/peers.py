@@ -105,7 +105,7 @@ def peer_step(
     model: nn.Module, loss: Callable, cfg: Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], object], list[torch.optim.Optimizer]]:
     """A step as a careful user would write it (forward, backward, clip, AdamW), and its optimizer."""
-    batch = torch.randint(cfg.vocab_size, (cfg.micro_batch_size, cfg.block_size + 1)).to(device)
+    size = (cfg.micro_batch_size, cfg.block_size + 1)
     cast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -116,6 +116,7 @@ def peer_step(
     ready = torch.compile(model, dynamic=False) if cfg.compile else model
 
     def step() -> None:
+        batch = torch.randint(cfg.vocab_size, size, device=device)
         with cast():
             value = loss(ready, batch)
         value.backward()

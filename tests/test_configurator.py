@@ -290,8 +290,11 @@ def test_what_prepares_data_is_for_the_folder_beside_it(tmp_path):
         ([str(a), "--data_dir=mine"], ""),
         ([str(a), "--prepare=x", "--data_dir=mine"], "x"),
         ([str(b), "--prepare", "x"], "x"),
+        (["--prepare=x", str(a)], "--input=stdlib"),
+        (["--prepare=x", str(b)], "x"),
     ]:
         assert configure(WithData, argv)[0].prepare == prepare, argv
+    assert configure(WithData, ["--data_dir=mine"])[1] == {"data_dir"}
 
 
 def test_a_value_that_equals_the_default_still_counts_as_given():
