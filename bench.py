@@ -237,8 +237,8 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
 def make_step(
     model: GPT, flags: train.Config, device: torch.device, dtype: torch.dtype, passes: int = 1
 ) -> tuple[Callable[[], object], list[torch.optim.Optimizer]]:
-    """Return a function that does one training step of `model` on new random tokens, of that many
-    passes, by train.py's own train_step, and the optimizers that it fills. Its first call compiles."""
+    """Return a function that does one training step of `model`, on new random tokens, of that many
+    passes, by train.py's own train_step, and the step's optimizers. Its first call compiles."""
     check_clock(device)
     size = (flags.micro_batch_size, flags.block_size + 1)
     cast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)

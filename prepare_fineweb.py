@@ -164,7 +164,7 @@ def find_source(cfg: Config, meta: dict) -> list[str]:
     stdlib = f"the standard library of Python {sys.version.split()[0]}"
     meta["source"] = stdlib if cfg.input == "stdlib" else f"{cfg.input} ({len(paths)} files)"
     if not paths:
-        raise UserError(f"--input={cfg.input!r} matches no file: quote it, a folder is X/*, a [ is [[]")
+        raise UserError(f"--input={cfg.input!r} matches no file: quote it, write X/* for a folder X")
     for path in paths:  # all at once, and not after hours in the last file
         if path.endswith((".gz", ".zst")) and not os.path.getsize(path):
             raise UserError(f"cannot read {path} (it is empty): repair it or take it out")

@@ -505,7 +505,7 @@ def resolve_flags(argv: list[str], world: int) -> tuple[Config, dict | None]:
             if flags[name] != saved[name] and (not cfg.eval_only or hasattr(GPTConfig, name)):
                 cure = "leave it out to go on, or name another --out_dir"
                 raise UserError(f"--{name}={flags[name]}, the checkpoint has {saved[name]}: {cure}")
-        saved |= {"prepare": ""} if "data_dir" in given else {}  # it was for the other data_dir
+        saved |= {"prepare": ""} if "data_dir" in given else {}  # it was for the saved data_dir
         cfg = Config(**saved | {name: flags[name] for name in given & allowed})
     check_flags(cfg, world)
     cfg.out_dir, cfg.lr_decay_iters = out_dir, cfg.lr_decay_iters or cfg.max_iters
@@ -518,7 +518,7 @@ def describe(model: GPT, cfg: Config, data: Data, world: int) -> str:
     cost, per_step = ffn_cost(ffn), cfg.batch_size * cfg.block_size
     h, share = model.config.hidden, cost["params"] / (3 * cfg.n_embd * cfg.ffn_hidden)
     passes, tokens = cfg.batch_size // (world * cfg.micro_batch_size), cfg.max_iters * per_step
-    epochs = cfg.max_iters * cfg.batch_size / int(window_counts(data.train, cfg.block_size).sum())
+    epochs = cfg.max_iters * cfg.batch_size / window_counts(data.train, cfg.block_size).sum()
     text = f"""\
 data    {cfg.data_dir}: {data.source or "source unknown"}, encoding {data.encoding}
 data    {sum(s.tokens for s in data.train):,} training tokens, {epochs:.2f} epochs in this run

@@ -198,11 +198,12 @@ def find_runs(places: list[str]) -> tuple[list[Run], dict]:
 
 def write_archive(path: str, runs: list[Run], times: dict[str, dict]) -> None:
     """Write what --report needs to make the table again, a few KB a run."""
-    names = [os.path.basename(r.dir) for r in runs]
+    folders = [os.path.basename(r.dir) for r in runs]
+    if len({*folders}) < len(folders):  # runs of several folders
+        folders = [f"{i}-{folder}" for i, folder in enumerate(folders)]
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with tarfile.open(f"{path}.tmp", "w:xz") as tar:
-        for i, (r, name) in enumerate(zip(runs, names)):
-            folder = name if len({*names}) == len(names) else f"{i}-{name}"  # several have it
+        for r, folder in zip(runs, folders):
             said = ["train.txt"] if r.diverged and printed(r.dir) else []
             for file in ("config.json", "log.jsonl", *said):
                 tar.add(os.path.join(r.dir, file), os.path.join(folder, file))

@@ -1105,6 +1105,10 @@ def test_a_recipes_data_stay_in_its_own_folder(here: Path):
     (here / "c.py").write_text("data_dir = 'made'\nprepare = '--input=stdlib --encoding=bytes'\n")
     run = Run(here, ["c.py", *flags(out_dir="o")[:-1], "--out_dir=o", "--data_dir=typo"])
     run.fails("no train shards in typo", "prepare_fineweb.py")
+    prepare = "--input=stdlib --encoding=bytes"
+    train(here, out_dir="o", max_iters=2, lr_decay_iters=4, prepare=prepare)
+    run = Run(here, ["--out_dir=o", "--init_from=resume", "--max_iters=4", "--data_dir=typo"])
+    run.fails("no train shards in typo", "prepare_fineweb.py")
     assert not (here / "typo").exists()
 
 
@@ -1282,7 +1286,14 @@ def test_samples_and_rows_are_as_asked(here: Path, capsys):
     assert text.split("\n", 1)[1].startswith("ab")
     train_py.report({"step": 10, "train_loss": 2.0, "step_ms": 1000.0}, cfg, None)
     assert "eta 0:01:00" in capsys.readouterr().out
-    cfg.max_iters = 10**18  # "until I stop it"
+
+
+def test_a_run_that_ends_when_it_is_stopped(here: Path, capsys):
+    """Its number of steps is larger than any clock or any array's number can hold."""
+    shape = {k: v for k, v in TINY.items() if hasattr(GPTConfig, k)}
+    data = train_py.open_data(str(here / "data"), BLOCK)
+    cfg = train_py.Config(max_iters=10**18, eval_only=True)
+    assert "epochs" in train_py.describe(GPT(GPTConfig(vocab_size=384, **shape)), cfg, data, 1)
     train_py.report({"step": 10, "train_loss": 2.0, "step_ms": 1000.0}, cfg, None)
     assert "days" in capsys.readouterr().out
 
