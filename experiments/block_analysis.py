@@ -157,8 +157,9 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
 
 
 def widest(results: list[dict]) -> float:
-    """The largest half-width of the rows that have an interval; infinite where none has."""
-    widths = [row["high"] - row["difference"] for row in results if row["high"] is not None]
+    """The largest half-width of the rows that have a difference; infinite where one has no interval."""
+    told = [row for row in results if row["difference"] is not None]
+    widths = [math.inf if row["high"] is None else row["high"] - row["difference"] for row in told]
     return max(widths, default=math.inf)
 
 
@@ -201,7 +202,10 @@ def verdict(row: dict, baseline_runs: int, too_early: str) -> str:
 def exchange_rate(runs: list[tuple[int, object, float]]) -> dict | None:
     """The baseline's loss as a line in log(tokens) with a level for each seed, by least squares over
     runs (tokens, seed, loss) of all lengths: the slope, its standard error and degrees of freedom, and
-    each length's loss and distance to the line. None where the runs do not tell a slope."""
+    each length's loss and distance to the line, without the seeds of one length, through which any line
+    goes. None where the runs do not tell a slope."""
+    seeds = [seed for _, seed, _ in runs]
+    runs = [run for run in runs if seeds.count(run[1]) > 1]
     levels, tokens = sorted({seed for _, seed, _ in runs}), np.array([n for n, _, _ in runs])
     x = np.array([[*(seed == level for level in levels), math.log(n)] for n, seed, _ in runs])
     y, df = np.array([loss for _, _, loss in runs]), len(runs) - len(levels) - 1

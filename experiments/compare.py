@@ -183,9 +183,12 @@ def find_runs(places: list[str]) -> tuple[list[Run], dict]:
                     raise UserError(f"{why}: copy it or check it out again") from None
             inner = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
             here = {os.path.realpath(f): r for f in [folder, *inner] if (r := read_run(f))}
-            lost = [f for f in inner if os.path.realpath(f) not in here]
-            lost = [f for f in lost if os.path.exists(os.path.join(f, "config.json"))]
-            times |= ({} if folder == unpacked else read_times(f"{folder}/..")) | read_times(folder)
+            lost = [f for f in inner if os.path.exists(os.path.join(f, "config.json"))]
+            lost = [f for f in lost if os.path.realpath(f) not in here]
+            own = ({} if folder == unpacked else read_times(f"{folder}/..")) | read_times(folder)
+        if any(times.get(key, step) != step for key, step in own.items()):
+            print(f"{place} has step times that differ from those before it: its own are used")
+        times |= own
         for r in here.values():
             r.dir = os.path.normpath(place + r.dir.removeprefix(folder))
         for f in lost:
@@ -524,9 +527,11 @@ def group_runs(runs: list[Run], baseline: str) -> list[list[Run]]:
 
     def rank(group: list[Run]) -> tuple[int, float, int]:
         lost = sum(r.diverged for r in group)
-        others = rows[group[0].row].values()
-        others = [other for other in others if sum(r.diverged for r in other) <= lost]
-        shared = set.intersection(*({r.seeds for r in other if r.done} for other in others))
+        others = [g for g in rows[group[0].row].values() if sum(r.diverged for r in g) <= lost]
+        done = [{r.seeds for r in other if r.done} for other in others]
+        shared = set.intersection(*done)
+        if all(done) and not shared:
+            raise UserError(f"no seed of {group[0].label} has all values of {', '.join(TUNED)}: run one")
         return lost, sum(r.loss for r in group if r.seeds in shared), -len(group)
 
     best = {row: min(tuned.values(), key=rank) for row, tuned in rows.items()}
@@ -547,8 +552,8 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
     """compare.json's baseline, noise, exchange rate and rows, the baseline's first."""
     results, noise = judge(groups)
     like = [(r.row, r.tuned) for r in groups[0][:1]]
-    line = [r for r in runs if r.done and (r.row, r.tuned) in like]
-    exchange = blocks.exchange_rate([(r.tokens, r.seeds, r.loss) for r in line])
+    own = [r for r in runs if r.done and (r.row, r.tuned) in like]
+    exchange = blocks.exchange_rate([(r.tokens, r.seeds, r.loss) for r in own])
     known = PAPERS if identity(baseline) == identity("swiglu") else {}  # they are minus SwiGLU's
     papers = {identity(spec): text for paper in known.values() for spec, text in paper.items()}
     lengths = [h["tokens"] / groups[0][0].tokens for h in exchange["horizons"]] if exchange else [1]
@@ -567,12 +572,13 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
         step = times.get(timed_as(first, groups[0][0])) if groups[0] and not is_base else None
         row = {"ffn": first.flags["ffn"], "match": first.match, "hidden": first.row[1]}
         row |= {"label": first.label, **dict(zip(TUNED, first.tuned)), "baseline": is_base}
-        row |= {**cost, "total_params": made["total_params"]}
-        row |= {"n": len(done), "diverged": len(group) - len(done)}
-        row |= {"active": mean(active) if active else None}
+        row |= {**cost, "total_params": made["total_params"], "n": len(done)}
+        row |= {"diverged": len(group) - len(done), "active": mean(active) if active else None}
         row |= {"val_loss": mean(r.loss for r in done) if done else None}
         row |= {"std": stdev(r.loss for r in done) if len(done) > 1 else None, **result}
-        row |= {"step_time_ratio": step and step["ratio"], **blocks.price(result, exchange, step)}
+        lost = any(r.diverged for r in [*group, *groups[0]])  # then the runs left are the lucky ones
+        row["step_time_ratio"] = step and step["ratio"]
+        row |= blocks.price(result, None if lost else exchange, step)
         row["extrapolated"] = bool(row["tokens_ratio"] and not least <= 1 / row["tokens_ratio"] <= most)
         row["paper"] = papers.get(first.row[0]) if first.match == "hidden" and not is_base else None
         row["verdict"] = blocks.verdict(row, sum(r.done for r in groups[0]), first.too_early())
@@ -605,12 +611,11 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
         "seeds. FLOPs are of all FFNs' forward passes; the ideal ones skip what is zero.",
     ]
     if any(row["low"] is not None for row in rows):
-        std, df = noise["std"], noise["df"]
-        pooled = f"A run's noise is {std:.2g} nats ({df} degrees of freedom). " if std else ""
+        pooled = "A run's noise is {std:.2g} nats ({df} degrees of freedom). " if noise["std"] else ""
         notes.append(
             "The difference is to the baseline, by least squares of loss = row + seed over all runs. "
-            f"{pooled}The 95% intervals hold for all rows together (Dunnett's single step), and p "
-            'is adjusted alike. "No difference shown" does not mean that there is none.'
+            f"{pooled.format(**noise)}The 95% intervals hold for all rows together (Dunnett's single "
+            'step), and p is adjusted alike. "No difference shown" does not mean that there is none.'
         )
     if own := {row["label"]: row["own_noise"] for row in rows if row["own_noise"] is not None}:
         which = ", ".join(own) if noise["std"] else "the baseline"
@@ -621,7 +626,8 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
         points = [f"{h['val_loss']:.4f} at {big(h['tokens'])} tokens ({h['off_line']:+.4f} off the line)"
                   for h in exchange["horizons"]]  # fmt: skip
         notes.append(f"Per unit of log(tokens) the baseline's loss changes by {exchange['slope']:.4f} ± "
-                     f"{exchange['std_error']:.4f} (standard error): {', '.join(points)}.")  # fmt: skip
+                     f"{exchange['std_error']:.4f} (standard error), in the seeds with several lengths: "
+                     f"{', '.join(points)}.")  # fmt: skip
     if any(row["tokens_ratio"] for row in rows):
         notes.append(
             "Tokens to its loss: how many times the baseline's tokens a row needs for the baseline's "

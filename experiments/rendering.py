@@ -124,7 +124,7 @@ def plot_intervals(ax, rows: list[dict], keys: Sequence[str], mark: float, title
             ax.plot(right if value > right else left, y, ">k" if value > right else "<k", clip_on=False)
     far = [row["extrapolated"] and keys is TIME for row in rows]  # as the table marks it
     ax.set_yticks(range(len(rows)), ["~ " * x + row["label"] for x, row in zip(far, rows)])
-    legend = f"95% intervals; filled: clear of {mark:g}" + "; ~ extrapolated" * any(far)
+    legend = f"95% intervals; filled: judged, clear of {mark:g}" + "; ~ extrapolated" * any(far)
     ax.set(xlim=(left, right), ylim=(len(rows) - 0.4, -0.6), xlabel=x, title=f"{title}\n({legend})")
 
 

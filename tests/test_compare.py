@@ -885,6 +885,18 @@ def test_the_price_of_a_difference(tmp_path, compare, monkeypatch):
     assert [(row["ffn"], row["n"]) for row in other["rows"]] == [("relu2", 4), ("swiglu", 4)]
     assert other["rows"][1]["difference"] == pytest.approx(-record["rows"][1]["difference"])
 
+    # Where runs diverged, of a row or of the baseline, the lucky ones that are left have no price.
+    for name in ("relu2", "swiglu"):
+        shutil.copytree("out", name)
+        shutil.rmtree(Path(name, f"{name}-s3"))
+        make_run(Path(name, f"{name}-s3"), [6, 4, math.nan], ffn=name, seed=3, data_seed=3)
+        works(tmp_path, "--report", name)
+        lucky = json.loads(Path(name, "compare.json").read_text())["rows"]
+        assert "diverged in 1 of 4" in [row["verdict"] for row in lucky]
+        assert lucky[1]["difference"] == pytest.approx(0.1, abs=0.01)
+        assert not lucky[1]["wins"]
+        assert lucky[1]["tokens_ratio"] is lucky[1]["time_ratio"] is None
+
     # runs at a learning rate that is not the table's are no points of its line
     for spec, s in [(spec, s) for spec in ("swiglu", "relu2") for s in range(4)]:
         make_run(tmp_path / "slow" / f"{spec}-s{s}", [6, 4, 3 + 0.1 * s], ffn=spec, seed=s, data_seed=s,
@@ -1007,6 +1019,27 @@ def test_precision_stops_when_it_is_reached(tmp_path, compare, monkeypatch):
         chosen, failed = compare.run_to_precision(compare.plan(cfg, base), cfg)
         assert (len(chosen), failed) == (6 * seeds, 0)
         assert made == [6 * n for n in range(3, seeds + 1)]
+
+
+def test_no_precision_is_reached_while_a_row_has_no_interval():
+    """Such as one that is judged by its own noise and has one pair with the baseline."""
+    told = {"difference": 0.1, "low": 0.09, "high": 0.11}
+    rows = [{"difference": None, "low": None, "high": None}, told]
+    assert block_analysis.precise(rows, {"df": 12}, 0.02)
+    rows.append({"difference": 0.2, "low": None, "high": None})
+    assert not block_analysis.precise(rows, {"df": 12}, 0.02)
+
+
+def test_seeds_of_one_length_say_nothing_of_the_line():
+    """A line with a level for each seed goes through them, whatever its slope."""
+    bend = {7: 0, 10: 0.02, 14: 0}
+    runs = [(n, s, 2 - 0.3 * math.log(n) + 0.1 * s + bend[n]) for n in bend for s in (0, 1)]
+    alone = block_analysis.exchange_rate(runs)
+    off = [h["off_line"] for h in alone["horizons"]]
+    assert off[1] > 0.01
+    assert sum(off) == pytest.approx(0)  # as residuals are
+    assert block_analysis.exchange_rate([*runs, *((10, s, 1.0) for s in range(2, 9))]) == alone
+    assert block_analysis.exchange_rate([(10, s, 1.0) for s in range(9)]) is None
 
 
 def test_intervals_of_prices():
@@ -1270,6 +1303,15 @@ def test_the_best_start_value_is_the_one_of_the_lower_loss_in_the_seeds_of_both(
     assert {row["n"] for row in found.values()} == {3}
 
 
+def test_start_values_that_share_no_seed_have_no_best(tmp_path):
+    """Which seeds they had would decide, and not which is better."""
+    for spec in ("swiglu", "geglu"):
+        for s in range(7):
+            make_run(tmp_path / "out" / f"{spec}-s{s}", [6, 3, 1.7 - 0.1 * (s > 3)], ffn=spec, seed=s,
+                     data_seed=s, ffn_init_std=0.02 if s < 4 else 0.06)  # fmt: skip
+    fails(tmp_path, "--report", "out", needles=("no seed of", "ffn_init_std", "run one"))
+
+
 def test_report_without_a_learning_rate(tmp_path):
     """Runs with learning_rate=0 have no ratio to divide by, but still need the same min_lr."""
     for spec in ("swiglu", "geglu"):
@@ -1325,6 +1367,17 @@ def test_an_archive_keeps_runs_and_times_of_equal_names(tmp_path):
         assert len([name for name in tar.getnames() if name.endswith("log.jsonl")]) == 12
     (tmp_path / "a.tgz").touch()
     fails(tmp_path, "--report", "a.tgz", "--archive=b.tar.xz", needles=("a.tgz", "unpack it"))
+
+
+def test_step_times_that_differ_are_not_replaced_without_a_word(tmp_path):
+    """Archives of two machines may time the same steps: the last one's are shown, and it says so."""
+    for name, ratio in (("a", 1.0), ("b", 1.3), ("c", 1.3)):
+        make_run(tmp_path / name / "swiglu-s0", [6, 3, 2], seed=ord(name), data_seed=ord(name))
+        times = {"geglu / swiglu": {"ratio": ratio, "std_error": 0.01}}
+        (tmp_path / name / "step_times.json").write_text(json.dumps(times))
+    said = works(tmp_path, "--out=x", "--report", "a", "b", "c")
+    assert said.count("has step times that differ") == 1
+    assert "b has step times that differ" in said
 
 
 def test_an_archives_names_are_all_different(tmp_path, compare):
