@@ -71,9 +71,10 @@ def run(main: Callable[[], object]) -> None:
 
 
 def print0(text: str) -> None:
-    """Print on rank 0."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+    """Print on rank 0. A full disk or a terminal that was closed ends no run."""
+    with contextlib.suppress(OSError):
+        if os.environ.get("RANK", "0") == "0":
+            print(text, flush=True)
 
 
 def suggest(name: str, valid: Collection[str]) -> str:
@@ -142,8 +143,7 @@ def read_config_file(path: str, types: dict[str, type]) -> dict[str, object]:
             source = f.read()
         tree = ast.parse(source)
     except OSError as e:
-        cure = "flags start with --, anything else is a config file"
-        raise UserError(f"cannot read config file {path!r} ({e.strerror}): {cure}") from None
+        raise UserError(f"cannot read config file {path!r} ({e.strerror}): is it a flag?") from None
     except SyntaxError as e:
         raise UserError(f"{path}:{e.lineno or 1}: not a `name = literal` line ({e.msg})") from None
     except (ValueError, RecursionError, MemoryError) as e:  # NUL bytes, not UTF-8, ((((...

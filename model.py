@@ -833,7 +833,7 @@ def ffn_code(spec: str) -> str:
 
 def code_hash(roots: Iterable[type | Callable]) -> str:
     """Return a hash of the code of classes and functions and of all that they use in their modules, but
-    not through FFNS. Comments and docstrings do not count. A user's file of helpers counts whole, and so
+    not through FFNS. Comments and docstrings do not count. A user's files of helpers count whole, and so
     does the module of a class made in a function. The hash is empty where there is no source."""
     code: set[str] = set()
     for root in roots:
@@ -842,6 +842,8 @@ def code_hash(roots: Iterable[type | Callable]) -> str:
         if library or not file.endswith(".py"):
             continue
         binding = bindings(Path(file).read_bytes()).copy()
+        ours = {Path(file).parent / f"{name}.py" for name in OURS}
+        helpers = ours.copy()
         start = root.__qualname__.partition(".")[0]
         made = "<locals>" in root.__qualname__ or start not in binding
         names = list(binding) if made else [start]
@@ -850,13 +852,26 @@ def code_hash(roots: Iterable[type | Callable]) -> str:
                 # Python's versions differ in which empty fields they show.
                 text = re.sub(r"(, )?\w+=(None|\[\]|Load\(\))", "", ast.dump(statement))
                 code.add(text.replace("(, ", "("))
-                names += {getattr(node, "id", "FFNS") for node in ast.walk(statement)} - {"FFNS"}
-                found = statement.names[0].name if type(statement) is ast.Import else ""
-                found = getattr(statement, "module", None) or found  # of an import
-                helper = Path(file).parent / f"{found}.py"
-                if found and found not in OURS and helper.is_file():
-                    code.add(helper.read_text("utf-8"))
+                for node in ast.walk(statement):
+                    names += {getattr(node, "id", "FFNS")} - {"FFNS"}
+                    add_helpers(node, Path(file).parent, Path(file).parent, helpers)
+        code |= {helper.read_text("utf-8") for helper in helpers - ours}
     return hashlib.sha256("\n".join(sorted(code)).encode()).hexdigest()[:16] if code else ""
+
+
+def add_helpers(node: ast.AST, here: Path, root: Path, found: set[Path]) -> None:
+    """Add to found the files below root that an import in the folder here reads, and those that these
+    import."""
+    for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+        names = f"{getattr(node, 'module', None) or ''}.{alias.name}".strip(".").split(".")
+        for path in {here.joinpath(*names), root.joinpath(*names)}:
+            files = [p.with_suffix(".py") for p in (path, path.parent)]  # a module, or a name in it
+            files += [p / "__init__.py" for p in (path, *path.parents)]
+            for file in files:
+                if root in file.parents and file not in found and file.is_file():
+                    found.add(file)
+                    for inner in ast.walk(ast.parse(file.read_bytes())):
+                        add_helpers(inner, file.parent, root, found)
 
 
 @functools.cache
@@ -1329,6 +1344,8 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
             setattr(config, name, value)
         elif recompute and name.startswith("ban_recompute"):
             raise UserError(f"torch {torch.__version__} cannot recompute: --recompute=False")
+    if getattr(dynamo, "disable", False):
+        raise UserError("TORCHDYNAMO_DISABLE turns torch.compile off: unset it, or use --compile=False")
     onednn = onednn_pass() if device.type == "cpu" else None
     options = {"post_grad_custom_pre_pass": onednn} if onednn else None
     # fullgraph: what cannot be compiled is an error, and does not run in eager mode unnoticed.

@@ -4,7 +4,6 @@ Train a Qwen3-style language model whose FFN is picked by a flag, on shards of t
     python train.py config/smoke.py                                  # any machine, two minutes
     torchrun --nproc_per_node=8 train.py --ffn=sparseglu             # the full run
 
-In order: the flags, the schedule and the optimizer, one step, evaluation, checkpoint and log, the run.
 Step n is the state after n updates. Neither batches nor initial matrices of equal name and shape depend
 on the FFN: runs that differ in --ffn see the same tokens, on any number of GPUs, resumed or not.
 """
@@ -41,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import model as model_file
 import prepare_fineweb
-from configurator import UserError, configure, print0, read_launcher, run, user_error
+from configurator import UserError, configure, print0, read_launcher, reason, run, user_error
 from model import FFNS, GPT, GPTConfig, check_ffns, compile_errors, compiled, evaluating, set_up
 from model import code_hash, ffn_code, ffn_cost, has, is_expanded, is_matrix, is_residual, parse_spec
 from prepare_fineweb import Data, has_shards, load_encoding, locate, lock_folder, open_data
@@ -284,8 +283,7 @@ def evaluate(
     T, micro = cfg.block_size, cfg.micro_batch_size
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     places = [(s, i) for s, n in enumerate(window_counts(data.val, T)) for i in range(n)]
-    places = places[: cfg.val_tokens // T]
-    losses = []
+    places, losses = places[: cfg.val_tokens // T], []
     for first in range(0, len(places), world * micro):
         if any_rank(bool(signals)):
             return None
@@ -350,15 +348,17 @@ def load_checkpoint(path: str) -> dict:
     with user_error(f"no checkpoint can be loaded from {path}", cure), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a file that is no zip archive
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        step, needed = checkpoint["step"], {"model", "optimizers", "flags", "shards"}
-        if not needed <= checkpoint.keys() or type(step) is not int or step < 0:
+        if type(step := checkpoint["step"]) is not int or step < 0 or "model" not in checkpoint:
             raise ValueError("not a checkpoint of train.py")
         flags = saved_flags(checkpoint["flags"])
         return checkpoint | {"flags": flags, "shards": dict(checkpoint["shards"])}
 
 
-def restore(model: GPT, optimizers: list, checkpoint: dict, path: str) -> None:
-    """Load a checkpoint's weights and optimizer states; a UserError where they do not fit."""
+def restore(model: GPT, optimizers: list, checkpoint: dict, path: str, code: dict[str, str]) -> None:
+    """Load a checkpoint: a UserError where it does not fit, a warning where it is of other code."""
+    for key, what in {"ffn_code": model.config.ffn, "trainer_code": "the trainer"}.items():
+        if checkpoint.get("code", code)[key] != code[key]:
+            print0(f"warning: the code of {what} is not what it was when {path} was saved")
     cure = "give the data that the run had, or start anew with another --out_dir"
     with user_error(f"{path} does not fit this model and data", cure):
         model.load_state_dict(checkpoint["model"])
@@ -408,10 +408,10 @@ def report(row: dict, cfg: Config, wandb) -> None:
     try:
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
-    except OSError as e:
-        print0(f"warning: cannot write {path} ({e.strerror}): going on without this row")
-    if wandb:
-        wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        if wandb:
+            wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+    except Exception as e:  # of wandb any: its own process may have died
+        print0(f"warning: cannot write {path} or to wandb ({reason(e)}): going on without this row")
 
 
 def read_log(path: str) -> list[dict]:
@@ -420,33 +420,33 @@ def read_log(path: str) -> list[dict]:
     with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
             with suppress(ValueError, KeyError, TypeError, RecursionError):
-                row = json.loads(line)
+                row = json.loads(line[max(0, line.rfind('{"step": ')) :])  # a cut one may be before it
                 rows += [row] if type(row["step"]) is int else []
     return rows
 
 
 def about(cfg: Config, data: Data, model: GPT, device: torch.device, world: int) -> dict:
-    """What config.json says besides the flags: versions, the FFN's code and cost, the data."""
+    """What config.json says besides flags and hashes of code: versions, the FFN's cost, the data."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     tokens = {f"{k}_tokens": sum(s.tokens for s in getattr(data, k)) for k in ("train", "val")}
     costs, n = [ffn_cost(layer.mlp) for layer in model.model.layers], model.config.n_layer
     return {
-        "run_id": os.urandom(4).hex(), "ffn_code": ffn_code(cfg.ffn), "git_commit": commit or "unknown",
-        "trainer_code": code_hash([GPT, main, locate, read_windows]), "data_digest": data.digest,
+        "run_id": os.urandom(4).hex(), "git_commit": commit or "unknown", "data_digest": data.digest,
         "data": {"dir": cfg.data_dir, "encoding": data.encoding, "source": data.source, **tokens},
         "hidden": model.config.hidden, "ffn_cost": {k: sum(c[k] for c in costs) / n for k in costs[0]},
         "total_params": model.param_counts()["total"], "vocab_size": model.config.vocab_size,
-        "world": world, "device": f"{device.type} {name}".strip(),
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "device": f"{device.type} {name}".strip() + " bfloat16" * use_bfloat16(cfg.dtype, device),
+        "world": world, "python": platform.python_version(),
+        "torch": torch.__version__, "numpy": np.__version__,
     }  # fmt: skip
 
 
 def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
-    """Make the run's folder with config.json, log.jsonl and model.py, or fail now and not at the first
-    save. Returns its lock, held while the file is open. A run from scratch (resumed_step: -1) renames an
-    earlier one to *.prev, unless only the *.prev has a checkpoint. A resumed run cuts the log."""
+    """Make the run's folder, or fail now and not at the first save. Returns its lock, held while open. A
+    run from scratch (resumed_step: -1) renames an earlier one to *.prev, unless only the *.prev has a
+    checkpoint. A resumed run cuts the log."""
     path = functools.partial(os.path.join, cfg.out_dir)
     if os.path.exists(path("train.py")) and not os.path.exists(path("config.json")):
         raise UserError(f"--out_dir={cfg.out_dir} holds a trainer, not runs: name another")
@@ -456,12 +456,10 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
         if resumed_step >= 0:
             with suppress(OSError, ValueError, KeyError), open(path("config.json")) as f:
                 began = json.load(f)
-                if began["ffn_code"] != made_with["ffn_code"]:
-                    print0(f"warning: the code of {cfg.ffn} is not what it was when this run began")
                 # These stay as the run began: compare.py then refuses it, if its code has changed.
                 stays = ("run_id", "ffn_code", "hidden", "ffn_cost", "total_params")
                 made_with |= {key: began[key] for key in stays if key in began}
-                for key in ("trainer_code", "torch"):  # both, where they differ
+                for key in ("trainer_code", "torch", "device"):  # both, where they differ
                     both = dict.fromkeys([*(began.get(key) or "").split(", "), made_with[key]])
                     made_with[key] = ", ".join(filter(None, both))
         elif os.path.exists(path("ckpt.pt")) or (any(row["step"] for row in log) and not kept):
@@ -483,7 +481,6 @@ def init_wandb(cfg: Config, run_id: str):
     name = {"name": os.path.basename(os.path.normpath(cfg.out_dir)), "id": run_id, "resume": "allow"}
     with user_error(f"--wandb_project={cfg.wandb_project}", "pip install wandb, then wandb login"):
         import wandb
-
         return wandb.init(project=cfg.wandb_project, config=asdict(cfg), dir=cfg.out_dir, **name)
 
 
@@ -543,7 +540,6 @@ step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cf
 
 def connect(device: torch.device, step: int, shards: dict) -> None:
     """Join the other ranks; a UserError where they start from another step or other shards."""
-    # NCCL is for tensors on GPUs, gloo for those on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # torchrun's store outlives restarted ranks, and the prefix keeps them from reading the dead ones'
     # addresses (pytorch issue 135712). Several nodes may count restarts differently: no prefix there.
@@ -562,18 +558,20 @@ def connect(device: torch.device, step: int, shards: dict) -> None:
 
 
 def catch_signals() -> list[float]:
-    """Return a list that gets the time of each SIGTERM, SIGINT or SIGUSR1. A second one ends the
+    """Return a list that gets the time of each signal to stop. SIGUSR1 is SLURM's. A second one ends the
     process; under a launcher only after 5 seconds, because there one Ctrl-C arrives twice."""
     times: list[float] = []
 
     def on_signal(number: int, frame: object) -> None:
-        if times and ("RANK" not in os.environ or time.monotonic() - times[0] > 5):
+        again = times and number != signal.SIGHUP  # a terminal that closes sends several
+        if again and ("RANK" not in os.environ or time.monotonic() - times[0] > 5):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         times.append(time.monotonic())
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: from SLURM's srun
-        signal.signal(number, on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, on_signal)
     return times
 
 
@@ -605,6 +603,8 @@ def main() -> None:
     rank, world, local_rank = read_launcher()
     ddp = "RANK" in os.environ
     cfg, checkpoint = resolve_flags(sys.argv[1:], world)
+    # Now, because model.py may be edited while data are prepared.
+    code = {"ffn_code": ffn_code(cfg.ffn), "trainer_code": code_hash([GPT, main, locate, read_windows])}
     ckpt_path, log_path = (os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "log.jsonl"))
     training, step = not cfg.eval_only, checkpoint["step"] if checkpoint else 0
     resumed = training and checkpoint is not None
@@ -624,14 +624,14 @@ def main() -> None:
     raw_model = GPT(model_config(vars(cfg), vocab_size=math.ceil(data.n_vocab / 128) * 128)).to(device)
     compile = cfg.compile and training and device.type != "mps"  # compiling is a prototype there
     if rank == 0 and training:
-        made_with = about(cfg, data, raw_model, device, world)
+        made_with = about(cfg, data, raw_model, device, world) | code
         lock = claim_out_dir(cfg, made_with, saved_step)  # noqa: F841  held until the process ends
     wandb = init_wandb(cfg, made_with["run_id"]) if training and cfg.wandb_project and not rank else None
     if ddp:
         connect(device, step, shards)
     optimizers = make_optimizers(raw_model, cfg)
     if checkpoint:
-        restore(raw_model, optimizers, checkpoint, ckpt_path)
+        restore(raw_model, optimizers, checkpoint, ckpt_path, code)
     checkpoint = None  # its memory is free again
     length = max(1, cfg.max_iters, cfg.lr_decay_iters)  # of the run or its schedule, which may end later
     check_model(raw_model, optimizers, autocast, length)
@@ -666,7 +666,7 @@ def main() -> None:
         check_finite(weights=True)
         if rank == 0:
             state = {"model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            state |= {"step": step, "flags": asdict(cfg), "shards": shards}
+            state |= {"step": step, "flags": asdict(cfg), "shards": shards, "code": code}
             kept = "there is none yet" if saved_step < 0 else "the last one is intact"
             what = f"cannot save {ckpt_path} at step {step}"
             cure = f"{kept}: make room, then go on with --init_from=auto"
@@ -748,7 +748,7 @@ def main() -> None:
             print0(f"plot             python experiments/compare.py --report {out_dir}")
         if cfg.sample_tokens and rank == 0:
             print0("\n" + sample(raw_model.eval(), cfg, data, device, autocast))
-    if wandb:
+    with suppress(Exception):  # of a wandb that is None, or has died
         wandb.finish()
     if ddp:
         # The models hold the process group. If they are the last to free it, it can deadlock.

@@ -453,7 +453,7 @@ def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> 
             continue
         print(f"timing steps of {r.label}", flush=True)
         try:
-            kind, asked = base.made["device"].split()[0], base.flags["device"]
+            kind, asked = re.match(r"\w+", base.made["device"])[0], base.flags["device"]
             device = train.pick_device(asked if asked.startswith(kind) else kind, 0)
             if device.type == "cuda" and torch.cuda.get_device_name() not in base.made["device"]:
                 raise UserError(f"this is no {base.made['device']}: run the same command on one")

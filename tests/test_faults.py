@@ -586,7 +586,7 @@ def test_out_dir_that_cannot_be_written(here: Path, given: str):
 # ---- signals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_one_signal_saves_and_stops(here: Path, number: int):
     """The step in flight finishes, a checkpoint is saved, exit code 0, a line says how to resume;
     the resumed run has the bits of an undisturbed one."""
@@ -688,6 +688,22 @@ def test_a_second_signal_stops_at_once(here: Path):
     run = start(here, **LONG, code=doing(twice))
     assert run.wait().code == -signal.SIGTERM, run.err
     assert not (here / "o" / "ckpt.pt").exists()
+
+
+def test_a_terminal_that_closes(here: Path):
+    """It sends SIGHUP, perhaps several times, and takes no more output: the run saves. Under nohup it
+    goes on, whoever reads what it prints."""
+    for ignored, end in ((False, 3), (True, 9)):
+        code = "import os, signal\n" + "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" * ignored
+        lost = "if n == 3:\n    os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
+        lost += "    [os.kill(os.getpid(), signal.SIGHUP) for _ in range(3)]"
+        argv = ["-c", code + doing(lost).replace("sys.argv[0]", repr(TRAIN))]
+        argv += flags(**LONG | {"out_dir": f"o{end}", "max_iters": 9})
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        run = subprocess.run([sys.executable, *argv], cwd=here, env=env, capture_output=True, text=True)
+        assert run.returncode in (0, 120), run.stderr  # 120: Python could not write all of its output
+        assert "Traceback" not in run.stderr
+        assert intact(here / f"o{end}")["step"] == end
 
 
 def test_a_signal_that_comes_twice_under_a_launcher_is_one(here: Path):

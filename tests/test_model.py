@@ -2870,6 +2870,40 @@ class Mine(nn.Module):
         was = now
 
 
+def test_the_hash_sees_helpers_in_packages_and_the_helpers_of_helpers(tmp_path, monkeypatch):
+    """However a file is reached: a module of a package, with or without an __init__.py, a relative
+    import, an import in a method or one in a helper."""
+    files = {
+        "pack/__init__.py": "from .deep import y", "pack/ops.py": "from . import near\nact = abs",
+        "pack/near.py": "", "pack/deep.py": "y = 1", "bare/act.py": "z = 1", "late.py": "import later",
+        "later.py": "", "other.py": "", "pack/other.py": "",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "with_package.py").write_text("""
+from torch import nn
+from pack.ops import act
+import bare.act as helper
+
+class Mine(nn.Module):
+    def __init__(self, d, h):
+        import late
+        super().__init__()
+
+    def forward(self, x):
+        return act(x) * helper.z
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(FFNS, "mine", importlib.import_module("with_package").Mine)
+    was = model_module.ffn_code("mine")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\nx = 1")
+        now = model_module.ffn_code("mine")
+        assert (now == was) == name.endswith("other.py"), name
+        was = now
+
+
 # -- classes that cannot be used: one line -----------------------------------------------------------
 
 

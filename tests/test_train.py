@@ -604,6 +604,15 @@ def test_files_of_a_run(here: Path, schedule: str):
     assert {t.dtype for t in checkpoint["model"].values()} == {torch.float32}
 
 
+def test_a_row_after_one_that_was_cut_is_read(tmp_path: Path):
+    """A disk that was full for a while leaves half a row, and the next one behind it."""
+    import train as trainer
+
+    rows = [json.dumps({"step": step, "val_loss": 2.0}) for step in range(3)]
+    (tmp_path / "log.jsonl").write_text(f"{rows[0]}\n{rows[1][:12]}{rows[2]}\n")
+    assert [row["step"] for row in trainer.read_log(str(tmp_path / "log.jsonl"))] == [0, 2]
+
+
 def wandb_history(path: Path) -> list[dict]:
     """The logged rows of a .wandb file: protobuf records in LevelDB's log format (blocks of 32 KiB;
     each piece has a checksum, a length and a kind: 1 whole, 2 first, 3 middle, 4 last)."""
@@ -653,6 +662,53 @@ def test_wandb_that_is_missing(here: Path, what: str, says: str):
     (here / "hidden" / "wandb.py").write_text(what)
     code = f"sys.path.insert(0, 'hidden')\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
     start(here, out_dir="o", max_iters=2, wandb_project="p", code=code).fails(says)
+
+
+def test_a_wandb_that_dies_is_a_warning(here: Path):
+    """Its service is a process of its own, and the run does not need it."""
+    (here / "hidden").mkdir()
+    lines = "class Run:\n    def log(*row, **more): raise EOFError('gone')\ndef init(**_): return Run()"
+    (here / "hidden" / "wandb.py").write_text(lines)
+    code = f"sys.path.insert(0, 'hidden')\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
+    run = start(here, out_dir="o", max_iters=2, wandb_project="p", code=code).works()
+    assert "warning" in run.out
+    assert "wandb (gone)" in run.out
+    assert list(losses(here / "o")) == [1, 2]
+    assert load(here / "o")["step"] == 2
+
+
+def test_a_run_in_two_precisions_says_so(here: Path):
+    """compare.py refuses it beside runs in one of them, as it does for runs of two devices."""
+    for dtype, steps in (("float32", 2), ("bfloat16", 4)):
+        train(here, out_dir="o", max_iters=steps, lr_decay_iters=4, dtype=dtype, init_from="auto")
+    first, second = json.loads((here / "o" / "config.json").read_text())["device"].split(", ")
+    assert second == first + " bfloat16"
+
+
+def test_code_that_is_edited_while_data_are_prepared(here: Path):
+    """config.json has the hash of the code that ran."""
+    for path in (*ROOT.glob("*.py"), ROOT / "config"):
+        (here / path.name).symlink_to(path)
+    (here / "model.py").unlink()
+    (here / "model.py").write_text((ROOT / "model.py").read_text())
+    train(here, out_dir="a", max_iters=1)
+    edit = "p = 'model.py'; s = open(p).read(); open(p, 'w').write(s.replace('F.silu(', 'F.gelu('))"
+    code = f"""
+        import prepare_fineweb, runpy, sys
+        real = prepare_fineweb.open_data
+        def edited(*args):
+            {edit}
+            return real(*args)
+        prepare_fineweb.open_data = edited
+        sys.argv[0] = 'train.py'
+        runpy.run_path('train.py', run_name='__main__')
+    """
+    command = [sys.executable, "-c", dedent(code), *flags(out_dir="b", max_iters=1)]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "F.gelu(self.gate_proj(x)) * self.up_proj" in (here / "model.py").read_text()
+    a, b = (json.loads((here / name / "config.json").read_text())["ffn_code"] for name in "ab")
+    assert a == b
 
 
 def test_what_is_printed_before_the_first_step(here: Path):
@@ -953,13 +1009,17 @@ def test_other_weights_are_named_on_resume(here: Path):
     path = here / "p" / "config.json"
     made = json.loads(path.read_text())
     assert "warning" not in train(here, out_dir="p", max_iters=3, init_from="resume").out
+    checkpoint = load(here / "p")
+    checkpoint["code"] = dict.fromkeys(checkpoint["code"], "0" * 16)
+    torch.save(checkpoint, here / "p" / "ckpt.pt")
     old = {"ffn_code": "0" * 16, "hidden": 7, "trainer_code": "1" * 16, "torch": made["torch"]}
     old |= {"ffn_cost": {"params": 1, "flops": 2, "ideal_flops": 3}, "total_params": 4}
     path.write_text(json.dumps(made | old))
     (here / "p" / "model.py").write_text("as it was when the run began")
-    assert "the code of swiglu is not what it was" in train(
-        here, out_dir="p", max_iters=4, init_from="resume"
-    ).out
+    for more in ({"eval_only": True}, {"max_iters": 4}):
+        out = train(here, out_dir="p", init_from="resume", **more).out
+        assert "the code of swiglu is not what it was" in out
+        assert "the code of the trainer is not what it was" in out
     resumed = json.loads(path.read_text())
     assert all(resumed[key] == old[key] for key in ("ffn_code", "hidden", "ffn_cost", "total_params"))
     assert (here / "p" / "model.py").read_text() == "as it was when the run began"
@@ -1590,3 +1650,11 @@ def test_files_of_flags_and_help(here: Path):
     text = resume(here, "--help").out
     for field in dataclasses.fields(train_py.Config):
         assert re.search(rf"^  --{field.name}=.* \([\w|]+\) +\w", text, re.M), field.name
+
+
+def test_compiling_that_is_turned_off_from_outside_is_refused(here: Path):
+    """PyTorch would run in eager mode, and config.json would say that it compiled."""
+    code = "import runpy, sys, torch._dynamo.config as config\nconfig.disable = True\n"  # as the variable
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    run = start(here, out_dir="o", max_iters=1, compile=True, code=code)
+    run.fails("TORCHDYNAMO_DISABLE", "--compile=False")
