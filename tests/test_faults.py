@@ -227,6 +227,17 @@ BAD_DATA = {
 }
 
 
+def test_shards_without_meta_json_that_were_exchanged(here: Path):
+    """Of the same names and sizes, as all public shards are: a run does not go on with them."""
+    data = make_data(here / "bare")
+    (data / "meta.json").unlink()
+    train(here, out_dir="o", data_dir="bare", max_iters=2, lr_decay_iters=4)
+    train(here, out_dir="o", data_dir="bare", max_iters=3, init_from="resume")
+    path = data / "x_train_000001.bin"
+    write_shard(path, tokens(SIZES[path.name], 99))
+    start(here, out_dir="o", data_dir="bare", max_iters=4, init_from="resume").fails("other shards")
+
+
 def test_bad_data(tmp_path: Path):
     """Each refused before the first step, in one line that names the file and the cure."""
     runs = {}

@@ -321,6 +321,29 @@ def test_invalid_utf8_is_replaced_and_said(tmp_path, monkeypatch, capsys):
     assert "b.txt is" not in printed
 
 
+def test_text_files_with_separators_are_said(tmp_path, monkeypatch, capsys):
+    """TinyStories' files have <|endoftext|> between stories: a file is one document all the same."""
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two<|endoftext|>three")
+    (tmp_path / "b.txt").write_text("four")
+    out = tmp_path / "out"
+    in_process(monkeypatch, f"--input={tmp_path}/*.txt", "--encoding=bytes", f"--out_dir={out}",
+               "--shard_tokens=20", "--workers=1")  # fmt: skip
+    assert stream(out) == bytes_stream(["one<|endoftext|>two<|endoftext|>three", "four"])
+    printed = capsys.readouterr().out
+    assert f"2 <|endoftext|> in {tmp_path}/a.txt stay plain text" in printed
+    assert "b.txt" not in printed.partition("complete")[0]
+
+
+def test_a_file_is_read_by_its_name_before_it_is_a_pattern(tmp_path):
+    """[1] in a name matches a 1 only as a pattern."""
+    (tmp_path / "x[1]").mkdir()
+    for name in ("b[1].txt", "b1.txt", "x[1]/a.txt"):
+        (tmp_path / name).write_text(name)
+    for name in ("b[1].txt", "x[1]/a.txt"):
+        assert prepare_fineweb.input_files(f"{tmp_path}/{name}") == [f"{tmp_path}/{name}"]
+    assert prepare_fineweb.input_files(f"{tmp_path}/b[12].txt") == [f"{tmp_path}/b1.txt"]
+
+
 def test_a_finished_folder_is_not_that_of_other_texts(tmp_path, monkeypatch, capsys):
     """The same command with a file more is an error; with the texts gone, all is well."""
     (tmp_path / "a.txt").write_text("some words " * 9)

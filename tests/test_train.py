@@ -1654,7 +1654,7 @@ def test_files_of_flags_and_help(here: Path):
 
 def test_compiling_that_is_turned_off_from_outside_is_refused(here: Path):
     """PyTorch would run in eager mode, and config.json would say that it compiled."""
-    code = "import runpy, sys, torch._dynamo.config as config\nconfig.disable = True\n"  # as the variable
+    code = "import runpy, sys, torch._dynamo.config as config\nconfig.disable = True\n"
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     run = start(here, out_dir="o", max_iters=1, compile=True, code=code)
     run.fails("TORCHDYNAMO_DISABLE", "--compile=False")
