@@ -21,6 +21,7 @@ import hashlib
 import inspect
 import itertools
 import math
+import random
 import re
 import sys
 from collections import defaultdict
@@ -30,6 +31,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Literal, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -755,7 +757,7 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
     options: dict[str, object] = {}
     for option, equals, text in (setting.partition("=") for setting in settings):
         if option not in kinds:
-            cure = suggest(option, kinds) if kinds else "it has none"
+            cure = suggest(option, kinds) if kinds else "it has none by name after a * in __init__"
             if option in [p.name for p in params][3:]:
                 cure = "put * before it in __init__(self, d, h, *, ...), in a dataclass _: KW_ONLY"
             raise UserError(f"{name} has no option {option!r}: {cure}")
@@ -779,7 +781,11 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
     cls, options = parse_spec(spec)
     if d < 1 or h < 1:
         raise UserError(f"an FFN needs d >= 1 and h >= 1, not d={d} h={h}")
-    ffn = cls(d, h, **options)
+    try:
+        ffn = cls(d, h, **options)
+    except AssertionError as e:
+        raise UserError(f"{spec} refuses d={d} h={h} ({reason(e)}): change them") from e
+    memory: dict[int, str] = {}
     for name, p in ffn.named_parameters():
         if nn.parameter.is_lazy(p):
             raise UserError(f"{spec}: parameter {name} has no shape yet: give its module all its sizes")
@@ -787,6 +793,9 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
             raise UserError(f"{spec}: parameter {name} is {p.dtype}: make it float32")
         if torch.empty_like(p).stride() != p.stride():  # fused AdamW would write into its other parts
             raise UserError(f"{spec}: parameter {name} is a part of a tensor: make it one by clone()")
+        if (at := p.untyped_storage().data_ptr()) and memory.setdefault(at, name) != name:
+            both = f"parameters {memory[at]} and {name} share their memory"
+            raise UserError(f"{spec}: {both}: use one nn.Parameter, or clone() it")
     for name, b in ffn.state_dict().items():
         if isinstance(b, Tensor) and is_expanded(b):
             raise UserError(f"{spec}: buffer {name} is expanded and could not be loaded: clone() it")
@@ -1074,33 +1083,38 @@ def is_residual(name: str) -> bool:
 class GPT(nn.Module):
     """
     Qwen3-style decoder. Its initial weights are float32 on the CPU. Matrices have the same bits for the
-    same seed, name, shape, n_layer and ffn_init_std. `overwritten` names the parameters that an FFN set
-    to a constant and init_weights changed; `mixes_tokens` is whether an FFN reads earlier tokens, None
-    if not known.
+    same seed, name, shape, n_layer and ffn_init_std. `overwritten` names the parameters to which an FFN
+    gave values that are not random and that init_weights changed; `mixes_tokens` is whether an FFN reads
+    earlier tokens, None if not known.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         config.check()
         self.config = config
-        self.overwritten: list[str] = []
         self.mixes_tokens: bool | None = None
         with torch.random.fork_rng(devices=[]):  # for what an FFN may draw by itself
             torch.default_generator.manual_seed(config.seed)
-            self.model = Decoder(config)
+            with nan_for_empty():
+                self.model = Decoder(config)
             self.lm_head = linear(config.n_embd, config.vocab_size)
             if config.tie_embeddings:
                 self.lm_head.weight = self.model.embed_tokens.weight
             self.init_weights()
+        for name, t in itertools.chain(self.named_parameters(), self.named_buffers()):
+            if not t.is_meta and t.isnan().any():
+                raise UserError(f"{name} was never set: give it values in __init__ or init_weights")
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw matrices from N(0, 0.02), those that write to the residual stream scaled by
         1/sqrt(2 n_layer) and others of an FFN from N(0, ffn_init_std), and set biases to 0. Vectors and
         scalars stay as they are. An init_weights of an FFN's own is called last."""
+        c, drawn = self.config, {}
+        again = dict(make_ffn(c.ffn, c.n_embd, c.hidden).named_parameters())  # with other random numbers
         for name, p in self.named_parameters():  # a tied weight comes once, as embed_tokens
-            constant = (p.numel() > 1 or p.ndim == 0) and not p.is_meta and bool((p == p.max()).all())
-            before = p.clone() if constant else p
+            twin = again.get(name.partition(".mlp.")[2], p.new_empty(0))
+            before = p.clone() if not p.is_meta and torch.equal(p, twin) else p
             if name.endswith(".bias"):
                 p.zero_()
             elif is_matrix(p) and p.is_floating_point():
@@ -1109,13 +1123,13 @@ class GPT(nn.Module):
                 seed = hashlib.sha256(f"{self.config.seed}:{name}".encode()).digest()[:8]
                 generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
                 p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
-            if constant and not torch.equal(p, before):
-                self.overwritten.append(name)
+            if before is not p and not torch.equal(p, before):
+                drawn[name] = p.clone()
         for i, layer in enumerate(self.model.layers):
             if has(layer.mlp, "init_weights"):
                 torch.default_generator.manual_seed(self.config.seed * 2**20 + i)
-                layer.mlp.init_weights()
-                self.overwritten.clear()  # the class has the last word
+                layer.mlp.init_weights()  # the class has the last word
+        self.overwritten = [n for n, p in drawn.items() if torch.equal(p, self.get_parameter(n))]
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, with_aux: bool = False) -> tuple:
         """Return (logits (B, T, vocab), None) for token ids (B, T). With targets (B, T) return (None,
@@ -1197,6 +1211,19 @@ class GPT(nn.Module):
 
 
 @contextlib.contextmanager
+def nan_for_empty() -> Iterator[None]:
+    """Let torch.empty return NaN inside a with block, so that values that are never set are seen."""
+    options, mode = torch.utils.deterministic, torch.get_deterministic_debug_mode()
+    fill, options.fill_uninitialized_memory = options.fill_uninitialized_memory, True
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        options.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode inside a with block."""
     training = model.training
@@ -1210,15 +1237,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def influences(ffn: nn.Module, x: Tensor, noise: float = 0.02) -> tuple[bool, bool]:
     """Whether, for inputs like x (1, T, d), an FFN's outputs depend on later tokens or on another
-    sequence of the batch, and whether on earlier tokens or on their position. Noise is added to the
-    parameters, so that zeros hide nothing, unless the outputs are not finite with it."""
+    sequence of the batch, and whether on earlier tokens, their position or their number. Noise is added
+    to the parameters, so that zeros hide nothing, unless the outputs are not finite with it."""
     half, devices = x.size(1) // 2, [x.device] if x.is_cuda else []
     before = max(0, half - 1)  # an FFN that mixes chunks of tokens may have a border at one of the two
 
     def run(first: Tensor, second: Tensor, cut: int, beside: Tensor) -> Tensor:
         torch.manual_seed(1)  # for an FFN that draws numbers
-        batch = torch.cat((torch.cat((first[:, :cut], second[:, cut:]), 1), beside))
-        return split_aux(torch.func.functional_call(ffn, params, (batch,)))[0][:1]
+        batch = torch.cat((beside, torch.cat((first[:, :cut], second[:, cut:]), 1), beside))
+        return split_aux(torch.func.functional_call(ffn, params, (batch,)))[0][1:2]
 
     restore, rng = contextlib.ExitStack(), torch.random.fork_rng(devices)
     with restore, rng, torch.autocast(x.device.type, enabled=False):
@@ -1233,29 +1260,45 @@ def influences(ffn: nn.Module, x: Tensor, noise: float = 0.02) -> tuple[bool, bo
         later = [(run(a, b, cut, b) - y)[:, :cut] for cut in (half, before)]
         earlier = (run(b, a, half, a) - y)[:, half:]
         moved = run(a.roll(1, 1), a, x.size(1), a).roll(-1, 1) - y
+        start = a[:, : half or 1]  # as of a text that has just begun
+        alone = run(start, start, 0, start) - y[:, : half or 1]
     if noise and not y.isfinite().all():
         return influences(ffn, x, 0.0)
     close = 1e-4 * y.abs().max()
     leaks, mixes = (torch.cat(later, 1).abs() > close).any(), (earlier.abs() > close).any()
     # A few tokens may differ: a token's row in a product changes its rounding, and so the units kept.
-    return bool(leaks), bool(mixes | ((moved.abs() > close).any(-1).float().mean() > 0.1))
+    differ = max((t.abs() > close).any(-1).float().mean() for t in (moved, alone))
+    return bool(leaks), bool(mixes | (differ > 0.1))
+
+
+def saved_tensors(ffn: nn.Module) -> dict[str, Tensor]:
+    """Copies of what a checkpoint holds of a module."""
+    return {n: t.clone() for n, t in ffn.state_dict().items() if isinstance(t, Tensor)}
+
+
+def changed(ffn: nn.Module, saved: dict[str, Tensor]) -> list[str]:
+    """The names of the module's tensors that are not what they were when saved."""
+    return [n for n, t in ffn.state_dict().items() if n in saved and not torch.equal(t, saved[n])]
 
 
 @torch.no_grad()
 def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
     """Run each FFN on block_size tokens in evaluation mode, and set model.mixes_tokens. Raises UserError
     for an output of another shape or of no floating-point type, for a weight that is no parameter and
-    for an output that depends on later tokens (of the first 512). Then run a copy of the first FFN twice
-    in training mode. Raises UserError for more FLOPs than its class says and, on a CPU, for state that
-    changes and is not saved (elsewhere sums may differ in rounding)."""
+    for an output that depends on later tokens (of the first 512) and for weights that change. Then run a
+    copy of the first FFN twice in training mode. Raises UserError for more FLOPs than its class says and
+    for state that changes and is not saved (in tensors on a CPU only: elsewhere rounding may differ)."""
     model.mixes_tokens, known = False, {None, *model.parameters()}
     c, generator = model.config, torch.Generator().manual_seed(0)
     x = torch.randn(1, c.block_size, c.n_embd, generator=generator).to(model.lm_head.weight)
     with evaluating(model):
         for i, layer in enumerate(model.model.layers):
             name = f"model.layers.{i}.mlp"
+            saved = saved_tensors(layer.mlp)
             with autocast(), torch.enable_grad():
                 y, aux = split_aux(layer.mlp(x))
+            if moved := changed(layer.mlp, saved):
+                raise UserError(f"{name}.{moved[0]} changes in evaluation: change it if self.training")
             todo, seen = [y.grad_fn, getattr(aux, "grad_fn", None)], {None}
             while todo:  # through all that y was computed from
                 if (node := todo.pop()) not in seen:
@@ -1275,17 +1318,22 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
         ffn = copy.deepcopy(model.model.layers[0].mlp).train()
     except RuntimeError:  # of tensors that cannot be copied, as of the old weight_norm
         ffn = sketch(lambda: make_ffn(c.ffn, c.n_embd, c.hidden)).to(x)
-    found, saved = [], {n: t.clone() for n, t in ffn.state_dict().items() if isinstance(t, Tensor)}
+    saved, passes, others = saved_tensors(ffn), [], []
     for _ in range(2):
         counter, rng = FlopCounterMode(display=False), torch.random.fork_rng([x.device] * x.is_cuda)
         with autocast(), torch.enable_grad(), rng, counter:
             torch.manual_seed(0)  # for an FFN that draws numbers
-            found.append(split_aux(ffn(x))[0].nan_to_num())
-        for n, t in ffn.state_dict(keep_vars=True).items():
-            if n in saved and not torch.equal(t, saved[n]):
-                t.copy_(saved[n])  # as if resumed
-    if on_cpu(x) and not torch.equal(*found):
-        cure = "keep it in a buffer, which a checkpoint holds, and draw random numbers with torch"
+            y, aux = split_aux(ffn(x.clone()))
+        passes.append([t.nan_to_num() for t in (y, aux) if t is not None])
+        # What Python keeps: numbers, and the states of random numbers that are not torch's.
+        kept = {(m, key): value for m in ffn.modules() for key, value in vars(m).items()}
+        kept = {key: value for key, value in kept.items() if type(value) in (bool, int, float)}
+        others.append(kept | {"random": random.getstate(), "numpy": str(np.random.get_state())})
+        for n in changed(ffn, saved):
+            ffn.state_dict(keep_vars=True)[n].copy_(saved[n])  # as if resumed
+    lost = any(others[1].get(key) != value for key, value in others[0].items())
+    if lost or (on_cpu(x) and not all(map(torch.equal, *passes))):
+        cure = "keep it in a buffer that set_progress writes, and draw random numbers with torch"
         raise UserError(f"{c.ffn} changes something in training that is not saved: {cure}")
     counted, said = counter.get_total_flops() / x.size(1), ffn_cost(ffn)["flops"]
     if counted > 1.2 * said:
@@ -1364,7 +1412,7 @@ def compile_errors(signals: Sequence = ()) -> Iterator[None]:
         if isinstance(cause, torch.OutOfMemoryError):
             raise cause from None
         if dynamo and isinstance(e, getattr(dynamo, "FailOnRecompileLimitHit", ())):
-            cure = "keep what changes in a buffer, not in a Python number, or use --compile=False"
+            cure = "keep what changes in a buffer that set_progress writes, or use --compile=False"
             raise UserError(f"the model is compiled anew again and again: {cure}") from e
         if not dynamo or not isinstance(e, dynamo.TorchDynamoException):
             raise

@@ -232,7 +232,7 @@ def train_step(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if missing := [name for name, p in trained.items() if p.grad is None or p not in optimized]:
         name = re.sub(r"^module\.|_orig_mod\.", "", missing[0])
-        cure = "use it in every pass of forward, or freeze it with requires_grad_(False)"
+        cure = "use it in every pass of forward (on no token, say) or freeze it by requires_grad_(False)"
         raise UserError(f"step {step + 1}: {name} received no gradient or was frozen at first: {cure}")
     if isinstance(model, DDP):
         dist.all_reduce(total)

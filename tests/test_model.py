@@ -2463,6 +2463,18 @@ def test_a_future_that_is_far_is_seen(monkeypatch):
         gpt(tokens(1, 257))
 
 
+def test_other_sequences_before_and_the_number_of_tokens_are_seen(monkeypatch):
+    """A row of the batch may read the one before it, and an output may depend on how long a text is."""
+    previous = lambda f, x: f(x + F.pad(x, (0, 0, 0, 0, 1, 0))[:-1])  # noqa: E731
+    monkeypatch.setitem(FFNS, "mine", swiglu_on(previous))
+    with pytest.raises(UserError, match="other sequences"):
+        check_ffns(GPT(small(ffn="mine")))
+    monkeypatch.setitem(FFNS, "mine", swiglu_on(lambda f, x: f(x) * math.log(x.size(1) + 1)))
+    gpt = GPT(small(ffn="mine"))
+    check_ffns(gpt)
+    assert gpt.mixes_tokens is True
+
+
 def test_noise_is_not_the_future(monkeypatch):
     """An FFN that draws new random numbers at each call, in evaluation too, passes the check."""
     monkeypatch.setitem(FFNS, "mine", swiglu_on(lambda f, x: f(x) * torch.rand_like(x)))
@@ -2608,12 +2620,120 @@ def test_state_that_training_changes_is_saved(monkeypatch):
             self.calls += self.training
             return super().forward(x) * (1 + self.calls)
 
-    for cls in (Averages, Counts):
+    class Late(Counts):
+        def forward(self, x):
+            self.calls += self.training
+            return FFNS["swiglu"].forward(self, x) * (0.5 if self.calls == 3 else 1)
+
+    class Anneals(FFNS["swiglu"]):
+        tau = 1.0
+
+        def forward(self, x):
+            self.tau *= 0.9
+            y = super().forward(x)
+            return model_module.straight_through(y, torch.sigmoid(y / self.tau))
+
+    class InAux(Averages):
+        def forward(self, x):
+            super().forward(x)
+            return FFNS["swiglu"].forward(self, x), self.mean.sum()
+
+    class Drops(FFNS["swiglu"]):
+        def forward(self, x):
+            return super().forward(x) * (self.draw() >= 0)
+
+    class DropsPython(Drops):
+        draw = staticmethod(random.random)
+
+    class DropsNumpy(Drops):
+        draw = staticmethod(np.random.random)
+
+    for cls in (Averages, Counts, Late, Anneals, InAux, DropsPython, DropsNumpy):
         monkeypatch.setitem(FFNS, "mine", cls)
         with pytest.raises(UserError, match="mine changes something in training that is not saved"):
             check_ffns(GPT(small(ffn="mine")))
     monkeypatch.setitem(FFNS, "mine", swiglu_on(lambda f, x: F.dropout(f(x), 0.5)))
     check_ffns(GPT(small(ffn="mine")))
+
+    class Looks(FFNS["swiglu"]):
+        def forward(self, x):
+            self.last, self.length, self.seen = x.detach(), x.size(1), True
+            return super().forward(x.mul_(2))
+
+    monkeypatch.setitem(FFNS, "mine", Looks)
+    check_ffns(GPT(small(ffn="mine")))
+
+
+def test_weights_that_change_in_evaluation_are_named(monkeypatch):
+    """As of a class that takes its start values from its first input, which the check would give it."""
+
+    class Mine(FFNS["swiglu"]):
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            self.loc = nn.Parameter(torch.zeros(d))
+            self.register_buffer("ready", torch.tensor(False))
+
+        def forward(self, x):
+            if not self.ready and (self.training or self.always):
+                self.loc.data.copy_(x.detach().mean((0, 1)))
+                self.ready.fill_(True)
+            return super().forward(x - self.loc)
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    Mine.always = True
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.\w+ changes in evaluation"):
+        check_ffns(GPT(small(ffn="mine")))
+    Mine.always = False
+    check_ffns(GPT(small(ffn="mine")))
+
+
+def test_values_that_are_never_set_are_named(monkeypatch):
+    """torch.empty is not the same twice. Of matrices and biases it is fine: they are drawn."""
+
+    class Mine(FFNS["swiglu"]):
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            self.matrix = nn.Parameter(torch.empty(d, h))
+            self.inner = nn.ParameterDict({"bias": torch.empty(h)})
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(h))
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    before = torch.get_deterministic_debug_mode()
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.gate_up_proj_bias was never set: give"):
+        GPT(small(ffn="mine"))
+    assert torch.get_deterministic_debug_mode() == before
+    Mine.init_weights = lambda self: nn.init.zeros_(self.gate_up_proj_bias)
+    assert GPT(small(ffn="mine")).model.layers[0].mlp.matrix.isfinite().all()
+
+
+def test_two_parameters_over_one_memory_are_refused(monkeypatch):
+    """An optimizer would step it twice. One parameter under two names is fine."""
+
+    class Mine(FFNS["swiglu"]):
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            up = self.up_proj.weight
+            self.down_proj.weight = up if d == h else nn.Parameter(up.t())
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    make_ffn("mine", 8, 8)
+    with pytest.raises(UserError, match=r"up_proj\.weight and down_proj\.weight share.*clone"):
+        make_ffn("mine", 8, 16)
+
+
+def test_a_width_that_a_class_asserts_against_is_one_line(monkeypatch):
+    """And is skipped in the search for a width."""
+
+    class Mine(FFNS["swiglu"]):
+        def __init__(self, d, h):
+            assert h % 48 == 0, "three heads"
+            super().__init__(d, h)
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    with pytest.raises(UserError, match=r"mine refuses d=32 h=64 \(three heads\)"):
+        make_ffn("mine", 32, 64)
+    match_hidden.cache_clear()
+    assert match_hidden("mine", 32, 100) == 96
 
 
 def test_an_ffn_that_looks_far_back_generates_right(monkeypatch):
@@ -2787,7 +2907,7 @@ def test_vectors_of_any_shape_stay_as_they_are_and_are_no_matrices(monkeypatch):
 
 
 def test_what_was_set_on_purpose_and_drawn_anew_is_listed(monkeypatch):
-    """Constant matrices and biases other than 0 are listed, unless the class has init_weights."""
+    """Matrices and biases whose values are not random are listed, but those that init_weights sets."""
 
     class Constants(FFNS["swiglu"]):
         def __init__(self, d: int, h: int):
@@ -2799,14 +2919,18 @@ def test_what_was_set_on_purpose_and_drawn_anew_is_listed(monkeypatch):
             self.zero = nn.Linear(d, d)
             nn.init.zeros_(self.zero.bias)
             self.bias = nn.Parameter(torch.tensor(1.0))
+            self.conv = nn.Conv1d(d, d, 4, groups=d)
+            nn.init.dirac_(self.conv.weight, groups=d)
+            self.one = nn.Linear(d, 1)
+            nn.init.ones_(self.one.bias)
 
     monkeypatch.setitem(FFNS, "constants", Constants)
-    names = ["bias", "gains", "down_proj.weight", "shift.bias"]
-    want = [f"model.layers.{i}.mlp.{name}" for i in range(2) for name in names]
-    assert sorted(GPT(small(ffn="constants")).overwritten) == sorted(want)
-    Constants.init_weights = lambda self: nn.init.ones_(self.gains)
-    assert GPT(small(ffn="constants")).overwritten == []
-    for spec in [*FFNS, "dsg:g=token", "asg:threshold=neuron"]:
+    names = ["bias", "gains", "down_proj.weight", "shift.bias", "conv.weight", "one.bias"]
+    for own in (set(), {"gains"}):
+        want = [f"model.layers.{i}.mlp.{name}" for i in range(2) for name in names if name not in own]
+        assert sorted(GPT(small(ffn="constants")).overwritten) == sorted(want)
+        Constants.init_weights = lambda self: nn.init.ones_(self.gains)
+    for spec in {*FFNS, "dsg:g=token", "asg:threshold=neuron"} - {"constants"}:
         assert GPT(small(ffn=spec)).overwritten == [], spec
 
 
