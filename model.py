@@ -1286,8 +1286,8 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
     """Run each FFN on block_size tokens in evaluation mode, and set model.mixes_tokens. Raises UserError
     for an output of another shape or of no floating-point type, for a weight that is no parameter and
     for an output that depends on later tokens (of the first 512) and for weights that change. Then run a
-    copy of the first FFN twice in training mode. Raises UserError for more FLOPs than its class says and
-    for state that changes and is not saved (in tensors on a CPU only: elsewhere rounding may differ)."""
+    copy of the first FFN twice in training mode. Raises UserError for FLOPs that are not as told and for
+    state that changes and is not saved (in tensors on a CPU only: elsewhere rounding may differ)."""
     model.mixes_tokens, known = False, {None, *model.parameters()}
     c, generator = model.config, torch.Generator().manual_seed(0)
     x = torch.randn(1, c.block_size, c.n_embd, generator=generator).to(model.lm_head.weight)
@@ -1336,7 +1336,7 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
         cure = "keep it in a buffer that set_progress writes, and draw random numbers with torch"
         raise UserError(f"{c.ffn} changes something in training that is not saved: {cure}")
     counted, said = counter.get_total_flops() / x.size(1), ffn_cost(ffn)["flops"]
-    if counted > 1.2 * said:
+    if counted > 1.2 * said or (0 < counted < said / 2 and not has(ffn, "flops")):
         wrong = f"{c.ffn} executes {counted:,.0f} FLOPs a token in matrix products, not {said:,}"
         raise UserError(f"{wrong}: give the class a method flops(self) that returns them")
 

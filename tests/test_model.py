@@ -2580,6 +2580,30 @@ def test_an_ffn_that_executes_more_than_it_says_is_named(monkeypatch, cls):
     check_ffns(gpt)
 
 
+def test_an_ffn_that_executes_a_part_of_its_matrices_says_so(monkeypatch):
+    """As experts in a loop do; --ffn_match=flops would make them a fraction as wide."""
+
+    class Mine(nn.Module):
+        def __init__(self, d, h):
+            super().__init__()
+            self.experts = nn.ModuleList(make_ffn("swiglu", d, h) for _ in range(4))
+            self.router = nn.Linear(d, 4, bias=False)
+
+        def forward(self, x):
+            flat, y = x.flatten(0, -2), torch.zeros_like(x).flatten(0, -2)
+            gate, chosen = self.router(flat).softmax(-1).max(-1)
+            for i, expert in enumerate(self.experts):
+                rows = (chosen == i).nonzero().squeeze(-1)
+                y = y.index_add(0, rows, gate[rows, None] * expert(flat[rows]))
+            return y.view_as(x)
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    with pytest.raises(UserError, match=r"mine executes 12,544 FLOPs .* not 49,408: give"):
+        check_ffns(GPT(small(ffn="mine")))
+    Mine.flops = lambda self: 12544
+    check_ffns(GPT(small(ffn="mine")))
+
+
 def test_state_that_training_changes_is_saved(monkeypatch):
     """Where it is not, a resumed run would begin with another one: a buffer left out of checkpoints, a
     tensor or a number of Python. The check leaves all as it was, and takes a constant and dropout."""
