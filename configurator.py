@@ -143,7 +143,8 @@ def read_config_file(path: str, types: dict[str, type]) -> dict[str, object]:
             source = f.read()
         tree = ast.parse(source)
     except OSError as e:
-        raise UserError(f"cannot read config file {path!r} ({e.strerror}): is it a flag?") from None
+        cure = "flags start with --, anything else is a config file"
+        raise UserError(f"cannot read config file {path!r} ({e.strerror}): {cure}") from None
     except SyntaxError as e:
         raise UserError(f"{path}:{e.lineno or 1}: not a `name = literal` line ({e.msg})") from None
     except (ValueError, RecursionError, MemoryError) as e:  # NUL bytes, not UTF-8, ((((...
@@ -173,8 +174,7 @@ def read_config_file(path: str, types: dict[str, type]) -> dict[str, object]:
 
 
 def read_launcher() -> tuple[int, int, int]:
-    """(rank, number of ranks, rank on this machine), as torchrun or another launcher says by the
-    environment; (0, 1, 0) without one."""
+    """(rank, number of ranks, rank on this machine) by a launcher's environment; else (0, 1, 0)."""
     if "RANK" not in os.environ:
         return 0, 1, 0
     try:

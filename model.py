@@ -21,6 +21,7 @@ import hashlib
 import inspect
 import itertools
 import math
+import os
 import random
 import re
 import sys
@@ -757,7 +758,7 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
     options: dict[str, object] = {}
     for option, equals, text in (setting.partition("=") for setting in settings):
         if option not in kinds:
-            cure = suggest(option, kinds) if kinds else "it has none by name after a * in __init__"
+            cure = suggest(option, kinds) if kinds else "its __init__ has no arguments by name after a *"
             if option in [p.name for p in params][3:]:
                 cure = "put * before it in __init__(self, d, h, *, ...), in a dataclass _: KW_ONLY"
             raise UserError(f"{name} has no option {option!r}: {cure}")
@@ -784,7 +785,7 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
     try:
         ffn = cls(d, h, **options)
     except AssertionError as e:
-        raise UserError(f"{spec} refuses d={d} h={h} ({reason(e)}): change them") from e
+        raise UserError(f"{spec} refuses d={d} h={h} ({reason(e)}): change an option or these") from e
     memory: dict[int, str] = {}
     for name, p in ffn.named_parameters():
         if nn.parameter.is_lazy(p):
@@ -793,7 +794,7 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
             raise UserError(f"{spec}: parameter {name} is {p.dtype}: make it float32")
         if torch.empty_like(p).stride() != p.stride():  # fused AdamW would write into its other parts
             raise UserError(f"{spec}: parameter {name} is a part of a tensor: make it one by clone()")
-        if (at := p.untyped_storage().data_ptr()) and memory.setdefault(at, name) != name:
+        if p.requires_grad and (at := p.data_ptr()) and memory.setdefault(at, name) != name:
             both = f"parameters {memory[at]} and {name} share their memory"
             raise UserError(f"{spec}: {both}: use one nn.Parameter, or clone() it")
     for name, b in ffn.state_dict().items():
@@ -832,6 +833,7 @@ def ffn_cost(ffn: nn.Module) -> dict[str, int]:
 
 
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+LIBRARIES = {"torch", *sys.stdlib_module_names}
 OURS = ("bench", "configurator", "model", "prepare_fineweb", "train")  # no user's files of helpers
 
 
@@ -847,8 +849,7 @@ def code_hash(roots: Iterable[type | Callable]) -> str:
     code: set[str] = set()
     for root in roots:
         file = getattr(sys.modules.get(root.__module__), "__file__", None) or ""
-        library = root.__module__.partition(".")[0] in ("torch", *sys.stdlib_module_names)
-        if library or not file.endswith(".py"):
+        if root.__module__.partition(".")[0] in LIBRARIES or not file.endswith(".py"):
             continue
         binding = bindings(Path(file).read_bytes()).copy()
         ours = {Path(file).parent / f"{name}.py" for name in OURS}
@@ -869,12 +870,14 @@ def code_hash(roots: Iterable[type | Callable]) -> str:
 
 
 def add_helpers(node: ast.AST, here: Path, root: Path, found: set[Path]) -> None:
-    """Add to found the files below root that an import in the folder here reads, and those that these
-    import."""
+    """If node is an import in a file of the folder here, add to found the files below root that it reads
+    and the files that those import."""
     for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
         names = f"{getattr(node, 'module', None) or ''}.{alias.name}".strip(".").split(".")
+        if names[0] in LIBRARIES:
+            continue
         for path in {here.joinpath(*names), root.joinpath(*names)}:
-            files = [p.with_suffix(".py") for p in (path, path.parent)]  # a module, or a name in it
+            files = [Path(f"{p}.py") for p in (path, path.parent)]  # of a module, or of a name in it
             files += [p / "__init__.py" for p in (path, *path.parents)]
             for file in files:
                 if root in file.parents and file not in found and file.is_file():
@@ -1101,8 +1104,8 @@ class GPT(nn.Module):
             if config.tie_embeddings:
                 self.lm_head.weight = self.model.embed_tokens.weight
             self.init_weights()
-        for name, t in itertools.chain(self.named_parameters(), self.named_buffers()):
-            if not t.is_meta and t.isnan().any():
+        for name, p in self.named_parameters():
+            if not p.is_meta and p.isnan().any():
                 raise UserError(f"{name} was never set: give it values in __init__ or init_weights")
 
     @torch.no_grad()
@@ -1114,7 +1117,8 @@ class GPT(nn.Module):
         again = dict(make_ffn(c.ffn, c.n_embd, c.hidden).named_parameters())  # with other random numbers
         for name, p in self.named_parameters():  # a tied weight comes once, as embed_tokens
             twin = again.get(name.partition(".mlp.")[2], p.new_empty(0))
-            before = p.clone() if not p.is_meta and torch.equal(p, twin) else p
+            fixed = twin is not p and not p.is_meta and torch.equal(p, twin)
+            before = p.clone() if fixed else p
             if name.endswith(".bias"):
                 p.zero_()
             elif is_matrix(p) and p.is_floating_point():
@@ -1260,45 +1264,39 @@ def influences(ffn: nn.Module, x: Tensor, noise: float = 0.02) -> tuple[bool, bo
         later = [(run(a, b, cut, b) - y)[:, :cut] for cut in (half, before)]
         earlier = (run(b, a, half, a) - y)[:, half:]
         moved = run(a.roll(1, 1), a, x.size(1), a).roll(-1, 1) - y
-        start = a[:, : half or 1]  # as of a text that has just begun
-        alone = run(start, start, 0, start) - y[:, : half or 1]
+        start = a[:, : half or 1]
+        try:
+            short = run(start, start, 0, start) - y[:, : half or 1]
+        except Exception:  # it takes texts of one length only
+            short = torch.full_like(y, math.inf)
     if noise and not y.isfinite().all():
         return influences(ffn, x, 0.0)
     close = 1e-4 * y.abs().max()
     leaks, mixes = (torch.cat(later, 1).abs() > close).any(), (earlier.abs() > close).any()
     # A few tokens may differ: a token's row in a product changes its rounding, and so the units kept.
-    differ = max((t.abs() > close).any(-1).float().mean() for t in (moved, alone))
+    differ = max((t.abs() > close).any(-1).float().mean() for t in (moved, short))
     return bool(leaks), bool(mixes | (differ > 0.1))
 
 
-def saved_tensors(ffn: nn.Module) -> dict[str, Tensor]:
-    """Copies of what a checkpoint holds of a module."""
-    return {n: t.clone() for n, t in ffn.state_dict().items() if isinstance(t, Tensor)}
-
-
-def changed(ffn: nn.Module, saved: dict[str, Tensor]) -> list[str]:
-    """The names of the module's tensors that are not what they were when saved."""
-    return [n for n, t in ffn.state_dict().items() if n in saved and not torch.equal(t, saved[n])]
-
-
 @torch.no_grad()
-def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
-    """Run each FFN on block_size tokens in evaluation mode, and set model.mixes_tokens. Raises UserError
-    for an output of another shape or of no floating-point type, for a weight that is no parameter and
-    for an output that depends on later tokens (of the first 512) and for weights that change. Then run a
-    copy of the first FFN twice in training mode. Raises UserError for FLOPs that are not as told and for
-    state that changes and is not saved (in tensors on a CPU only: elsewhere rounding may differ)."""
+def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training: bool = True) -> None:
+    """
+    Run each FFN on block_size tokens in evaluation mode, and set model.mixes_tokens. Raises UserError
+    for an output of another shape or of no floating-point type, a weight that is no parameter, a
+    parameter that changes and an output that depends on later tokens (of the first 512).
+
+    For training, run a copy of the first FFN twice in training mode. Raises UserError for FLOPs that are
+    not as told and for state that changes and is not saved. (A GPU's sums may differ in rounding. There
+    only whole numbers count.)
+    """
     model.mixes_tokens, known = False, {None, *model.parameters()}
     c, generator = model.config, torch.Generator().manual_seed(0)
     x = torch.randn(1, c.block_size, c.n_embd, generator=generator).to(model.lm_head.weight)
     with evaluating(model):
         for i, layer in enumerate(model.model.layers):
-            name = f"model.layers.{i}.mlp"
-            saved = saved_tensors(layer.mlp)
+            name, saved = f"model.layers.{i}.mlp", copy.deepcopy(layer.mlp.state_dict())
             with autocast(), torch.enable_grad():
                 y, aux = split_aux(layer.mlp(x))
-            if moved := changed(layer.mlp, saved):
-                raise UserError(f"{name}.{moved[0]} changes in evaluation: change it if self.training")
             todo, seen = [y.grad_fn, getattr(aux, "grad_fn", None)], {None}
             while todo:  # through all that y was computed from
                 if (node := todo.pop()) not in seen:
@@ -1313,31 +1311,38 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext) -> None:
             if leaks:
                 what = "its output at a token depends on later tokens, other sequences or earlier calls"
                 raise UserError(f"{name} sees the future: {what}")
+            for n, p in layer.mlp.named_parameters():
+                if n in saved and not torch.equal(p, saved[n]):
+                    raise UserError(f"{name}.{n} changes in evaluation: change it only if self.training")
+            layer.mlp.load_state_dict(saved)  # buffers too are as they were
             model.mixes_tokens |= mixes
+    if not training:
+        return
     try:
         ffn = copy.deepcopy(model.model.layers[0].mlp).train()
     except RuntimeError:  # of tensors that cannot be copied, as of the old weight_norm
         ffn = sketch(lambda: make_ffn(c.ffn, c.n_embd, c.hidden)).to(x)
-    saved, passes, others = saved_tensors(ffn), [], []
+    saved, tensors, numbers = copy.deepcopy(ffn.state_dict()), [], []
+    kinds = (bool, int, float) if on_cpu(x) else (bool, int)
     for _ in range(2):
         counter, rng = FlopCounterMode(display=False), torch.random.fork_rng([x.device] * x.is_cuda)
         with autocast(), torch.enable_grad(), rng, counter:
             torch.manual_seed(0)  # for an FFN that draws numbers
             y, aux = split_aux(ffn(x.clone()))
-        passes.append([t.nan_to_num() for t in (y, aux) if t is not None])
+        tensors.append([t.nan_to_num() for t in (y, aux) if t is not None])
+        ffn.load_state_dict(saved)  # as if resumed
         # What Python keeps: numbers, and the states of random numbers that are not torch's.
-        kept = {(m, key): value for m in ffn.modules() for key, value in vars(m).items()}
-        kept = {key: value for key, value in kept.items() if type(value) in (bool, int, float)}
-        others.append(kept | {"random": random.getstate(), "numpy": str(np.random.get_state())})
-        for n in changed(ffn, saved):
-            ffn.state_dict(keep_vars=True)[n].copy_(saved[n])  # as if resumed
-    lost = any(others[1].get(key) != value for key, value in others[0].items())
-    if lost or (on_cpu(x) and not all(map(torch.equal, *passes))):
-        cure = "keep it in a buffer that set_progress writes, and draw random numbers with torch"
+        numbers.append({"random": random.getstate(), "numpy": str(np.random.get_state())})
+        for i, module in enumerate(ffn.modules()):
+            kept = {key: repr(value) for key, value in vars(module).items() if type(value) in kinds}
+            numbers[-1] |= {(i, key): value for key, value in kept.items()}
+    lost = any(numbers[1].get(key) != value for key, value in numbers[0].items())
+    if lost or (on_cpu(x) and not all(map(torch.equal, *tensors))):
+        cure = "keep it in a buffer (set_progress may write a step count) and draw numbers with torch"
         raise UserError(f"{c.ffn} changes something in training that is not saved: {cure}")
     counted, said = counter.get_total_flops() / x.size(1), ffn_cost(ffn)["flops"]
     if counted > 1.2 * said or (0 < counted < said / 2 and not has(ffn, "flops")):
-        wrong = f"{c.ffn} executes {counted:,.0f} FLOPs a token in matrix products, not {said:,}"
+        wrong = f"{c.ffn}: {counted:,.0f} FLOPs a token were counted in matrix products, not {said:,}"
         raise UserError(f"{wrong}: give the class a method flops(self) that returns them")
 
 
@@ -1392,8 +1397,9 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
             setattr(config, name, value)
         elif recompute and name.startswith("ban_recompute"):
             raise UserError(f"torch {torch.__version__} cannot recompute: --recompute=False")
-    if getattr(dynamo, "disable", False):
-        raise UserError("TORCHDYNAMO_DISABLE turns torch.compile off: unset it, or use --compile=False")
+    if getattr(dynamo, "disable", False) or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        names = "TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE"
+        raise UserError(f"{names} turns torch.compile off: unset it, or use --compile=False")
     onednn = onednn_pass() if device.type == "cpu" else None
     options = {"post_grad_custom_pre_pass": onednn} if onednn else None
     # fullgraph: what cannot be compiled is an error, and does not run in eager mode unnoticed.
@@ -1412,7 +1418,7 @@ def compile_errors(signals: Sequence = ()) -> Iterator[None]:
         if isinstance(cause, torch.OutOfMemoryError):
             raise cause from None
         if dynamo and isinstance(e, getattr(dynamo, "FailOnRecompileLimitHit", ())):
-            cure = "keep what changes in a buffer that set_progress writes, or use --compile=False"
+            cure = "keep what changes in a buffer (set_progress may write it), or use --compile=False"
             raise UserError(f"the model is compiled anew again and again: {cure}") from e
         if not dynamo or not isinstance(e, dynamo.TorchDynamoException):
             raise

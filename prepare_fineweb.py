@@ -3,9 +3,7 @@ Text -> shards of uint16 tokens, in the format of llm.c and modded-nanogpt; shar
 
     python prepare_fineweb.py                                   # FineWeb sample-10BT, streamed
     python prepare_fineweb.py --input='texts/*.parquet'         # or .jsonl, .txt, .py; also .gz, .zst
-    python prepare_fineweb.py --pretokenized=8                  # download ready-made GPT-2 shards
     python prepare_fineweb.py --input=stdlib --encoding=bytes   # offline: Python's own sources
-    python prepare_fineweb.py --verify=data/fineweb             # re-read and check everything
 
 A shard is 256 little-endian int32 of header (20240520, 1, number of tokens, zeros), then the
 tokens. Every document is <|endoftext|> and then its ordinary encoding; documents run on across
@@ -195,8 +193,9 @@ def find_dataset(cfg: Config, revision: str | None) -> tuple[str, list[str]]:
 def input_files(pattern: str) -> list[str]:
     """The files of a glob, sorted; for "stdlib" Python's own sources, without packages and tests."""
     if pattern != "stdlib":
-        found = glob.glob(os.path.expanduser(pattern), recursive=True)
-        return [pattern] if os.path.isfile(pattern) else sorted({*filter(os.path.isfile, found)})
+        pattern = os.path.expanduser(pattern)
+        found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        return sorted({*filter(os.path.isfile, found)})
     skip = re.compile(r".*-packages|__pycache__|tests?|.*_tests?")
     paths = []
     for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
@@ -318,7 +317,8 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
         except OSError as e:
             if e.errno not in NOT_SUPPORTED:
                 raise
-        os.close(folder)
+        finally:
+            os.close(folder)
     except OSError as e:
         raise OSError(e.errno, e.strerror, path) from None
     finally:
@@ -492,7 +492,9 @@ def download(cfg: Config, meta: dict) -> None:
             path = hf_hub_download(PRETOKENIZED, name, repo_type="dataset", local_dir=folder)
         check_shard(path)
         meta["shards"].append({"name": name, **scan_shard(path, meta["vocab_size"], meta["eot"])})
-        os.replace(path, os.path.join(cfg.out_dir, name))
+        with open(path, "rb") as source, whole_file(os.path.join(cfg.out_dir, name)) as f:
+            shutil.copyfileobj(source, f)
+        os.remove(path)
         save_meta(cfg.out_dir, meta)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -511,7 +513,7 @@ class Data(NamedTuple):
     encoding: str
     n_vocab: int  # of the encoding: token ids are below it
     source: str  # where the text comes from; empty if no meta.json says it
-    digest: str  # of the encoding and the shards: their entries in meta.json, or 4 KB of their middles
+    digest: str  # of the encoding and of the shards' entries in meta.json, sha256 included
 
 
 def shard_names(folder: str, split: str) -> list[str]:
@@ -586,9 +588,7 @@ def open_data(data_dir: str, block_size: int) -> Data:
         if window_counts(shards, block_size).sum() < 1:
             raise UserError(f"no {split} shard of {data_dir} has block_size + 1 = {block_size + 1} "
                             "tokens: lower --block_size or prepare more data")  # fmt: skip
-    entries = meta["shards"] or [np.fromfile(path, "u1", 2**12, offset=HEADER_BYTES + n).tolist()
-                                 for path, n in itertools.chain(*splits.values())]  # fmt: skip
-    digest = hashlib.sha256(json.dumps([meta["encoding"], entries]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([meta["encoding"], meta["shards"]]).encode()).hexdigest()
     return Data(*splits.values(), meta["encoding"], meta["vocab_size"], meta["source"], digest[:16])
 
 

@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import model as model_file
 import prepare_fineweb
-from configurator import UserError, configure, print0, read_launcher, reason, run, user_error
+from configurator import UserError, configure, print0, read_launcher, run, user_error
 from model import FFNS, GPT, GPTConfig, check_ffns, compile_errors, compiled, evaluating, set_up
 from model import code_hash, ffn_code, ffn_cost, has, is_expanded, is_matrix, is_residual, parse_spec
 from prepare_fineweb import Data, has_shards, load_encoding, locate, lock_folder, open_data
@@ -232,7 +232,7 @@ def train_step(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if missing := [name for name, p in trained.items() if p.grad is None or p not in optimized]:
         name = re.sub(r"^module\.|_orig_mod\.", "", missing[0])
-        cure = "use it in every pass of forward (on no token, say) or freeze it by requires_grad_(False)"
+        cure = "use it in each forward, if only on no tokens, or freeze it with requires_grad_(False)"
         raise UserError(f"step {step + 1}: {name} received no gradient or was frozen at first: {cure}")
     if isinstance(model, DDP):
         dist.all_reduce(total)
@@ -307,8 +307,7 @@ def to_device(batch: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def active_fraction(model: GPT, data: Data, device: torch.device, autocast: Callable) -> float | None:
-    """Share of hidden units that a sparse FFN uses, over all layers, on the first validation
-    window; None for a dense FFN."""
+    """The share of units that sparse FFNs use on the first validation window; None if all are dense."""
     sparse = [layer.mlp for layer in model.model.layers if has(layer.mlp, "active")]
     if not sparse:
         return None
@@ -370,13 +369,13 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, path: str, code: dic
                     raise ValueError("an optimizer state of another shape")
 
 
-def check_model(model: GPT, optimizers: list, autocast: Callable, length: int) -> None:
+def check_model(model: GPT, optimizers: list, autocast: Callable, length: int, training: bool) -> None:
     """Raise UserError for a model that would train and be wrong: an FFN that sees the future at the last
     or first step, a parameter in no optimizer or in several, a checkpoint that could never be loaded."""
     moves = any(has(m, "set_progress") for m in model.model.layers.modules())
     for step in (length - 1, 0) if moves else (0,):
         model.set_progress(step, length)
-        check_ffns(model, autocast)
+        check_ffns(model, autocast, training)
     optimized = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     for name, p in model.named_parameters():
         if p.requires_grad and (n := optimized.count(id(p))) != 1:
@@ -408,10 +407,10 @@ def report(row: dict, cfg: Config, wandb) -> None:
     try:
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
-        if wandb:
-            wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-    except Exception as e:  # of wandb any: its own process may have died
-        print0(f"warning: cannot write {path} or to wandb ({reason(e)}): going on without this row")
+    except OSError as e:
+        print0(f"warning: cannot write {path} ({e.strerror}): going on without this row")
+    if wandb:
+        wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
 
 def read_log(path: str) -> list[dict]:
@@ -437,9 +436,8 @@ def about(cfg: Config, data: Data, model: GPT, device: torch.device, world: int)
         "data": {"dir": cfg.data_dir, "encoding": data.encoding, "source": data.source, **tokens},
         "hidden": model.config.hidden, "ffn_cost": {k: sum(c[k] for c in costs) / n for k in costs[0]},
         "total_params": model.param_counts()["total"], "vocab_size": model.config.vocab_size,
-        "device": f"{device.type} {name}".strip() + " bfloat16" * use_bfloat16(cfg.dtype, device),
-        "world": world, "python": platform.python_version(),
-        "torch": torch.__version__, "numpy": np.__version__,
+        "world": world, "device": f"{device.type} {name}".strip(), "dtype": cfg.dtype,
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
     }  # fmt: skip
 
 
@@ -456,10 +454,12 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
         if resumed_step >= 0:
             with suppress(OSError, ValueError, KeyError), open(path("config.json")) as f:
                 began = json.load(f)
+                if began["ffn_code"] != made_with["ffn_code"]:
+                    print0(f"warning: the code of {cfg.ffn} is not what it was when this run began")
                 # These stay as the run began: compare.py then refuses it, if its code has changed.
                 stays = ("run_id", "ffn_code", "hidden", "ffn_cost", "total_params")
                 made_with |= {key: began[key] for key in stays if key in began}
-                for key in ("trainer_code", "torch", "device"):  # both, where they differ
+                for key in ("trainer_code", "torch", "device", "dtype"):  # both, where they differ
                     both = dict.fromkeys([*(began.get(key) or "").split(", "), made_with[key]])
                     made_with[key] = ", ".join(filter(None, both))
         elif os.path.exists(path("ckpt.pt")) or (any(row["step"] for row in log) and not kept):
@@ -529,7 +529,7 @@ step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cf
     if frozen := [name for name, p in model.named_parameters() if not p.requires_grad]:
         text += f"\nnote    {len(frozen)} parameters have no gradient by design, e.g. {frozen[0]}"
     if names := model.overwritten:
-        text += f"\nnote    {len(names)} constants were redrawn, as {names[0]}: set them in init_weights"
+        text += f"\nnote    {len(names)} start values were redrawn, as {names[0]}: use init_weights"
     if not (has(ffn, "init_weights") or any(map(is_residual, dict(ffn.named_parameters())))):
         text += "\nnote    no matrix of the FFN is named down_proj: none is scaled for the depth"
     if not cfg.warmup_iters < cfg.lr_decay_iters >= cfg.max_iters:
@@ -557,22 +557,22 @@ def connect(device: torch.device, step: int, shards: dict) -> None:
         raise UserError(f"{wrong}: all machines need one --out_dir and the same shards in --data_dir")
 
 
-def catch_signals() -> list[float]:
-    """Return a list that gets the time of each signal to stop. SIGUSR1 is SLURM's. A second one ends the
-    process; under a launcher only after 5 seconds, because there one Ctrl-C arrives twice."""
-    times: list[float] = []
+def catch_signals() -> list[tuple[int, float]]:
+    """Return a list that gets the number and time of each signal to stop. A second one ends the process;
+    under a launcher only after 5 seconds, because there one Ctrl-C arrives twice."""
+    came: list[tuple[int, float]] = []
 
     def on_signal(number: int, frame: object) -> None:
-        again = times and number != signal.SIGHUP  # a terminal that closes sends several
-        if again and ("RANK" not in os.environ or time.monotonic() - times[0] > 5):
+        times = [t for n, t in came if signal.SIGHUP not in (n, number)]  # it comes several times
+        if times and ("RANK" not in os.environ or time.monotonic() - times[0] > 5):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        times.append(time.monotonic())
+        came.append((number, time.monotonic()))
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, on_signal)
-    return times
+    return came
 
 
 def find_data(cfg: Config, local_rank: int, checkpoint: dict | None) -> tuple[Data, dict]:
@@ -634,7 +634,7 @@ def main() -> None:
         restore(raw_model, optimizers, checkpoint, ckpt_path, code)
     checkpoint = None  # its memory is free again
     length = max(1, cfg.max_iters, cfg.lr_decay_iters)  # of the run or its schedule, which may end later
-    check_model(raw_model, optimizers, autocast, length)
+    check_model(raw_model, optimizers, autocast, length, training)
     peak = peak_flops(device) if bf16 else None
     flops, per_step = raw_model.flops_per_token(), cfg.batch_size * cfg.block_size
     known = f"{peak / 1e12:.0f} TFLOP/s each" if peak else "n/a"
@@ -748,7 +748,7 @@ def main() -> None:
             print0(f"plot             python experiments/compare.py --report {out_dir}")
         if cfg.sample_tokens and rank == 0:
             print0("\n" + sample(raw_model.eval(), cfg, data, device, autocast))
-    with suppress(Exception):  # of a wandb that is None, or has died
+    if wandb:
         wandb.finish()
     if ddp:
         # The models hold the process group. If they are the last to free it, it can deadlock.

@@ -138,8 +138,8 @@ class Run:
 
 
 def printed(folder: str) -> str:
-    with suppress(OSError), open(os.path.join(folder, "train.txt"), errors="replace") as f:
-        return f.read()
+    with suppress(OSError):
+        return Path(folder, "train.txt").read_text(errors="replace")
     return ""
 
 
@@ -457,8 +457,7 @@ def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> 
             device = train.pick_device(asked if asked.startswith(kind) else kind, 0)
             if device.type == "cuda" and torch.cuda.get_device_name() not in base.made["device"]:
                 raise UserError(f"this is no {base.made['device']}: run the same command on one")
-            calls = {"own": r, "base": base}
-            calls = {name: step_of(x, device, passes_of(base)) for name, x in calls.items()}
+            calls = {x: step_of(x, device, passes_of(base)) for x in (r, base)}
             own, theirs = bench.measure(calls, blocks.ROUNDS, device).values()
         except (UserError, RuntimeError, AssertionError) as e:  # no memory, no such device here
             print(f"no step time of {r.label}: {' '.join(str(e).split())[:200]}")
@@ -478,6 +477,7 @@ def check_alike(runs: list[Run], baseline: str) -> None:
         rate, least = r.flags["learning_rate"], r.flags["min_lr"]
         found = {name: value for name, value in r.flags.items() if name not in VARIED}
         found |= {"data_dir": r.made.get("data", r.flags["data_dir"]), "device": r.made.get("device")}
+        found |= {"dtype": r.made.get("dtype", r.flags["dtype"])}  # both, where a resumed run changed it
         return found | {"min_lr / learning_rate": f"{least / rate:.6g}" if rate else least}
 
     cure = "report only runs that differ in nothing but --ffn, --ffn_match and the seeds"
@@ -519,22 +519,21 @@ def group_runs(runs: list[Run], baseline: str) -> list[list[Run]]:
         if r.ended and r.factor == 1:
             rows.setdefault(r.row, {}).setdefault(r.tuned, []).append(r)
     ended = set.intersection(*map(set, rows.values()))
-    rows = {row: {v: group for v, group in tuned.items() if v in ended} for row, tuned in rows.items()}
     if not ended:
         raise UserError(f"no --{' and --'.join(TUNED)} with ended runs of every row: finish the sweep")
-    own = min((row for row in rows if row[0] == identity(baseline)), default=None,
-              key=lambda row: row[1] != runs[0].flags["ffn_hidden"])  # fmt: skip
 
-    def rank(group: list[Run]) -> tuple[int, float, int]:
-        lost = sum(r.diverged for r in group)
-        others = [g for g in rows[group[0].row].values() if sum(r.diverged for r in g) <= lost]
-        done = [{r.seeds for r in other if r.done} for other in others]
+    def best_of(groups: list[list[Run]]) -> list[Run]:
+        fewest = min(sum(r.diverged for r in group) for group in groups)
+        groups = [group for group in groups if sum(r.diverged for r in group) == fewest]
+        done = [{r.seeds for r in group if r.done} for group in groups]
         shared = set.intersection(*done)
         if all(done) and not shared:
-            raise UserError(f"no seed of {group[0].label} has all values of {', '.join(TUNED)}: run one")
-        return lost, sum(r.loss for r in group if r.seeds in shared), -len(group)
+            raise UserError(f"no seed of {groups[0][0].label} has all its {', '.join(TUNED)}: run one")
+        return min(groups, key=lambda g: (sum(r.loss for r in g if r.seeds in shared), -len(g)))
 
-    best = {row: min(tuned.values(), key=rank) for row, tuned in rows.items()}
+    best = {row: best_of([tuned[v] for v in tuned if v in ended]) for row, tuned in rows.items()}
+    own = min((row for row in rows if row[0] == identity(baseline)), default=None,
+              key=lambda row: row[1] != runs[0].flags["ffn_hidden"])  # fmt: skip
     return [best.pop(own, []), *best.values()]
 
 
@@ -565,8 +564,8 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
         if not {"ffn_cost", "total_params"} <= made.keys():  # of an older version
             config = train.model_config(first.flags, vocab_size=made["vocab_size"])
             model = sketch(lambda config=config: GPT(config))
-            counts = {"total_params": model.param_counts()["total"]}
-            made = {"ffn_cost": ffn_cost(model.model.layers[0].mlp), **counts, **made}
+            made = {"total_params": model.param_counts()["total"], **made}
+            made = {"ffn_cost": ffn_cost(model.model.layers[0].mlp), **made}
         cost = {k: v * first.flags["n_layer"] for k, v in made["ffn_cost"].items()}
         active = [a for r in done if math.isfinite(a := r.val[-1].get("active", math.nan))]
         step = times.get(timed_as(first, groups[0][0])) if groups[0] and not is_base else None
@@ -627,7 +626,8 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
                   for h in exchange["horizons"]]  # fmt: skip
         notes.append(f"Per unit of log(tokens) the baseline's loss changes by {exchange['slope']:.4f} ± "
                      f"{exchange['std_error']:.4f} (standard error), in the seeds with several lengths: "
-                     f"{', '.join(points)}.")  # fmt: skip
+                     f"{', '.join(points)}."
+                     + " No price where runs diverged." * any(r["diverged"] for r in rows))  # fmt: skip
     if any(row["tokens_ratio"] for row in rows):
         notes.append(
             "Tokens to its loss: how many times the baseline's tokens a row needs for the baseline's "

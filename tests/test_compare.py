@@ -658,7 +658,7 @@ def test_the_table_of_longer_runs_is_what_its_command_prints(tmp_path):
             continue
         ffn, std, value, high = re.match(r"\('(\w+).*', (\S+)\) (\S+) \S+ (\S+)$", line).groups()
         if value != "None":
-            printed[base, ffn, std] = f"{float(value):+.3f} ± {float(high) - float(value):.3f}"
+            printed[base, ffn, std] = f"{float(value):+.4f} ± {float(high) - float(value):.4f}"
     row = r"^\| (\w+), (\S+) \| [\d., ]+ \| (.*?) ?\| \S* ?\| (.*?) ?\|$"
     for ffn, std, swiglu, relu2 in re.findall(row, text, re.M):
         table |= {("swiglu", ffn, std): swiglu, ("relu2", ffn, std): relu2}
@@ -893,6 +893,7 @@ def test_the_price_of_a_difference(tmp_path, compare, monkeypatch):
         works(tmp_path, "--report", name)
         lucky = json.loads(Path(name, "compare.json").read_text())["rows"]
         assert "diverged in 1 of 4" in [row["verdict"] for row in lucky]
+        assert "No price where runs diverged." in Path(name, "compare.md").read_text()
         assert lucky[1]["difference"] == pytest.approx(0.1, abs=0.01)
         assert not lucky[1]["wins"]
         assert lucky[1]["tokens_ratio"] is lucky[1]["time_ratio"] is None
@@ -1242,6 +1243,18 @@ def test_a_rate_at_which_all_diverge_decides_nothing(tmp_path):
         found = json.loads((tmp_path / f"{folder}-table" / "compare.json").read_text())["rows"]
         assert [row["learning_rate"] for row in found] == [1e-3, 1e-3]
         assert found[1]["difference"] == pytest.approx(0.1)
+
+
+def test_a_value_that_diverged_has_no_say_in_which_seeds_count(tmp_path):
+    """Its one whole seed need not be among those of the best value."""
+    for spec in ("swiglu", "geglu"):
+        for rate, seeds in ((1e-3, range(3)), (1e-1, range(4))):
+            for s in seeds:
+                last = 2.0 + 0.01 * s if rate == 1e-3 or s == 3 else math.nan
+                make_run(tmp_path / "out" / f"{spec}-s{s}-lr{rate}", [6, 3, last], ffn=spec, seed=s,
+                         data_seed=s, learning_rate=rate, min_lr=rate / 10)  # fmt: skip
+    found, _ = report(tmp_path)
+    assert {row["learning_rate"] for row in found.values()} == {1e-3}
 
 
 def test_a_sweep_that_is_not_finished(tmp_path):

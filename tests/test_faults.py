@@ -227,17 +227,6 @@ BAD_DATA = {
 }
 
 
-def test_shards_without_meta_json_that_were_exchanged(here: Path):
-    """Of the same names and sizes, as all public shards are: a run does not go on with them."""
-    data = make_data(here / "bare")
-    (data / "meta.json").unlink()
-    train(here, out_dir="o", data_dir="bare", max_iters=2, lr_decay_iters=4)
-    train(here, out_dir="o", data_dir="bare", max_iters=3, init_from="resume")
-    path = data / "x_train_000001.bin"
-    write_shard(path, tokens(SIZES[path.name], 99))
-    start(here, out_dir="o", data_dir="bare", max_iters=4, init_from="resume").fails("other shards")
-
-
 def test_bad_data(tmp_path: Path):
     """Each refused before the first step, in one line that names the file and the cure."""
     runs = {}
@@ -702,12 +691,13 @@ def test_a_second_signal_stops_at_once(here: Path):
 
 
 def test_a_terminal_that_closes(here: Path):
-    """It sends SIGHUP, perhaps several times, and takes no more output: the run saves. Under nohup it
-    goes on, whoever reads what it prints."""
+    """It sends SIGHUP, perhaps several times and then SIGTERM, and takes no more output: the run saves.
+    Under nohup it goes on, whoever reads what it prints."""
     for ignored, end in ((False, 3), (True, 9)):
         code = "import os, signal\n" + "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" * ignored
         lost = "if n == 3:\n    os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
-        lost += "    [os.kill(os.getpid(), signal.SIGHUP) for _ in range(3)]"
+        lost += "    [os.kill(os.getpid(), signal.SIGHUP) for _ in range(3)]\n"
+        lost += "    os.kill(os.getpid(), signal.SIGTERM)" * (not ignored)
         argv = ["-c", code + doing(lost).replace("sys.argv[0]", repr(TRAIN))]
         argv += flags(**LONG | {"out_dir": f"o{end}", "max_iters": 9})
         env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -2473,6 +2473,11 @@ def test_other_sequences_before_and_the_number_of_tokens_are_seen(monkeypatch):
     gpt = GPT(small(ffn="mine"))
     check_ffns(gpt)
     assert gpt.mixes_tokens is True
+    gain = torch.ones(gpt.config.block_size, 1)  # an FFN may take texts of one length only
+    monkeypatch.setitem(FFNS, "mine", swiglu_on(lambda f, x: f(gain * x)))
+    gpt = GPT(small(ffn="mine"))
+    check_ffns(gpt)
+    assert gpt.mixes_tokens is True
 
 
 def test_noise_is_not_the_future(monkeypatch):
@@ -2570,9 +2575,9 @@ def test_an_ffn_that_executes_more_than_it_says_is_named(monkeypatch, cls):
     """Else a comparison at equal FLOPs gives it more than the baseline has. A flops() is the cure."""
     monkeypatch.setitem(FFNS, "mine", cls)
     gpt = GPT(small(ffn="mine"))
-    with pytest.raises(UserError, match=r"mine executes [\d,]+ FLOPs a token.*not") as e:
+    with pytest.raises(UserError, match=r"mine: [\d,]+ FLOPs a token.*counted.*not") as e:
         check_ffns(gpt)
-    counted = int(re.search(r"executes ([\d,]+)", str(e.value))[1].replace(",", ""))
+    counted = int(re.search(r"mine: ([\d,]+)", str(e.value))[1].replace(",", ""))
     said = {Projected: 2 * 32 * 32 + 3 * 32 * 64, Thrice: 3 * 2 * 32 * 64}
     said |= {SwiGLUExperts: 2 * 32 * 32 + 3 * 32 * 32 + 32 * 8}
     assert counted == 2 * said[cls]
@@ -2598,7 +2603,7 @@ def test_an_ffn_that_executes_a_part_of_its_matrices_says_so(monkeypatch):
             return y.view_as(x)
 
     monkeypatch.setitem(FFNS, "mine", Mine)
-    with pytest.raises(UserError, match=r"mine executes 12,544 FLOPs .* not 49,408: give"):
+    with pytest.raises(UserError, match=r"mine: 12,544 FLOPs .* counted .* not 49,408: give"):
         check_ffns(GPT(small(ffn="mine")))
     Mine.flops = lambda self: 12544
     check_ffns(GPT(small(ffn="mine")))
@@ -2680,12 +2685,31 @@ def test_state_that_training_changes_is_saved(monkeypatch):
     check_ffns(GPT(small(ffn="mine")))
 
     class Looks(FFNS["swiglu"]):
+        best = float("nan")
+
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            self.register_buffer("share", torch.full((h,), torch.nan))
+
         def forward(self, x):
-            self.last, self.length, self.seen = x.detach(), x.size(1), True
+            self.last, self.length, self.seen, self.best = x.detach(), x.size(1), True, self.best
+            self.share.fill_(0.5)
             return super().forward(x.mul_(2))
 
-    monkeypatch.setitem(FFNS, "mine", Looks)
-    check_ffns(GPT(small(ffn="mine")))
+    class Extra(Counts):
+        def get_extra_state(self):
+            return self.calls
+
+        def set_extra_state(self, state):
+            self.calls = state
+
+    for cls in (Looks, Extra):
+        monkeypatch.setitem(FFNS, "mine", cls)
+        gpt = GPT(small(ffn="mine"))
+        check_ffns(gpt)
+        assert gpt.model.layers[0].mlp.state_dict().get("share", torch.tensor(torch.nan)).isnan().all()
+    monkeypatch.setitem(FFNS, "mine", Averages)
+    check_ffns(GPT(small(ffn="mine")), training=False)  # as with --eval_only
 
 
 def test_weights_that_change_in_evaluation_are_named(monkeypatch):
@@ -2743,6 +2767,15 @@ def test_two_parameters_over_one_memory_are_refused(monkeypatch):
     make_ffn("mine", 8, 8)
     with pytest.raises(UserError, match=r"up_proj\.weight and down_proj\.weight share.*clone"):
         make_ffn("mine", 8, 16)
+
+    class Parts(FFNS["swiglu"]):
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            parts = nn.init.orthogonal_(torch.empty(2 * h, d)).split(h)  # of one memory, but apart
+            self.gate_proj.weight, self.up_proj.weight = map(nn.Parameter, parts)
+
+    monkeypatch.setitem(FFNS, "mine", Parts)
+    make_ffn("mine", 8, 16)
 
 
 def test_a_width_that_a_class_asserts_against_is_one_line(monkeypatch):
@@ -2947,7 +2980,9 @@ def test_what_was_set_on_purpose_and_drawn_anew_is_listed(monkeypatch):
             nn.init.dirac_(self.conv.weight, groups=d)
             self.one = nn.Linear(d, 1)
             nn.init.ones_(self.one.bias)
+            self.shared = shared
 
+    shared = nn.Linear(4, 4)
     monkeypatch.setitem(FFNS, "constants", Constants)
     names = ["bias", "gains", "down_proj.weight", "shift.bias", "conv.weight", "one.bias"]
     for own in (set(), {"gains"}):

@@ -37,6 +37,7 @@ from trainer import (
     load,
     losses,
     make_data,
+    one_line,
     rows,
     same_bits,
     start,
@@ -664,29 +665,15 @@ def test_wandb_that_is_missing(here: Path, what: str, says: str):
     start(here, out_dir="o", max_iters=2, wandb_project="p", code=code).fails(says)
 
 
-def test_a_wandb_that_dies_is_a_warning(here: Path):
-    """Its service is a process of its own, and the run does not need it."""
-    (here / "hidden").mkdir()
-    lines = "class Run:\n    def log(*row, **more): raise EOFError('gone')\ndef init(**_): return Run()"
-    (here / "hidden" / "wandb.py").write_text(lines)
-    code = f"sys.path.insert(0, 'hidden')\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
-    run = start(here, out_dir="o", max_iters=2, wandb_project="p", code=code).works()
-    assert "warning" in run.out
-    assert "wandb (gone)" in run.out
-    assert list(losses(here / "o")) == [1, 2]
-    assert load(here / "o")["step"] == 2
-
-
 def test_a_run_in_two_precisions_says_so(here: Path):
-    """compare.py refuses it beside runs in one of them, as it does for runs of two devices."""
+    """compare.py refuses it beside runs in one of them."""
     for dtype, steps in (("float32", 2), ("bfloat16", 4)):
         train(here, out_dir="o", max_iters=steps, lr_decay_iters=4, dtype=dtype, init_from="auto")
-    first, second = json.loads((here / "o" / "config.json").read_text())["device"].split(", ")
-    assert second == first + " bfloat16"
+    assert json.loads((here / "o" / "config.json").read_text())["dtype"] == "float32, bfloat16"
 
 
 def test_code_that_is_edited_while_data_are_prepared(here: Path):
-    """config.json has the hash of the code that ran."""
+    """config.json has the hash of the code that ran, wherever the trainer is started."""
     for path in (*ROOT.glob("*.py"), ROOT / "config"):
         (here / path.name).symlink_to(path)
     (here / "model.py").unlink()
@@ -1020,6 +1007,11 @@ def test_other_weights_are_named_on_resume(here: Path):
         out = train(here, out_dir="p", init_from="resume", **more).out
         assert "the code of swiglu is not what it was" in out
         assert "the code of the trainer is not what it was" in out
+    checkpoint = load(here / "p")
+    del checkpoint["code"]  # of an older version, where config.json alone says it
+    torch.save(checkpoint, here / "p" / "ckpt.pt")
+    out = train(here, out_dir="p", init_from="resume", max_iters=5).out
+    assert "the code of swiglu is not what it was when this run began" in out
     resumed = json.loads(path.read_text())
     assert all(resumed[key] == old[key] for key in ("ffn_code", "hidden", "ffn_cost", "total_params"))
     assert (here / "p" / "model.py").read_text() == "as it was when the run began"
@@ -1652,9 +1644,10 @@ def test_files_of_flags_and_help(here: Path):
         assert re.search(rf"^  --{field.name}=.* \([\w|]+\) +\w", text, re.M), field.name
 
 
-def test_compiling_that_is_turned_off_from_outside_is_refused(here: Path):
+@pytest.mark.parametrize("name", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_compiling_that_is_turned_off_from_outside_is_refused(here: Path, name: str):
     """PyTorch would run in eager mode, and config.json would say that it compiled."""
-    code = "import runpy, sys, torch._dynamo.config as config\nconfig.disable = True\n"
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    run = start(here, out_dir="o", max_iters=1, compile=True, code=code)
-    run.fails("TORCHDYNAMO_DISABLE", "--compile=False")
+    command = [sys.executable, TRAIN, *flags(out_dir="o", max_iters=1, compile=True)]
+    env = os.environ | {name: "1"}
+    done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, timeout=200)
+    one_line(done.returncode, done.stderr, name, "--compile=False")
