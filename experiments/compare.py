@@ -457,7 +457,7 @@ def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> 
             device = train.pick_device(asked if asked.startswith(kind) else kind, 0)
             if device.type == "cuda" and torch.cuda.get_device_name() not in base.made["device"]:
                 raise UserError(f"this is no {base.made['device']}: run the same command on one")
-            calls = {x: step_of(x, device, passes_of(base)) for x in (r, base)}
+            calls = {k: step_of(x, device, passes_of(base)) for k, x in (("own", r), ("base", base))}
             own, theirs = bench.measure(calls, blocks.ROUNDS, device).values()
         except (UserError, RuntimeError, AssertionError) as e:  # no memory, no such device here
             print(f"no step time of {r.label}: {' '.join(str(e).split())[:200]}")
