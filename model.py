@@ -833,6 +833,7 @@ def ffn_cost(ffn: nn.Module) -> dict[str, int]:
 
 
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+IMPORTS = (ast.Import, ast.ImportFrom)
 LIBRARIES = {"torch", *sys.stdlib_module_names}
 OURS = ("bench", "configurator", "model", "prepare_fineweb", "train")  # no user's files of helpers
 
@@ -862,17 +863,18 @@ def code_hash(roots: Iterable[type | Callable]) -> str:
                 # Python's versions differ in which empty fields they show.
                 text = re.sub(r"(, )?\w+=(None|\[\]|Load\(\))", "", ast.dump(statement))
                 code.add(text.replace("(, ", "("))
-                for node in ast.walk(statement):
-                    names += {getattr(node, "id", "FFNS")} - {"FFNS"}
+                nodes = [*ast.walk(statement)]
+                names += {getattr(node, "id", "FFNS") for node in nodes} - {"FFNS"}
+                for node in (node for node in nodes if isinstance(node, IMPORTS)):
                     add_helpers(node, Path(file).parent, Path(file).parent, helpers)
         code |= {helper.read_text("utf-8") for helper in helpers - ours}
     return hashlib.sha256("\n".join(sorted(code)).encode()).hexdigest()[:16] if code else ""
 
 
-def add_helpers(node: ast.AST, here: Path, root: Path, found: set[Path]) -> None:
-    """If node is an import in a file of the folder here, add to found the files below root that it reads
-    and the files that those import."""
-    for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+def add_helpers(node: ast.Import | ast.ImportFrom, here: Path, root: Path, found: set[Path]) -> None:
+    """Add to found the files below root that an import in a file of the folder here reads, and the files
+    that those import."""
+    for alias in node.names:
         names = f"{getattr(node, 'module', None) or ''}.{alias.name}".strip(".").split(".")
         if names[0] in LIBRARIES:
             continue
@@ -883,7 +885,8 @@ def add_helpers(node: ast.AST, here: Path, root: Path, found: set[Path]) -> None
                 if root in file.parents and file not in found and file.is_file():
                     found.add(file)
                     for inner in ast.walk(ast.parse(file.read_bytes())):
-                        add_helpers(inner, file.parent, root, found)
+                        if isinstance(inner, IMPORTS):
+                            add_helpers(inner, file.parent, root, found)
 
 
 @functools.cache
@@ -895,7 +898,7 @@ def bindings(source: bytes) -> dict[str, list[ast.stmt]]:
         if isinstance(node, DEFINITIONS) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
     for statement in tree.body:
-        imports = isinstance(statement, (ast.Import, ast.ImportFrom))
+        imports = isinstance(statement, IMPORTS)
         for node in [statement] if isinstance(statement, DEFINITIONS) else ast.walk(statement):
             if isinstance(getattr(node, "ctx", None), ast.Store):  # x = ..., x[0] = ..., x.y = ...
                 for n in ast.walk(node):
