@@ -786,7 +786,7 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
         ffn = cls(d, h, **options)
     except AssertionError as e:
         raise UserError(f"{spec} refuses d={d} h={h} ({reason(e)}): change an option or these") from e
-    memory: dict[int, str] = {}
+    memory: dict[tuple[int, int], str] = {}
     for name, p in ffn.named_parameters():
         if nn.parameter.is_lazy(p):
             raise UserError(f"{spec}: parameter {name} has no shape yet: give its module all its sizes")
@@ -794,7 +794,8 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
             raise UserError(f"{spec}: parameter {name} is {p.dtype}: make it float32")
         if torch.empty_like(p).stride() != p.stride():  # fused AdamW would write into its other parts
             raise UserError(f"{spec}: parameter {name} is a part of a tensor: make it one by clone()")
-        if p.requires_grad and (at := p.data_ptr()) and memory.setdefault(at, name) != name:
+        at = p.untyped_storage()._cdata, p.storage_offset()
+        if p.requires_grad and memory.setdefault(at, name) != name:
             both = f"parameters {memory[at]} and {name} share their memory"
             raise UserError(f"{spec}: {both}: use one nn.Parameter, or clone() it")
     for name, b in ffn.state_dict().items():

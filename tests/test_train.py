@@ -592,7 +592,8 @@ def test_files_of_a_run(here: Path, schedule: str):
     assert config["ffn_cost"] == {"params": inside, "flops": flops, "ideal_flops": flops}
     assert config["total_params"] == sum(p.numel() for p in weights.values()) - 384 * 32  # tied
     checkpoint = load(out)
-    assert checkpoint.keys() == {"model", "optimizers", "step", "flags", "shards"}
+    assert checkpoint.keys() == {"model", "optimizers", "step", "flags", "shards", "code"}
+    assert checkpoint["code"] == {key: config[key] for key in ("ffn_code", "trainer_code")}
     assert checkpoint["step"] == 24
     assert checkpoint["flags"] == config["flags"]
     assert config["flags"].items() >= values.items()
@@ -871,10 +872,10 @@ LEFT_OUT = """
     class Mine(model.SwiGLU):
         def __init__(self, d, h):
             super().__init__(d, h)
-            self.extra, self.calls = torch.nn.Linear(d, d), 0
+            self.extra, self.calls = torch.nn.Linear(d, d), torch.nn.Buffer(torch.tensor(0))
         def forward(self, x):
             self.calls += self.training
-            skip = self.calls in {calls} and os.environ.get("RANK", "0") in {ranks!r}
+            skip = int(self.calls) in {calls} and os.environ.get("RANK", "0") in {ranks!r}
             return super().forward(x) + (0 if skip else self.extra(x))
 """
 
@@ -884,7 +885,7 @@ def test_a_gradient_that_is_missing_in_a_later_step(here: Path):
     code = LEFT_OUT.format(calls="(3,)", ranks="0")
     argv = flags(out_dir="o", max_iters=9, ffn="mine", n_layer=1)
     done = train_with(here, code, *argv)
-    done.fails("step 3: model.layers.0.mlp.extra.weight", "every pass")
+    done.fails("step 3: model.layers.0.mlp.extra.weight", "each forward")
 
 
 def test_the_future_is_seen_at_the_first_and_the_last_step(here: Path):
@@ -1421,7 +1422,7 @@ def test_the_first_step_that_went_bad_is_named():
 
 def test_notes_before_the_first_step(here: Path):
     """What a new class may not expect: frozen parameters, constants that were redrawn, no down_proj."""
-    notes = ("no gradient by design, e.g.", "constants were redrawn", "is named down_proj")
+    notes = ("no gradient by design, e.g.", "start values were redrawn", "is named down_proj")
     code = """
         class Mine(torch.nn.Module):
             def __init__(self, d, h):
