@@ -853,8 +853,8 @@ def code_hash(roots: Iterable[type | Callable]) -> str:
         file = getattr(sys.modules.get(root.__module__), "__file__", None) or ""
         if root.__module__.partition(".")[0] in LIBRARIES or not file.endswith(".py"):
             continue
-        binding = bindings(Path(file).read_bytes()).copy()
-        ours = {Path(file).parent / f"{name}.py" for name in OURS}
+        binding, folder = bindings(Path(file).read_bytes()).copy(), Path(file).parent
+        ours = {folder / f"{name}.py" for name in OURS}
         helpers = ours.copy()
         start = root.__qualname__.partition(".")[0]
         made = "<locals>" in root.__qualname__ or start not in binding
@@ -866,8 +866,8 @@ def code_hash(roots: Iterable[type | Callable]) -> str:
                 code.add(text.replace("(, ", "("))
                 nodes = [*ast.walk(statement)]
                 names += {getattr(node, "id", "FFNS") for node in nodes} - {"FFNS"}
-                for node in (node for node in nodes if isinstance(node, IMPORTS)):
-                    add_helpers(node, Path(file).parent, Path(file).parent, helpers)
+                for node in filter(lambda node: isinstance(node, IMPORTS), nodes):
+                    add_helpers(node, folder, folder, helpers)
         code |= {helper.read_text("utf-8") for helper in helpers - ours}
     return hashlib.sha256("\n".join(sorted(code)).encode()).hexdigest()[:16] if code else ""
 
@@ -1087,6 +1087,19 @@ def is_residual(name: str) -> bool:
     return name.removesuffix(".weight").rpartition(".")[2] in ("o_proj", "down_proj")
 
 
+@contextlib.contextmanager
+def nan_for_empty() -> Iterator[None]:
+    """Let torch.empty return NaN inside a with block, so that values that are never set are seen."""
+    options, mode = torch.utils.deterministic, torch.get_deterministic_debug_mode()
+    fill, options.fill_uninitialized_memory = options.fill_uninitialized_memory, True
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        options.fill_uninitialized_memory = fill
+
+
 class GPT(nn.Module):
     """
     Qwen3-style decoder. Its initial weights are float32 on the CPU. Matrices have the same bits for the
@@ -1126,16 +1139,16 @@ class GPT(nn.Module):
             if name.endswith(".bias"):
                 p.zero_()
             elif is_matrix(p) and p.is_floating_point():
-                std = self.config.ffn_init_std if ".mlp." in name else 0.02
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_residual(name) else std
-                seed = hashlib.sha256(f"{self.config.seed}:{name}".encode()).digest()[:8]
+                std = c.ffn_init_std if ".mlp." in name else 0.02
+                std = 0.02 / math.sqrt(2 * c.n_layer) if is_residual(name) else std
+                seed = hashlib.sha256(f"{c.seed}:{name}".encode()).digest()[:8]
                 generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
                 p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
             if before is not p and not torch.equal(p, before):
                 drawn[name] = p.clone()
         for i, layer in enumerate(self.model.layers):
             if has(layer.mlp, "init_weights"):
-                torch.default_generator.manual_seed(self.config.seed * 2**20 + i)
+                torch.default_generator.manual_seed(c.seed * 2**20 + i)
                 layer.mlp.init_weights()  # the class has the last word
         self.overwritten = [n for n, p in drawn.items() if torch.equal(p, self.get_parameter(n))]
 
@@ -1216,19 +1229,6 @@ class GPT(nn.Module):
 
 # ------------------------------------------------------------------------------------------------
 # What an FFN does with the tokens of a sequence
-
-
-@contextlib.contextmanager
-def nan_for_empty() -> Iterator[None]:
-    """Let torch.empty return NaN inside a with block, so that values that are never set are seen."""
-    options, mode = torch.utils.deterministic, torch.get_deterministic_debug_mode()
-    fill, options.fill_uninitialized_memory = options.fill_uninitialized_memory, True
-    torch.set_deterministic_debug_mode("warn")
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-        options.fill_uninitialized_memory = fill
 
 
 @contextlib.contextmanager

@@ -183,8 +183,8 @@ def find_runs(places: list[str]) -> tuple[list[Run], dict]:
                     raise UserError(f"{why}: copy it or check it out again") from None
             inner = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
             here = {os.path.realpath(f): r for f in [folder, *inner] if (r := read_run(f))}
-            lost = [f for f in inner if os.path.exists(os.path.join(f, "config.json"))]
-            lost = [f for f in lost if os.path.realpath(f) not in here]
+            lost = [f for f in inner if os.path.realpath(f) not in here]
+            lost = [f for f in lost if os.path.exists(os.path.join(f, "config.json"))]
             own = ({} if folder == unpacked else read_times(f"{folder}/..")) | read_times(folder)
         if any(times.get(key, step) != step for key, step in own.items()):
             print(f"{place} has step times that differ from those before it: its own are used")
@@ -564,8 +564,8 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
         if not {"ffn_cost", "total_params"} <= made.keys():  # of an older version
             config = train.model_config(first.flags, vocab_size=made["vocab_size"])
             model = sketch(lambda config=config: GPT(config))
-            made = {"total_params": model.param_counts()["total"], **made}
-            made = {"ffn_cost": ffn_cost(model.model.layers[0].mlp), **made}
+            counts = {"total_params": model.param_counts()["total"]}
+            made = {"ffn_cost": ffn_cost(model.model.layers[0].mlp), **counts, **made}
         cost = {k: v * first.flags["n_layer"] for k, v in made["ffn_cost"].items()}
         active = [a for r in done if math.isfinite(a := r.val[-1].get("active", math.nan))]
         step = times.get(timed_as(first, groups[0][0])) if groups[0] and not is_base else None

@@ -608,11 +608,9 @@ def test_files_of_a_run(here: Path, schedule: str):
 
 def test_a_row_after_one_that_was_cut_is_read(tmp_path: Path):
     """A disk that was full for a while leaves half a row, and the next one behind it."""
-    import train as trainer
-
     rows = [json.dumps({"step": step, "val_loss": 2.0}) for step in range(3)]
     (tmp_path / "log.jsonl").write_text(f"{rows[0]}\n{rows[1][:12]}{rows[2]}\n")
-    assert [row["step"] for row in trainer.read_log(str(tmp_path / "log.jsonl"))] == [0, 2]
+    assert [row["step"] for row in train_py.read_log(str(tmp_path / "log.jsonl"))] == [0, 2]
 
 
 def wandb_history(path: Path) -> list[dict]:
@@ -1421,7 +1419,7 @@ def test_the_first_step_that_went_bad_is_named():
 
 
 def test_notes_before_the_first_step(here: Path):
-    """What a new class may not expect: frozen parameters, constants that were redrawn, no down_proj."""
+    """What a new class may not expect: frozen parameters, redrawn start values, no down_proj."""
     notes = ("no gradient by design, e.g.", "start values were redrawn", "is named down_proj")
     code = """
         class Mine(torch.nn.Module):
