@@ -619,18 +619,19 @@ def test_the_committed_losses():
 @pytest.mark.parametrize(
     "archives, given",
     [
-        (["equal_flops"], []),
-        (["equal_flops", "start_values"], []),
-        (["equal_flops", "start_values", "against_relu2"], ["--baseline=relu2"]),
+        (["equal_flops/runs"], []),
+        (["equal_flops/runs", "start_values/runs"], []),
+        (["equal_flops/runs", "start_values/runs", "against_relu2/runs"], ["--baseline=relu2"]),
+        (["longer/runs", "longer/horizons"], ["--baseline=relu2"]),
     ],
 )
 def test_committed_archives_give_their_table(tmp_path, archives, given):
     """Anyone can make the tables in experiments/results again from the logs that are kept beside
     them, on any CPU: the draws of the intervals are the same."""
     results = ROOT / "experiments" / "results"
-    paths = [str(results / name / "runs.tar.xz") for name in archives]
+    paths = [f"{results / name}.tar.xz" for name in archives]
     works(tmp_path, "--out=again", *given, "--report", *paths)
-    folders = tmp_path / "again", results / archives[-1]
+    folders = tmp_path / "again", (results / archives[-1]).parent
     texts = [(folder / "compare.md").read_text() for folder in folders]
     again, before = (re.findall(r"^\|.*", text, re.M) for text in texts)
     assert again == before
@@ -643,7 +644,7 @@ def test_committed_archives_give_their_table(tmp_path, archives, given):
 
 
 def test_the_table_of_longer_runs_is_what_its_command_prints(tmp_path):
-    """Not all its rows were run with both start values, so it is no table of compare.py's."""
+    """Not all its rows were run with both start values, so the whole is no table of compare.py's."""
     text = (ROOT / "experiments" / "results" / "README.md").read_text().partition("## longer")[2]
     command = re.search(r"```sh\n(.*?)```", text, re.S)[1]
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
