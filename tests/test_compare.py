@@ -6,9 +6,11 @@ made-up logs test what it computes, and every figure is computed again here from
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import re
 import runpy
@@ -20,9 +22,11 @@ import sys
 import tarfile
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -35,31 +39,50 @@ from configurator import UserError
 
 sys.path.append(str(ROOT / "experiments"))
 import block_analysis
+import compare
 
 SCRIPT = str(ROOT / "experiments" / "compare.py")
 FORK.set_forkserver_preload([*PRELOADED, "scipy.stats", "matplotlib.pyplot"])
 
 
-def _child(script: str, argv: list[str], cwd: str, out: str, err: str) -> None:
+def _child(argv: list[str], cwd: str, out: str, err: str) -> None:
     enter(cwd, out, err)
-    sys.argv = [script, *argv]
+    sys.argv = [SCRIPT, *argv]
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(SCRIPT, run_name="__main__")
     finally:
         sys.stdout.flush()
 
 
-def call(cwd: Path, *argv: str, script: str = SCRIPT) -> tuple[int, str, str]:
-    """Run a script, forked from a process that has PyTorch. Returns (exit code, stdout, stderr)."""
-    out, err = cwd / "call.out", cwd / "call.err"
-    process = FORK.Process(target=_child, args=(script, list(argv), str(cwd), str(out), str(err)))
+def begin(cwd: Path, *argv: str) -> multiprocessing.Process:
+    """Start compare.py, forked from a process that has PyTorch. Its output goes to call.out and .err."""
+    for name in ("call.out", "call.err"):
+        (cwd / name).unlink(missing_ok=True)
+    args = (list(argv), str(cwd), str(cwd / "call.out"), str(cwd / "call.err"))
+    process = FORK.Process(target=_child, args=args)
     process.start()
-    process.join(200)
-    assert process.exitcode is not None, "still running"
-    texts = out.read_text(), err.read_text()
-    out.unlink()
-    err.unlink()
-    return process.exitcode, *texts
+    return process
+
+
+def call(cwd: Path, *argv: str) -> tuple[int, str, str]:
+    """Run compare.py. Returns (exit code, stdout, stderr). A report is made in this process: it starts
+    and sets up nothing."""
+    if "--report" not in argv:
+        process = begin(cwd, *argv)
+        process.join(200)
+        assert process.exitcode is not None, "still running"
+        return process.exitcode, (cwd / "call.out").read_text(), (cwd / "call.err").read_text()
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as here, matplotlib.rc_context():
+        here.chdir(cwd)
+        here.setattr(sys, "argv", [SCRIPT, *argv])
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                configurator.run(compare.main)
+            except SystemExit as stop:
+                code = 1
+                print(stop.code, file=sys.stderr)
+    return code, out.getvalue(), err.getvalue()
 
 
 def works(cwd: Path, *argv: str) -> str:
@@ -174,18 +197,18 @@ def test_a_signal_stops_runs_behind_a_launcher(tmp_path):
     """They finish the step and save, although srun kills what it started when it gets SIGTERM."""
     write_config(tmp_path, max_iters=5000, eval_interval=10_000, save_interval=10_000)
     (tmp_path / "srun.py").write_text(SRUN)
-    command = [sys.executable, SCRIPT, "c.py", "--ffn=swiglu", "--seeds=1", "--horizons=False"]
-    command += ["--name=t", f"--launch={shlex.quote(sys.executable)} srun.py"]
+    command = ["c.py", "--ffn=swiglu", "--seeds=1", "--horizons=False", "--name=t"]
     run_dir = tmp_path / "out" / "t" / "swiglu-s0"
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = begin(tmp_path, *command, f"--launch={shlex.quote(sys.executable)} srun.py")
     try:
         log = run_dir / "log.jsonl"
         wait_until(lambda: log.exists() and log.read_text().count("\n") > 5, 150)
-        process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=100)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(100)
     finally:
         process.kill()
-    assert "stopped with 0 of 1 runs done" in printed
+    assert process.exitcode == 130
+    assert "stopped with 0 of 1 runs done" in (tmp_path / "call.out").read_text()
     assert (run_dir / "ckpt.pt").exists()
     assert "stopped at step" in (run_dir / "train.txt").read_text()
 
@@ -227,7 +250,7 @@ def test_the_plan(tmp_path):
     fails(tmp_path, "c.py", "--ffn=geglu", *missing, "--plan", needles=("none has no shards yet", make))
 
 
-def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path, monkeypatch, compare):
+def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path, monkeypatch):
     """Such are typos in flags, specs and papers, missing data, and flags that compare.py sets itself.
     One is tested from outside, the rest in this process."""
     write_config(tmp_path, max_iters=2)
@@ -275,9 +298,7 @@ def test_an_error_that_all_runs_would_make_comes_before_any_starts(tmp_path, mon
 
 def planned(monkeypatch, tmp_path: Path, *argv: str) -> dict[str, dict[str, str]]:
     """The runs that a command line would start: {folder: flags}."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     monkeypatch.chdir(tmp_path)
-    import compare
 
     # A train.txt in the current folder, a corpus perhaps, is not a run's.
     monkeypatch.setattr(compare, "printed", lambda folder: pytest.fail(f"read {folder}/train.txt"))
@@ -287,9 +308,6 @@ def planned(monkeypatch, tmp_path: Path, *argv: str) -> dict[str, dict[str, str]
 
 def test_numbers_of_three_digits(monkeypatch):
     """A number that rounding carries to the next unit is written in that unit."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import compare
-
     texts = {0: "0.00", 7: "7.00", 999: "999", 999.7: "1.00K", 1000: "1.00K", 999_499: "999K",
              999_700: "1.00M", 12_345_678: "12.3M", 2.5e12: "2.50T"}  # fmt: skip
     assert {x: compare.big(x) for x in texts} == texts
@@ -357,9 +375,7 @@ def test_what_is_planned(monkeypatch, tmp_path):
 
 def test_the_machine_is_shared_out(monkeypatch, tmp_path):
     """--jobs divides the threads and the GPUs; a job with several GPUs runs by torchrun."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     monkeypatch.chdir(tmp_path)
-    import compare
 
     started = []
     monkeypatch.setattr(compare.subprocess, "Popen", lambda c, env, **kw: started.append((c, env)))
@@ -393,7 +409,7 @@ def test_the_machine_is_shared_out(monkeypatch, tmp_path):
     assert [c[2] for c in commands(gpus=2, jobs=2)] == ["5", "7"]
 
 
-def test_a_run_that_was_killed_and_an_error_between_runs(tmp_path, compare, monkeypatch):
+def test_a_run_that_was_killed_and_an_error_between_runs(tmp_path, monkeypatch):
     """The signal is named. An error of ours ends the runs that go on."""
     assert compare.why_failed(str(tmp_path), -9) == "killed by SIGKILL"
     ended = []
@@ -420,9 +436,7 @@ def test_a_run_that_was_killed_and_an_error_between_runs(tmp_path, compare, monk
 
 def test_waiting_reads_no_logs(monkeypatch, tmp_path):
     """However long a run takes, its log is read only before it starts and after it has ended."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     monkeypatch.chdir(tmp_path)
-    import compare
 
     read, polls = [], iter([None] * 50 + [0])
 
@@ -497,15 +511,7 @@ def report(cwd: Path, *argv: str) -> tuple[dict[str, dict], str]:
     return {row["ffn"] + " " + row["match"]: row for row in found}, out
 
 
-@pytest.fixture
-def compare(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import compare
-
-    return compare
-
-
-def test_rows_that_are_equal_to_each_other_count_once(compare):
+def test_rows_that_are_equal_to_each_other_count_once():
     """A copy of a row, perhaps with other seeds, narrows no interval, and is judged as its original."""
     table = np.random.default_rng(0).normal(0, 0.01, (3, 4))
     alone, noise = compare.blocks.analyse(table)
@@ -517,7 +523,7 @@ def test_rows_that_are_equal_to_each_other_count_once(compare):
     assert found[1] is not found[3]
 
 
-def test_runs_of_no_step_and_rows_without_a_loss_have_no_difference(tmp_path, compare):
+def test_runs_of_no_step_and_rows_without_a_loss_have_no_difference(tmp_path):
     make_run(tmp_path / "zero", [6], max_iters=0)
     fails(tmp_path, "--report", "zero", needles=("no finished run",))
     assert all(row["difference"] is None for row in compare.blocks.analyse(np.full((2, 2), np.nan))[0])
@@ -667,7 +673,7 @@ def test_the_table_of_longer_runs_is_what_its_command_prints(tmp_path):
     assert len(printed) == 20
 
 
-def test_an_archive_writes_into_its_folder_only(tmp_path, monkeypatch, compare):
+def test_an_archive_writes_into_its_folder_only(tmp_path, monkeypatch):
     """Whatever it says, and with a Python whose tarfile does not check that (Debian 12 has 3.11.2)."""
     folder = ROOT / "experiments" / "results" / "equal_flops"
     if sys.version_info < (3, 12):  # later ones always have it, and use it themselves
@@ -825,7 +831,7 @@ def test_verdicts(tmp_path):
         assert row["verdict"] == says[name]
 
 
-def make_priced(compare, out: Path, effect: float, step: float) -> None:
+def make_priced(out: Path, effect: float, step: float) -> None:
     """A comparison whose baseline falls by 0.5 nats per unit of log(tokens)."""
     make_runs(out, {"swiglu": 0, "relu2": effect}, seeds=4, noise=0.001)
     rng = np.random.default_rng(7)
@@ -839,11 +845,11 @@ def make_priced(compare, out: Path, effect: float, step: float) -> None:
     (out / "step_times.json").write_text(json.dumps(times))
 
 
-def test_the_price_of_a_difference(tmp_path, compare, monkeypatch):
+def test_the_price_of_a_difference(tmp_path, monkeypatch):
     """SwiGLU's own line in log(tokens) gives the tokens and time to reach its loss, and who wins. The
     archive gives the same table, and horizons of another shape are refused by name."""
     monkeypatch.chdir(tmp_path)
-    make_priced(compare, tmp_path / "out", 0.1, 0.7)
+    make_priced(tmp_path / "out", 0.1, 0.7)
     works(tmp_path, "--report", "out", "--archive=runs.tar.xz", "--out=first")
     record = json.loads((tmp_path / "first" / "compare.json").read_text())
     assert record["exchange"]["slope"] == pytest.approx(-0.5, abs=0.01)
@@ -861,7 +867,7 @@ def test_the_price_of_a_difference(tmp_path, compare, monkeypatch):
 
     # 1.8 and 1.4 times SwiGLU's tokens: SwiGLU was run at no 1 / 1.4 of its steps, but at 0.75.
     for effect, ratio in ((0.3, "1.8"), (0.168, "1.4")):
-        make_priced(compare, tmp_path / ratio, effect, 1)
+        make_priced(tmp_path / ratio, effect, 1)
         assert re.search(rf"\| ~{ratio}\d* \[.*\| ~{ratio}", works(tmp_path, "--report", ratio))
     # Folders of runs, one by one, have the step times that lie beside them.
     folders = sorted(f"out/{path.name}" for path in (tmp_path / "out").glob("*-s*"))
@@ -922,7 +928,7 @@ def test_the_price_of_a_difference(tmp_path, compare, monkeypatch):
     assert compare.timed_as(relu2, swiglu) != key
 
 
-def test_steps_are_timed_with_all_their_passes(tmp_path, compare, monkeypatch):
+def test_steps_are_timed_with_all_their_passes(tmp_path, monkeypatch):
     """Two ranks with passes of 2 sequences make a batch of 8 in two passes and one update. A time of
     another number of passes is another one: an FFN of many parameters pays for each update."""
     asked = []
@@ -942,7 +948,7 @@ def test_steps_are_timed_with_all_their_passes(tmp_path, compare, monkeypatch):
     assert compare.timed_as(*runs[::-1]) != key
 
 
-def test_steps_are_timed_on_the_device_of_the_runs(tmp_path, compare, monkeypatch):
+def test_steps_are_timed_on_the_device_of_the_runs(tmp_path, monkeypatch):
     """GPU 0 may be busy where --device=cuda:1 was asked for."""
     asked, cpu = [], torch.device("cpu")
     monkeypatch.setattr(compare.train, "pick_device", lambda *which: asked.append(which) or cpu)
@@ -957,7 +963,7 @@ def test_steps_are_timed_on_the_device_of_the_runs(tmp_path, compare, monkeypatc
     assert asked == [("cuda:1", 0), ("cuda", 0)]
 
 
-def test_step_times_are_the_rows_over_the_baselines(tmp_path, compare, monkeypatch):
+def test_step_times_are_the_rows_over_the_baselines(tmp_path, monkeypatch):
     """The ratio is the median of the rounds' own, and its error that of a median."""
     ratios = np.linspace(1.9, 2.3, 15)
     monkeypatch.setattr(compare, "step_of", lambda *which: None)
@@ -975,7 +981,7 @@ def test_step_times_are_the_rows_over_the_baselines(tmp_path, compare, monkeypat
     assert found["std_error"] == pytest.approx(want, rel=0.01)
 
 
-def test_what_a_plan_says(tmp_path, compare, monkeypatch, capsys):
+def test_what_a_plan_says(tmp_path, monkeypatch, capsys):
     """Hours of runs side by side: where a launcher spreads them, and on a CPU, which they share. The
     half-width is that of the intervals, and the power that of the test."""
     make_data(tmp_path / "data")
@@ -999,7 +1005,7 @@ def test_what_a_plan_says(tmp_path, compare, monkeypatch, capsys):
     assert block_analysis.widest(results) == pytest.approx(width)
 
 
-def test_precision_stops_when_it_is_reached(tmp_path, compare, monkeypatch):
+def test_precision_stops_when_it_is_reached(tmp_path, monkeypatch):
     """After the first three seeds here, of eight; at a width that is not reached all are run."""
     monkeypatch.chdir(tmp_path)
     rng, made = np.random.default_rng(0), []
@@ -1070,7 +1076,7 @@ def test_intervals_of_prices():
     assert set(flat.values()) == {None}
 
 
-def test_two_classes_of_one_name(monkeypatch, tmp_path, compare):
+def test_two_classes_of_one_name(monkeypatch, tmp_path):
     """An FFN is identified by its key in FFNS and its options, not by its class's name. A slash
     in an option makes no subfolder."""
     import model
@@ -1170,7 +1176,7 @@ def test_report_refuses_runs_of_two_devices_and_judges_none_of_two_baselines(tmp
     fails(tmp_path, "--report", "out", "--out=two", needles=("--device", "cuda NVIDIA H100", "geglu-s3"))
 
 
-def test_a_picture_has_the_smallest_value_on_top(compare):
+def test_a_picture_has_the_smallest_value_on_top():
     """Filled are the marks of which the interval is clear of the mark, if there is a verdict."""
     from matplotlib.figure import Figure
 
@@ -1338,9 +1344,6 @@ def test_report_without_a_learning_rate(tmp_path):
 
 def test_report_of_many_runs_is_linear(tmp_path, monkeypatch):
     """For 100 runs of two FFNs, each FFN's matched width is searched once, in about a hundred trials."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import compare
-
     import model
 
     asked = []
@@ -1394,7 +1397,7 @@ def test_step_times_that_differ_are_not_replaced_without_a_word(tmp_path):
     assert "b has step times that differ" in said
 
 
-def test_an_archives_names_are_all_different(tmp_path, compare):
+def test_an_archives_names_are_all_different(tmp_path):
     """What tells two runs of one name apart must not be the name of a third."""
     folders = [*(f"a/run{i}" for i in range(3)), *(f"b/run{i}" for i in range(3))]
     folders += [f"c/{name}" for name in ("run0-1", "run1-4", "run2-7", "3-run0", "4-run1")]
@@ -1421,7 +1424,7 @@ def test_the_table_of_an_archive_lies_beside_it(tmp_path, runs, name):
     assert sum(len(row["runs"]) for row in found["rows"]) == runs
 
 
-def test_data_and_trainers_that_changed_between_runs_of_one_name(tmp_path, monkeypatch, compare):
+def test_data_and_trainers_that_changed_between_runs_of_one_name(tmp_path, monkeypatch):
     """Losses on other data are refused, before and after the runs; another trainer is a warning."""
     monkeypatch.chdir(tmp_path)
     make_data(tmp_path / "data")
@@ -1454,9 +1457,7 @@ def test_data_and_trainers_that_changed_between_runs_of_one_name(tmp_path, monke
 
 def test_a_class_that_changed_between_runs_of_one_name(tmp_path, monkeypatch):
     """Its old losses are neither shown as new ones nor paired with them. A comment is no change."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     monkeypatch.chdir(tmp_path)
-    import compare
 
     import model
 
@@ -1534,7 +1535,7 @@ def test_report_reads_odd_files(tmp_path):
         fails(tmp_path, "--report", "out", f"--out={folder}", needles=("cannot write", "--out"))
 
 
-def test_curves_are_means_over_the_seeds_that_all_rows_have(tmp_path, compare):
+def test_curves_are_means_over_the_seeds_that_all_rows_have(tmp_path):
     """SwiGLU has two seeds more, and its curve is still beside the other's, which has seed 0."""
     from rendering import plot_losses
     from matplotlib.figure import Figure
