@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import math
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainer import FORK, ROOT
 
 import bench
 import configurator
 import model
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 # One round: a median of ratios is then the ratio of the medians, and one checks the other.
 TINY = ["--rounds=1", "--compile=False", "--device=cpu"]
@@ -36,12 +34,10 @@ def call(script: str, *args: object, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
 
 
-def rows(script: str, path: Path, *args: object) -> tuple[dict, dict, str]:
-    """Run a script and return the JSON that it wrote, its rows by name, and what it printed."""
-    done = call(script, *args, f"--json={path}")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(path.read_text())
-    return result, {row.get("ffn", row.get("system")): row for row in result["rows"]}, done.stdout
+@pytest.fixture(autouse=True)
+def small_sweep(monkeypatch):
+    """Caches are left as they are: no test looks at how fast it was."""
+    monkeypatch.setattr(bench, "SWEEP", 1)
 
 
 @pytest.fixture
@@ -63,15 +59,14 @@ def finite(row: dict) -> bool:
     return all(math.isfinite(v) for v in row.values() if isinstance(v, (int, float)))
 
 
-def test_ffn_table(tmp_path):
+def test_ffn_table(run_here, tmp_path, capsys):
     """Costs equal the formulas, fractions and ratios follow from the times, SwiGLU is 1.000 of itself;
     every FFN is there by default."""
-    from model import FFNS
-
-    result, by_name, text = rows("bench.py", tmp_path / "ffn.json", *TINY, *FFN)
+    by_name = {row["ffn"]: row for row in run_here(*FFN)}
+    result, text = json.loads((tmp_path / "rows.json").read_text()), capsys.readouterr().out
     d, h, n = 64, 128, 32
     assert (result["n_embd"], result["ffn_hidden"], result["tokens"]) == (d, h, n)
-    assert list(by_name) == list(FFNS)
+    assert list(by_name) == list(model.FFNS)
     swiglu, dsg, sparse = by_name["swiglu"], by_name["dsg"], by_name["sparseglu"]
     assert swiglu["params"] == 3 * d * h
     assert swiglu["flops"] == swiglu["ideal_flops"] == 6 * d * h
@@ -98,8 +93,6 @@ def test_ffn_table(tmp_path):
 @pytest.mark.parametrize("match", ["params", "flops"])
 def test_widths_are_matched_as_in_training(match, run_here):
     """--ffn_match has train.py's meaning in every mode: experts can be timed at equal executed FLOPs."""
-    import model
-
     for mode in (FFN, ["--mode=decode", *FFN, "--n_layer=1"], ["--mode=step", *STEP]):
         shape = {"n_embd": 32, "ffn_hidden": 64} if mode[-1] == STEP[-1] else {}
         shape = shape or {"n_embd": 64, "ffn_hidden": 128}
@@ -111,11 +104,6 @@ def test_widths_are_matched_as_in_training(match, run_here):
 def test_an_ffn_that_mixes_tokens(run_here, monkeypatch):
     """It gets sequences in mode ffn, and mode decode refuses it by name instead of timing another
     function."""
-    import torch
-    import torch.nn.functional as F
-
-    import model
-    from configurator import UserError
 
     class Mixing(model.SwiGLU):
         def __init__(self, d: int, h: int):
@@ -123,19 +111,19 @@ def test_an_ffn_that_mixes_tokens(run_here, monkeypatch):
             self.conv = torch.nn.Conv1d(d, d, 3, groups=d)
 
         def forward(self, x):
-            past = F.pad(x.transpose(1, 2), (2, 0))  # raises for anything but (B, T, d)
+            # raises for anything but (B, T, d)
+            past = torch.nn.functional.pad(x.transpose(1, 2), (2, 0))
             return super().forward(self.conv(past).transpose(1, 2))
 
     monkeypatch.setitem(model.FFNS, "mixing", Mixing)
     (row,) = run_here(*FFN, "--block_size=16", "--ffn=mixing")
     assert finite(row)
-    with pytest.raises(UserError, match="mixing mixes tokens"):
+    with pytest.raises(configurator.UserError, match="mixing mixes tokens"):
         run_here("--mode=decode", *FFN, "--n_layer=1", "--ffn=gelu,mixing")
 
 
 def test_an_ffn_with_an_auxiliary_loss(run_here, monkeypatch):
     """Modes ffn and decode take its output alone."""
-    import model
 
     class WithAux(model.SwiGLU):
         def forward(self, x):
@@ -149,10 +137,6 @@ def test_an_ffn_with_an_auxiliary_loss(run_here, monkeypatch):
 
 def test_the_products_of_experts_are_those_executed():
     """An expert's matrices multiply the tokens that reach it, not all of them."""
-    import torch
-
-    import model
-
     layer = model.MoE(16, 96, n=8, k=2, share=1 / 3)
     _, flops, forward = bench.products(layer, 40, bench.Config(compile=False), CPU, torch.float32)
     assert flops == 3 * forward == 3 * 40 * 2 * (16 * 8 + 2 * 16 * 32 * (1 + 2))
@@ -252,10 +236,6 @@ def test_running_thresholds_have_settled_before_decoding(run_here, monkeypatch):
 def test_products_share_their_operands():
     """A deep model's products allocate inputs by width, not for each matrix: at train.py's default shape
     that is 3.6 GB instead of 28."""
-    import torch
-
-    import model
-
     cpu, cfg, n = torch.device("cpu"), bench.Config(compile=False), 100
     layers = torch.nn.ModuleList(model.SwiGLU(64, 128) for _ in range(8))
     kept = []
@@ -268,7 +248,6 @@ def test_products_share_their_operands():
 
 def test_peak_memory_of_known_tensors():
     """What was alive at the worst moment: not what is left at the end, not the sum of all."""
-    import torch
 
     def call():
         a = torch.zeros(1_000_000)
@@ -301,11 +280,7 @@ def test_decode_table(run_here, tmp_path):
 
 def test_decode_on_a_gpu_is_refused():
     """There every FFN decodes by forward, so that the table would compare nothing."""
-    import torch
-
-    from configurator import UserError
-
-    with pytest.raises(UserError, match="use --device=cpu"):
+    with pytest.raises(configurator.UserError, match="use --device=cpu"):
         bench.bench_decode(bench.Config(), ["spark"], torch.device("meta"), torch.float32)
 
 
@@ -330,11 +305,9 @@ def test_mps_is_not_timed():
 
 def test_decode_in_bfloat16(run_here):
     """Every FFN has its matrices in it, but for the predictor, which works in float32 by design."""
-    from model import FFNS
-
     args = ["--mode=decode", "--n_embd=64", "--ffn_hidden=256", "--n_layer=1", "--dtype=bfloat16"]
     by_name = {row["ffn"]: row for row in run_here(*args)}
-    assert list(by_name) == list(FFNS)
+    assert list(by_name) == list(model.FFNS)
     for name in ("swiglu", "sparsegated", "sparseglu", "spark"):
         predictor = 32 * 64 + 64 * 256 if name == "sparseglu" else 0
         assert by_name[name]["read_mib"] == (by_name[name]["ideal_flops"] + 2 * predictor) / 2**20, name
@@ -392,20 +365,14 @@ def test_where_compiling_fails_peers_reports_nothing(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_floor_of_a_step_is_its_products(tied):
     """6 FLOPs per token and number in a matrix: an embedding of its own is looked up, not multiplied."""
-    import torch
-
-    from model import GPT, GPTConfig
-
-    model = GPT(GPTConfig(16, 128, 1, 2, 2, 32, ffn_hidden=64, tie_embeddings=tied))
-    _, flops, _ = bench.products(model, 10, bench.Config(compile=False), CPU, torch.float32)
+    gpt = model.GPT(model.GPTConfig(16, 128, 1, 2, 2, 32, ffn_hidden=64, tie_embeddings=tied))
+    _, flops, _ = bench.products(gpt, 10, bench.Config(compile=False), CPU, torch.float32)
     attention = 6 * 32 * 16
-    assert flops == 10 * (model.flops_per_token() - attention)
+    assert flops == 10 * (gpt.flops_per_token() - attention)
 
 
 def test_the_seed_is_that_of_the_inputs(monkeypatch, run_here):
     """Of every mode: the tokens of a step are the same ones for the same --seed."""
-    import torch
-
     drawn, draw, runs = [], torch.randint, []
     monkeypatch.setattr(torch, "randint", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
     for seed in (5, 5, 6):
@@ -540,7 +507,7 @@ def test_each_step_has_other_tokens(monkeypatch):
 def test_figures_of_calls_of_one_second(monkeypatch, run_here):
     """Times are a layer's in mode decode, rates a step's in mode step."""
     monkeypatch.setattr(bench, "measure", lambda calls, *rest: {key: [1.0] for key in calls})
-    (row,) = run_here("--mode=decode", "--n_layer=4", "--ffn=swiglu")
+    (row,) = run_here(*FFN, "--mode=decode", "--n_layer=4", "--ffn=swiglu")
     assert row["ms"] == 250
     assert row["gb_per_s"] == pytest.approx(4 * row["read_mib"] * 2**20 / 1e9)
     (row,) = run_here(*STEP, "--mode=step", "--compile=False")
@@ -553,10 +520,19 @@ def test_figures_of_calls_of_one_second(monkeypatch, run_here):
     assert (row["over_swiglu"], row["matmul_fraction"]) == (1, 1)
 
 
-def test_peers(tmp_path):
-    """Hugging Face and nanoGPT (here a stand-in with its interface) beside ours, of one size."""
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
+@pytest.fixture
+def peers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import peers
+
+    return peers
+
+
+def test_peers(peers, monkeypatch, tmp_path):
+    """Hugging Face and nanoGPT (here a stand-in with its interface) beside ours, of one size. Their
+    processes are forked from one that has PyTorch."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(peers.multiprocessing, "get_context", lambda how: FORK)
     (tmp_path / "model.py").write_text(
         "from dataclasses import dataclass\n"
         "import torch.nn as nn\n"
@@ -574,8 +550,10 @@ def test_peers(tmp_path):
         "        y = self.b(self.a(idx))\n"
         "        return y, F.cross_entropy(y.view(-1, y.size(-1)), targets.view(-1))\n"
     )
-    args = [*TINY, *STEP, f"--nanogpt={tmp_path}", "--systems=ours,hf"]
-    _, by_name, _ = rows("experiments/peers.py", tmp_path / "p.json", *args)
+    args = [*TINY, *STEP, f"--nanogpt={tmp_path}", "--systems=ours,hf", f"--json={tmp_path}/p.json"]
+    monkeypatch.setattr(sys, "argv", ["peers.py", *args])
+    peers.main()
+    by_name = {row["system"]: row for row in json.loads((tmp_path / "p.json").read_text())["rows"]}
     assert list(by_name) == ["ours", "hf", "nanogpt"]
     assert by_name["ours"]["params"] == by_name["hf"]["params"]
     assert by_name["ours"]["ours_faster"] == 1
@@ -584,16 +562,13 @@ def test_peers(tmp_path):
         assert row["peak_mib"] * 2**20 >= 12 * row["params"]
 
 
-def test_hugging_face_without_its_mask_is_the_same_model():
+def test_hugging_face_without_its_mask_is_the_same_model(peers):
     """Its logits are equal with and without a mask: causal attention does not need one."""
     pytest.importorskip("transformers")
-    import torch
-
-    peers = runpy.run_path(str(ROOT / "experiments" / "peers.py"))
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "ffn_hidden": 64, "block_size": 16}
-    cfg = peers["Config"](vocab_size=128, micro_batch_size=2, **shape)
-    model, loss = peers["hugging_face"](cfg)
-    _, loss_without_mask = peers["PEERS"]["hf-no-mask"](cfg)
+    cfg = peers.Config(vocab_size=128, micro_batch_size=2, **shape)
+    model, loss = peers.hugging_face(cfg)
+    _, loss_without_mask = peers.PEERS["hf-no-mask"](cfg)
     batch = torch.randint(128, (2, 17))
     x = batch[:, :-1]
     with torch.no_grad():
@@ -608,48 +583,39 @@ def test_hugging_face_without_its_mask_is_the_same_model():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_memory_at_rest_is_that_of_parameters_and_states(name):
     """Muon keeps one moment of a matrix, AdamW two; a frozen parameter has none."""
-    import torch
-
-    import train
-    from model import GPT, GPTConfig
-
-    model = GPT(GPTConfig(8, 128, 1, 2, 2, 32, "sparseglu", 64))
-    flags = train.Config(block_size=8, micro_batch_size=1, optimizer=name, compile=False)
-    step, optimizers = bench.make_step(model, flags, torch.device("cpu"), torch.float32)
+    gpt = model.GPT(model.GPTConfig(8, 128, 1, 2, 2, 32, "sparseglu", 64))
+    flags = bench.train.Config(block_size=8, micro_batch_size=1, optimizer=name, compile=False)
+    step, optimizers = bench.make_step(gpt, flags, CPU, torch.float32)
     step()
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in gpt.named_parameters() if p.requires_grad}
     inside = [p for n, p in trained.items() if ".layers." in n and p.ndim == 2]
     moments = sum(p.nbytes for p in trained.values()) * 2
     counts = 4 * len(trained)  # AdamW's steps, float32
     muon = sum(p.nbytes + 4 for p in inside) * (name == "muon")
-    weights = sum(p.nbytes for p in model.parameters())
-    assert bench.at_rest(model, optimizers) == weights + moments + counts - muon
+    weights = sum(p.nbytes for p in gpt.parameters())
+    assert bench.at_rest(gpt, optimizers) == weights + moments + counts - muon
 
 
 @pytest.mark.parametrize(
     "flag, word",
     [("--dtype=bf16", "bfloat16"), ("--systems=nanogpt", "--nanogpt=DIR"), ("--systems=gpt", "valid")],
 )
-def test_peers_bad_flags(monkeypatch, flag: str, word: str):
+def test_peers_bad_flags(peers, monkeypatch, flag: str, word: str):
     """One line, and nothing is timed in another dtype or with our own model as a peer."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     monkeypatch.setattr(sys, "argv", ["peers.py", flag, "--device=cpu"])
-    import peers
-
     with pytest.raises(configurator.UserError, match=word):
         peers.main()
 
 
-def test_peers_needs_a_clone():
-    """An error of the whole program: its exit code, one line, no traceback."""
-    done = call("experiments/peers.py", *TINY, *STEP, "--systems=ours", "--nanogpt=/nowhere")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: --nanogpt")
+def test_peers_needs_a_clone(peers):
+    with pytest.raises(configurator.UserError, match="--nanogpt=/nowhere has no model.py"):
+        peers.nanogpt(peers.Config(nanogpt="/nowhere"))
 
 
-def test_gpu_script_without_a_gpu():
-    """It says so in one line, before it does anything."""
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+def test_gpu_script_without_a_gpu(tmp_path):
+    """It says so in one line, before it does anything. The script asks PyTorch, here a stand-in."""
+    (tmp_path / "torch.py").write_text("class cuda:\n    is_available = lambda: False\n")
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHON": sys.executable}
     done = subprocess.run(
         ["bash", str(ROOT / "experiments" / "gpu.sh")], capture_output=True, text=True, env=env
     )

@@ -19,23 +19,19 @@ import pytest
 import tiktoken
 import torch
 from trainer import ROOT, make_data, one_line, train
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from configurator import UserError
 
 CACHE = ROOT.parent / "shared" / "tiktoken_cache"
 if CACHE.is_dir():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(CACHE)
 
 
-def start(cwd: Path, *argv: str, **env: str) -> subprocess.CompletedProcess:
-    """Run Python in a new process without network."""
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "no_hub")} | env
+def python(cwd: Path, *argv: str) -> str:
+    """Run Python in a new process without network, which must go well. Return what it prints."""
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "no_hub")}
     command = [sys.executable, *argv]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
-
-
-def python(cwd: Path, *argv: str, **env: str) -> str:
-    """The same, which must go well: return what it prints."""
-    done = start(cwd, *argv, **env)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -209,23 +205,18 @@ Path("found.json").write_text(json.dumps(everything))
 '''
 
 
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory) -> dict[str, dict]:
-    """What a stranger's process finds in an export of each FFN, by name of the model."""
-    cwd = tmp_path_factory.mktemp("exports")
-    (cwd / "make.py").write_text(MAKE)
-    (cwd / "open.py").write_text(OPEN)
-    python(cwd, "make.py", str(ROOT / "experiments"))
-    (cwd / "runs").rename(cwd / "moved")
-    python(cwd, "-I", "open.py")
-    return json.loads((cwd / "found.json").read_text())
-
-
-def test_every_ffn_opens_with_our_logits(opened):
+def test_every_ffn_opens_and_computes_what_ours_does(tmp_path):
     """Each row of FFNS, two of them untied too, with grouped-query attention, as it is and saved once
-    more; a class of the reader's own, and a SwiGLU that was edited and so is not Qwen3's."""
+    more; a class of the reader's own, and a SwiGLU that was edited and so is not Qwen3's. One test of
+    all, because starting transformers takes longer than most of them."""
     from model import FFNS
 
+    (tmp_path / "make.py").write_text(MAKE)
+    (tmp_path / "open.py").write_text(OPEN)
+    python(tmp_path, "make.py", str(ROOT / "experiments"))
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    python(tmp_path, "-I", "open.py")
+    opened = json.loads((tmp_path / "found.json").read_text())
     names = {"swiglu-untied", "moe-untied"} | {f"{ffn}-tied" for ffn in FFNS}
     own = {"own class that reads the token before", "edited swiglu"}
     own |= {"nearly swiglu, far_back", "nearly swiglu, clamped", "eot inside"}
@@ -239,22 +230,17 @@ def test_every_ffn_opens_with_our_logits(opened):
         for what in ("logits", "padded", "again", "last", "loss"):
             assert found[what] <= 1e-5, (name, what, found)
         assert found["bfloat16"] < 0.1 * found["spread"], (name, found)
-
-
-def test_generate_gives_our_greedy_text(opened):
-    """With a cache and without; one that an FFN cannot use is refused, and not used by default."""
-    for name, found in opened.items():
+        # Our greedy text, with a cache and without. One that an FFN cannot use is refused, and not used
+        # by default.
         assert found["cache None"] is found["cache False"] is True, (name, found)
         if name.startswith("own class") or "far_back" in name:
             assert "use_cache=False" in found["cache True"]
         else:
             assert found["cache True"] is True, (name, found)
 
-
-def test_the_wrapper_refuses_or_computes(opened):
-    """A text longer than the model's, padding before a text; several tokens after a cache; beams; the
-    pipeline, with the tokenizer that went along."""
-    found = next(found for name, found in opened.items() if name.startswith("relu2"))
+    # A text longer than the model's, padding before a text; several tokens after a cache; beams; the
+    # pipeline, with the tokenizer that went along.
+    (found,) = (found for name, found in opened.items() if name.startswith("relu2"))
     assert "33 tokens" in found["long"]
     assert "padding" in found["left"]
     assert found["continued"] <= 1e-5
@@ -262,6 +248,45 @@ def test_the_wrapper_refuses_or_computes(opened):
     assert found["ids"] == [*"naïve ".encode(), 256, 10, 0]
     assert found["pipeline"] == found["expected"]
     assert found["pipeline"].startswith("Once")
+
+
+def test_the_command_of_a_card_starts_as_many_ranks(tmp_path, monkeypatch):
+    """As the run had: torchrun's, if several."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import export_hf
+    from model import GPT, GPTConfig
+    from train import Config
+
+    gpt = GPT(GPTConfig(8, 384, 1, 2, 2, 16, ffn_hidden=16))
+    data = {"source": "", "encoding": "bytes", "train_tokens": 9}
+    saved = {"flags": asdict(Config(max_iters=5)), "step": 5}
+    for world, launch in ((1, "python train.py"), (8, "torchrun --nproc_per_node=8 train.py")):
+        about = {"data": data, "world": world, "git_commit": "abc"}
+        assert f"    {launch} --max_iters=5\n" in export_hf.card(gpt, saved, about, tmp_path, False)
+
+
+def test_a_loaded_model_is_told_of_its_progress(tmp_path, monkeypatch):
+    """As for the last evaluation: an FFN may keep it in a Python number, which no checkpoint has."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import export_hf
+
+    import model
+    import train as train_py
+
+    class Mine(model.SwiGLU):
+        def set_progress(self, step: int, max_iters: int) -> None:
+            self.told = step, max_iters
+
+    monkeypatch.setitem(model.FFNS, "mine", Mine)
+    shape = {"n_layer": 1, "n_head": 2, "n_kv_head": 2, "n_embd": 16, "block_size": 8, "ffn_hidden": 16}
+    gpt = model.GPT(model.GPTConfig(**shape, vocab_size=384, ffn="mine"))
+    about = {"ffn_code": model.ffn_code("mine"), "git_commit": "abc"}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    for step, told in ((3, (3, 5)), (5, (4, 5))):
+        flags = asdict(train_py.Config(**shape, ffn="mine", max_iters=5, lr_decay_iters=4))
+        saved = {"model": gpt.state_dict(), "optimizers": [], "step": step, "flags": flags, "shards": {}}
+        torch.save(saved, tmp_path / "ckpt.pt")
+        assert export_hf.open_run(tmp_path, model)[0].model.layers[0].mlp.told == told
 
 
 # Each command line of export_hf.py in a process of its own, forked from one that has imported the rest.
@@ -337,21 +362,6 @@ def trained(tmp_path_factory) -> tuple[Path, list[tuple[int, str, str]]]:
     return cwd, done
 
 
-def test_the_command_of_a_card_starts_as_many_ranks(tmp_path, monkeypatch):
-    """As the run had: torchrun's, if several."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import export_hf
-    from model import GPT, GPTConfig
-    from train import Config
-
-    gpt = GPT(GPTConfig(8, 384, 1, 2, 2, 16, ffn_hidden=16))
-    data = {"source": "", "encoding": "bytes", "train_tokens": 9}
-    saved = {"flags": asdict(Config(max_iters=5)), "step": 5}
-    for world, launch in ((1, "python train.py"), (8, "torchrun --nproc_per_node=8 train.py")):
-        about = {"data": data, "world": world, "git_commit": "abc"}
-        assert f"    {launch} --max_iters=5\n" in export_hf.card(gpt, saved, about, tmp_path, False)
-
-
 def test_a_trained_run_and_its_card(trained):
     """What train.py has left can be exported: norms that training has moved, another width by ffn_match,
     the log. The card says what the run was and by which command."""
@@ -380,64 +390,34 @@ def test_a_trained_run_and_its_card(trained):
 
 
 def test_a_run_in_a_script(trained):
-    """Three lines of Python give logits, the same as the export's, and text; where the FFN's code is not
-    the run's, one line says so."""
+    """load_run gives logits, the same as the export's, and text. Where the FFN's code is not the run's,
+    one line says so."""
+    from experiments.export_hf import load_run
+    from transformers import AutoModelForCausalLM
+
     cwd, _ = trained
-    (cwd / "script.py").write_text(LOAD)
-    out = python(cwd, "script.py", "a run", PYTHONPATH=str(ROOT))
-    assert out.startswith("<|endoftext|>")
-    assert len(out) > 20
-    ours, tokens = torch.load(cwd / "logits.pt"), torch.tensor([[256, *b"Once"]])
-    model = AutoModelForCausalLM.from_pretrained(cwd / "hf" / "dsg", trust_remote_code=True)
+    ours, encoding = load_run(f"{cwd}/a run")
+    text = ours.generate(torch.tensor([[encoding.eot_token]]), 20, temperature=0)
+    written = encoding.decode(text[0].tolist())
+    assert written.startswith("<|endoftext|>")
+    assert len(written) > 20
+    theirs = AutoModelForCausalLM.from_pretrained(cwd / "hf" / "dsg", trust_remote_code=True)
+    tokens = torch.tensor([[256, *b"Once"]])
     with torch.no_grad():
-        theirs = model(tokens).logits
-    assert ours.std() > 0.1  # or anything would be near
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+        logits = ours(tokens)[0]
+        assert logits.std() > 0.1  # or anything would be near
+        torch.testing.assert_close(theirs(tokens).logits, logits, rtol=0, atol=1e-5)
     about = json.loads((cwd / "changed" / "config.json").read_text())
     (cwd / "changed" / "config.json").write_text(json.dumps(about | {"ffn_code": "0" * 16}))
-    done = start(cwd, "script.py", "changed", PYTHONPATH=str(ROOT))
-    assert done.returncode == 1
-    assert "UserError: the code of dsg is not what it was" in done.stderr.splitlines()[-1]
-
-
-def test_a_loaded_model_is_told_of_its_progress(tmp_path, monkeypatch):
-    """As for the last evaluation: an FFN may keep it in a Python number, which no checkpoint has."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import export_hf
-
-    import model
-    import train as train_py
-
-    class Mine(model.SwiGLU):
-        def set_progress(self, step: int, max_iters: int) -> None:
-            self.told = step, max_iters
-
-    monkeypatch.setitem(model.FFNS, "mine", Mine)
-    shape = {"n_layer": 1, "n_head": 2, "n_kv_head": 2, "n_embd": 16, "block_size": 8, "ffn_hidden": 16}
-    gpt = model.GPT(model.GPTConfig(**shape, vocab_size=384, ffn="mine"))
-    about = {"ffn_code": model.ffn_code("mine"), "git_commit": "abc"}
-    (tmp_path / "config.json").write_text(json.dumps(about))
-    for step, told in ((3, (3, 5)), (5, (4, 5))):
-        flags = asdict(train_py.Config(**shape, ffn="mine", max_iters=5, lr_decay_iters=4))
-        saved = {"model": gpt.state_dict(), "optimizers": [], "step": step, "flags": flags, "shards": {}}
-        torch.save(saved, tmp_path / "ckpt.pt")
-        assert export_hf.open_run(tmp_path, model)[0].model.layers[0].mlp.told == told
-
-
-# The three lines of the README.
-LOAD = '''
-import sys, torch
-from experiments.export_hf import load_run
-model, encoding = load_run(sys.argv[1])
-text = model.generate(torch.tensor([[encoding.eot_token]]), 20, temperature=0)
-print(encoding.decode(text[0].tolist()))
-torch.save(model(torch.tensor([[256, *b"Once"]]))[0].detach(), "logits.pt")
-'''
+    with pytest.raises(UserError, match="the code of dsg is not what it was"):
+        load_run(f"{cwd}/changed")
 
 
 def test_swiglu_is_qwen3_with_gpt2s_tokenizer(trained):
     """AutoModelForCausalLM needs no code of ours, and AutoTokenizer gives tiktoken's ids and its text
     back."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     if not CACHE.is_dir():
         pytest.skip("needs GPT-2's tokenizer: ../shared/tiktoken_cache is not there")
     cwd, done = trained
@@ -470,7 +450,7 @@ def test_refusals_leave_nothing(trained):
         assert one_line(code, err, *needles), argv
     before = set((cwd / "before").read_text().splitlines())
     after = {str(path.relative_to(cwd)) for path in cwd.rglob("*")}
-    mine = re.compile(r"hf|offline|no_hub|before$|\d+\.std|script.py|logits.pt|task|tiny|scores")
+    mine = re.compile(r"hf|offline|no_hub|before$|\d+\.std|task|tiny|scores")
     assert {name for name in after - before if not mine.match(name)} == set()
     assert before <= after
 
@@ -493,6 +473,8 @@ def test_lm_evaluation_harness(trained):
     because it and accelerate take more than a minute to install."""
     pytest.importorskip("lm_eval")
     pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
     cwd, folder = trained[0], trained[0] / "hf" / "dsg"
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     choices, rows, right = [" one", " twice"], [], 0
