@@ -39,7 +39,7 @@ from model import FFNS, GPT, GPTConfig, MoE, compile_errors, compiled, ffn_cost,
 from model import is_matrix, make_ffn, set_up, split_aux
 
 progress = functools.partial(print, file=sys.stderr, flush=True)  # so that stdout has the table alone
-SWEEP = 2**26  # float32 numbers, 256 MiB, more than most caches: writing them sweeps these. Tests have 1
+SWEEP = 2**26  # float32 numbers: 256 MiB, more than most caches, are written before each timed call
 
 
 @dataclass
@@ -277,7 +277,7 @@ def profile(step: Callable, show: bool, device: torch.device) -> str:
 
 def measure(calls: dict, rounds: int, device: torch.device, x: Tensor | None = None) -> dict:
     """Seconds of each call in each round, after two untimed calls of each. x is new in each round."""
-    sweeps = [torch.empty(SWEEP, device=device)] * (1 if device.type == "cpu" else 32)
+    sweep = torch.empty(SWEEP, device=device)
     for call in calls.values():
         call(), call()
     times = {name: [] for name in calls}
@@ -287,7 +287,7 @@ def measure(calls: dict, rounds: int, device: torch.device, x: Tensor | None = N
         if x is not None:
             x.detach().normal_()
         for name in list(calls)[:: -1 if i % 2 else 1]:
-            for sweep in sweeps:  # 32: GPU work during which the CPU queues the timed call
+            for _ in range(1 if device.type == "cpu" else 32):  # meanwhile a GPU's timed call is queued
                 sweep.zero_()
             times[name].append(timed(calls[name], device))
     gc.enable()
