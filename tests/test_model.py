@@ -393,7 +393,7 @@ def test_ste_leaves_the_forward_value_bit_for_bit(spec):
 
 # -- how many units, and which -----------------------------------------------------------------
 
-COUNTS = [(50, 0.15), (30, 0.15), (64, 0.25), (64, 0.01), (7, 0.5), (48, 0.999), (48, 1.0)]
+COUNTS = [(50, 0.15), (64, 0.01), (7, 0.5), (48, 1.0)]  # 8, 1, 4 and all units
 
 
 def set_scores(ffn: nn.Module, scores: torch.Tensor) -> None:
@@ -404,62 +404,20 @@ def set_scores(ffn: nn.Module, scores: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("h, k", COUNTS)
-@pytest.mark.parametrize("grad", ["hard", "ste"])
-def test_sparseglu_keeps_exactly_k_units(h, k, grad):
-    """Ties never add a unit, whether all scores are equal or only those around the k-th largest."""
-    keep = round(k * h)
-    if keep == 0:
-        pytest.skip("refused, see the errors below")
-    ffn, _ = build("sparseglu", {"k": k, "grad": grad}, D, h)
-    for seed in range(5):
-        x = inputs(D, seed=seed)
-        for scores in (
-            torch.zeros(h),
-            torch.full((h,), -3.7),
-            (torch.arange(h) % 3).float(),
-            (torch.arange(h) >= keep // 2).float(),
-        ):
-            set_scores(ffn, scores)
+def test_exactly_k_units_are_kept(h, k):
+    """Ties never add a unit, whether all scores or keys are equal or only those around the k-th."""
+    keep, units, x = round(k * h), torch.arange(h), inputs(D)
+    glu, _ = build("sparseglu", {"k": k}, D, h)
+    gated, _ = build("sparsegated", {"k": k, "gate": False}, D, h)
+    for group in (0 * units, units % 3, (units >= keep // 2).long()):
+        scores = group - 3.7
+        set_scores(glu, scores)
+        with torch.no_grad():
+            gated.key_proj.weight.copy_(inputs(3, D, seed=9)[group] / math.sqrt(D))
+        for ffn, score in ((glu, scores), (gated, F.gelu(gated.key_proj(x)).detach())):
             kept = hidden_units(ffn, x) != 0
             assert kept.sum() == keep
-            assert keep == h or scores[kept].min() >= scores[~kept].max()
-
-
-@pytest.mark.parametrize("h, k", COUNTS)
-@pytest.mark.parametrize("split", [True, False])
-def test_sparsegated_keeps_exactly_k_units(h, k, split):
-    """Ties never add a unit, whether all keys are equal or only those of a group."""
-    keep = round(k * h)
-    if keep == 0:
-        pytest.skip("refused, see the errors below")
-    ffn, _ = build("sparsegated", {"k": k, "split": split, "gate": False}, D, h)
-    for seed in range(5):
-        x = inputs(D, seed=seed)
-        for row in (torch.zeros(h), torch.arange(h) % 3, (torch.arange(h) >= keep // 2).long()):
-            with torch.no_grad():
-                ffn.key_proj.weight.copy_(inputs(3, D, seed=9)[row.long()] / math.sqrt(D))
-            key = F.gelu(ffn.key_proj(x)).detach()
-            kept = hidden_units(ffn, x) != 0
-            assert kept.sum() == keep
-            assert keep == h or key[kept].min() >= key[~kept].max()
-
-
-def test_selection_is_by_value_not_by_magnitude():
-    """All scores and keys are negative, so the largest values have the smallest magnitudes."""
-    ffn, _ = build("sparseglu", {"k": 0.25}, D, 40)
-    scores = -torch.arange(1, 41).double()
-    set_scores(ffn, scores)
-    assert (hidden_units(ffn, inputs(D)) != 0).nonzero().flatten().tolist() == list(range(10))
-
-    ffn, _ = build("sparsegated", {"k": 0.25, "gate": False}, D, 40)
-    x = inputs(D)
-    # Keys from -0.1 to -4: GELU falls to -0.17 at -0.75 and rises again to -0.0001 at -4.
-    with torch.no_grad():
-        z = -torch.linspace(0.1, 4.0, 40, dtype=torch.float64)
-        ffn.key_proj.weight.copy_(z[:, None] * x / x.dot(x))
-    want = set(ref.gelu(z.numpy()).argsort()[-10:].tolist())
-    assert set((hidden_units(ffn, x) != 0).nonzero().flatten().tolist()) == want
-    assert 39 in want
+            assert keep == h or score[kept].min() >= score[~kept].max()
 
 
 @pytest.mark.parametrize("name", ["sparseglu", "sparsegated", "spark", "asg"])
@@ -1895,24 +1853,6 @@ def test_costs_by_hand(case):
         assert all(type(v) is int for v in cost.values())
 
 
-@pytest.mark.parametrize(
-    "spec, d, h, ratio",
-    [  # the ideal cost of each, in units of SwiGLU's
-        ("dsg", 512, 2048, 4 / 3),
-        ("asg", 512, 2048, 4 / 3),
-        ("sparsegated", 512, 2048, (1 + 2 * 0.15) / 3 + 512 / (3 * 2048)),
-        ("sparsegated:k=0.5", 1536, 8960, (1 + 2 * 0.5) / 3 + 1536 / (3 * 8960)),
-        ("sparseglu", 1536, 8960, 1 / 3.8),
-        ("spark", 1536, 8960, 1 / 4.8),
-        ("gelu", 512, 2048, 2 / 3),
-    ],
-)
-def test_ideal_cost_relative_to_swiglu(spec, d, h, ratio):
-    with torch.device("meta"):
-        cost, base = ffn_cost(make_ffn(spec, d, h)), ffn_cost(make_ffn("swiglu", d, h))
-    assert cost["ideal_flops"] / base["ideal_flops"] == pytest.approx(ratio, rel=0.01)
-
-
 MATCHES = [*NAMES, "dsg:g=token", "asg:sparse=False", "sparsegated:split=False:k=0.5"]
 MATCHES += ["sparsegated:gate=False", "dsg:m=none", "sparseglu:p=8", "spark:r=8"]
 
@@ -1920,14 +1860,13 @@ MATCHES += ["sparsegated:gate=False", "dsg:m=none", "sparseglu:p=8", "spark:r=8"
 @pytest.mark.parametrize("spec", MATCHES)
 def test_match_hidden_by_brute_force(spec):
     """The width is the multiple of 8 that comes closest to SwiGLU's parameters or FLOPs."""
-    for by, (d, hidden) in itertools.product(("params", "flops"), ((64, 256), (48, 72), (96, 100))):
+    for d, hidden in ((64, 256), (96, 100)):
         with torch.device("meta"):
-            target = ffn_cost(make_ffn("swiglu", d, hidden))[by]
-            widths = range(8, 2 * hidden + 64, 8)
-            costs = {h: ffn_cost(make_ffn(spec, d, h))[by] for h in widths}
-        got = match_hidden(spec, d, hidden, by)
-        assert got % 8 == 0
-        assert abs(costs[got] - target) == min(abs(cost - target) for cost in costs.values())
+            target = ffn_cost(make_ffn("swiglu", d, hidden))
+            costs = {h: ffn_cost(make_ffn(spec, d, h)) for h in range(8, 2 * hidden, 8)}
+        for by in ("params", "flops"):
+            off = {h: abs(cost[by] - target[by]) for h, cost in costs.items()}
+            assert off[match_hidden(spec, d, hidden, by)] == min(off.values())
     assert match_hidden("swiglu", 64, 256) == 256
 
 
@@ -2092,17 +2031,21 @@ def test_a_bfloat16_residual_changes_nothing_without_autocast():
         assert torch.equal(p.grad, q.grad)
 
 
-def test_gradients_of_a_bfloat16_residual_are_close():
-    """They are at most twice as far from float32's as with bfloat16 autocast alone."""
+def test_losses_and_gradients_under_autocast_are_close():
+    """With autocast the loss is within 1% of float32's. With a bfloat16 residual the gradients are at
+    most twice as far from float32's as with autocast alone."""
     idx, targets = tokens(4, 48), tokens(4, 48, seed=1)
     gpt = stir(GPT(small()))
-    gpt(idx, targets)[1].backward()
+    exact = gpt(idx, targets)[1]
+    exact.backward()
     want = torch.cat([p.grad.flatten() for p in gpt.parameters()])
     off = {}
     for residual in ("float32", "bfloat16"):
         gpt = stir(GPT(small(residual=residual)))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = gpt(idx, targets)[1]
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(exact.item(), rel=0.01)
         loss.backward()
         assert all(p.grad.dtype == torch.float32 for p in gpt.parameters())
         got = torch.cat([p.grad.flatten() for p in gpt.parameters()])
@@ -2190,19 +2133,6 @@ def test_a_batch_without_targets_costs_nothing_and_is_finite():
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in gpt.parameters())
     with torch.no_grad():
         assert gpt(tokens(2, 9), targets)[1].item() == 0
-
-
-def test_loss_under_autocast():
-    """Only matrix products are bfloat16, so the loss is within 1% of the float32 loss."""
-    gpt = stir(GPT(small()))
-    idx, targets = tokens(4, 40), tokens(4, 40, seed=1)
-    want = gpt(idx, targets)[1]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = gpt(idx, targets)[1]
-    assert got.dtype == torch.float32
-    assert got.item() == pytest.approx(want.item(), rel=0.01)
-    got.backward()
-    assert all(p.grad.dtype == torch.float32 for p in gpt.parameters())
 
 
 def test_the_weights_gradient_is_summed_in_float32(monkeypatch):
@@ -3330,18 +3260,20 @@ print(json.dumps([whole.hexdigest(), str(torch.get_default_dtype()),
 
 # -- generate ------------------------------------------------------------------------------------
 
-GENERATE = ["swiglu", "sparseglu:k=0.3", "sparseglu:select=stat:grad=gate", "sparsegated", "spark"]
+GENERATE = [("swiglu", 1), ("swiglu", 16), ("swiglu", 40), ("sparseglu:k=0.3", 16), ("spark", 1)]
+GENERATE += [("sparseglu:select=stat:grad=gate", 16), ("sparsegated", 40)]
 
 
-@pytest.mark.parametrize("spec", GENERATE)
-@pytest.mark.parametrize("prompt", [1, 16, 40])
-def test_greedy_with_a_cache_is_greedy_without(spec, prompt):
+@pytest.mark.parametrize("spec, prompt", GENERATE)
+def test_greedy_takes_the_largest_logit_with_a_cache_and_without(spec, prompt):
     """It holds past block_size = 16 and for a longer prompt."""
     gpt = stir(GPT(small(ffn=spec, block_size=16, tie_embeddings=False)))
     idx = tokens(2, prompt)
     cached = gpt.generate(idx, 20, temperature=0.0)
     assert cached.shape == (2, prompt + 20)
     assert torch.equal(cached[:, :prompt], idx)
+    with torch.no_grad():
+        assert torch.equal(cached[:, prompt], gpt(idx[:, -16:])[0][:, -1].argmax(-1))
     assert torch.equal(cached, gpt.generate(idx, 20, temperature=0.0, use_cache=False))
     assert torch.equal(cached, gpt.generate(idx, 20, temperature=1.0, top_k=1))
     assert len(set(cached[:, prompt:].flatten().tolist())) > 2  # it does not repeat one token
@@ -3353,17 +3285,6 @@ def test_a_model_of_another_dtype_generates(spec, dtype):
     gpt = stir(GPT(small(ffn=spec))).to(dtype)
     assert gpt.generate(tokens(1, 3), 4, temperature=0.0).shape == (1, 7)
     check_ffns(gpt)
-
-
-def test_greedy_takes_the_largest_logit_of_forward():
-    gpt = stir(GPT(small()))
-    idx = tokens(3, 4)
-    want = idx
-    for _ in range(30):
-        with torch.no_grad():
-            new = gpt(want)[0][:, -1].argmax(-1, keepdim=True)
-        want = torch.cat((want, new), 1)
-    assert torch.equal(gpt.generate(idx, 30, temperature=0.0), want)
 
 
 def test_generating_past_block_size_still_reads_the_recent_tokens():
