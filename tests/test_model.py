@@ -1257,7 +1257,8 @@ def test_compiled_products_are_right(cpu, monkeypatch):
     """On a CPU with AVX-512 compiled matrix products go to oneDNN, which refuses or miscomputes some
     shapes. Forward and backward must agree with float64, and oneDNN must really be called. With AVX2 it
     would take a fifth longer than MKL, but for the products of one row."""
-    chosen = PRODUCTS if cpu == "AVX512" else {n: PRODUCTS[n] for n in ("with a bias", "one row")}
+    few = {name: PRODUCTS[name] for name in ("plain", "with a bias", "one row")}
+    chosen = PRODUCTS if cpu == "AVX512" else few
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     torch.compiler.reset()  # or the first CPU's graph would be the second's
     rng = np.random.default_rng(0)
@@ -2880,9 +2881,9 @@ def test_the_example_of_the_readme_passes_the_tests_of_any_ffn(tmp_path, monkeyp
 def test_the_hash_sees_helpers_in_other_files_and_the_helpers_of_helpers(tmp_path, monkeypatch):
     """However a file is reached: a module beside the class's, one of a package, with or without an
     __init__.py, a relative import, an import in a method or one in a helper. The hash does not see what
-    the class does not refer to."""
+    the class does not refer to, nor the files of this project."""
     files = {
-        "beside.py": "base = abs",
+        "beside.py": "base = abs", "model.py": "",
         "pack/__init__.py": "from .deep import y", "pack/ops.py": "from . import near\nact = abs",
         "pack/near.py": "", "pack/deep.py": "y = 1", "bare/act.py": "z = 1", "late.py": "import later",
         "later.py": "", "other.py": "", "pack/other.py": "",
@@ -2892,7 +2893,7 @@ def test_the_hash_sees_helpers_in_other_files_and_the_helpers_of_helpers(tmp_pat
         (tmp_path / name).write_text(text)
     (tmp_path / "with_package.py").write_text("""
 from torch import nn
-import beside
+import beside, model
 from pack.ops import act
 import bare.act as helper
 
@@ -2902,7 +2903,7 @@ class Mine(nn.Module):
         super().__init__()
 
     def forward(self, x):
-        return act(beside.base(x)) * helper.z
+        return act(beside.base(model.upcast(x))) * helper.z
 """)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(FFNS, "mine", importlib.import_module("with_package").Mine)
@@ -2910,7 +2911,7 @@ class Mine(nn.Module):
     for name, text in files.items():
         (tmp_path / name).write_text(text + "\nx = 1")
         now = model_module.ffn_code("mine")
-        assert (now == was) == name.endswith("other.py"), name
+        assert (now == was) == name.endswith(("other.py", "model.py")), name
         was = now
 
 
