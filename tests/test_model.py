@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
@@ -1324,39 +1325,41 @@ def test_a_model_is_compiled_once_and_its_step_copies_no_operand(monkeypatch):
 
         return Mine
 
+    def ready(f) -> Callable:
+        torch._dynamo.reset()
+        counters.clear()
+        return model_module.compiled(f, CPU)
+
+    def found() -> dict:
+        return {name: n for name, n in counters["aot_autograd"].items() if "autograd_cache" in name}
+
     factor = 1 + int.from_bytes(os.urandom(3), "little") / 2**26  # so that no cache has this model yet
     monkeypatch.setitem(FFNS, "dynamicgeglu", scaled(factor))
     idx, targets = torch.arange(64).view(2, 2, 16)
-
-    def loss_and_gradients() -> tuple[object, list[torch.Tensor], dict]:
-        torch._dynamo.reset()
-        counters.clear()
+    results, missed = [], {"autograd_cache_miss": 1, "autograd_cache_saved": 1}
+    for want in (missed, {"autograd_cache_hit": 1}):
         gpt = GPT(GPTConfig(16, 128, 1, 2, 2, 32, "dynamicgeglu", 64))
-        ready = model_module.compiled(gpt, CPU)
-        loss = ready(idx, targets)[1]
+        run = ready(gpt)
+        loss = run(idx, targets)[1]
         loss.backward()
-        found = {name: n for name, n in counters["aot_autograd"].items() if "autograd_cache" in name}
-        return ready, [loss.detach(), *(p.grad.clone() for p in gpt.parameters())], found
-
-    _, cold, missed = loss_and_gradients()
-    ready, warm, hit = loss_and_gradients()
-    assert missed == {"autograd_cache_miss": 1, "autograd_cache_saved": 1}
-    assert hit == {"autograd_cache_hit": 1}
-    assert all(map(torch.equal, cold, warm))
-    monkeypatch.setitem(FFNS, "dynamicgeglu", scaled(2 * factor))
-    _, other, missed = loss_and_gradients()
-    assert missed == {"autograd_cache_miss": 1, "autograd_cache_saved": 1}
-    gpt = GPT(GPTConfig(16, 128, 1, 2, 2, 32, "dynamicgeglu", 64))
-    assert torch.allclose(other[0], gpt(idx, targets)[1])
-    assert not torch.allclose(other[0], cold[0], rtol=1e-6)
-    if model_module.onednn_pass() is None:
-        return  # products go to another library here
-    with torch.profiler.profile(record_shapes=True) as profile:
-        ready(idx, targets)[1].backward()
-    calls = {event.name for event in profile.events()}
-    copied = [event.input_shapes for event in profile.events() if event.name == "aten::copy_"]
-    assert "mkldnn::_linear_pointwise" in calls
-    assert [shapes for shapes in copied if len(shapes[0]) == 2] == []
+        results.append([loss.detach(), *(p.grad.clone() for p in gpt.parameters())])
+        assert found() == want
+    assert all(map(torch.equal, *results))
+    assert torch.allclose(loss, gpt(idx, targets)[1])
+    if model_module.onednn_pass():  # else products go to another library
+        with torch.profiler.profile(record_shapes=True) as profile:
+            run(idx, targets)[1].backward()
+        calls = {event.name for event in profile.events()}
+        copied = [event.input_shapes for event in profile.events() if event.name == "aten::copy_"]
+        assert "mkldnn::_linear_pointwise" in calls
+        assert [shapes for shapes in copied if len(shapes[0]) == 2] == []
+    outputs, x = [], inputs(2, 16, 32, dtype=torch.float32)
+    for times in (1, 2):
+        monkeypatch.setitem(FFNS, "dynamicgeglu", scaled(times * factor))
+        with torch.no_grad():
+            outputs.append(ready(any_ffn("dynamicgeglu", 32, 64))(x))
+        assert found() == missed
+    assert error(outputs[1], 2 * outputs[0]) < 1e-6
 
 
 @needs_compiler
