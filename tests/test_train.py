@@ -57,16 +57,6 @@ from model import FFNS, GPT, GPTConfig, make_ffn
 SHARED = ROOT.parent / "shared"
 
 
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    """An empty folder with shards in ./data, the working directory of the runs."""
-    make_data(tmp_path / "data")
-    return tmp_path
-
-
-TINY["data_dir"] = "data"
-
-
 def build(checkpoint: dict) -> GPT:
     """The model of a checkpoint, through model.py alone."""
     saved, names = checkpoint["flags"], {f.name for f in dataclasses.fields(GPTConfig)}
