@@ -410,9 +410,9 @@ def test_hostile_and_damaged_checkpoints(here: Path):
         shutil.copytree(here / "o", here / f"{i}")
         change(load(here / "o"), here / f"{i}" / "ckpt.pt")
         argv = [f"--init_from={'auto' if i % 2 else 'resume'}", f"--out_dir={i}", "--max_iters=6"]
-        refused(here, argv, "ckpt.pt")
         if case in ("pickle payload as weights", "text", "optimizer of another shape"):
             Run(here, argv).fails("ckpt.pt")
+        refused(here, argv, "ckpt.pt")
         assert (here / f"{i}" / "ckpt.pt").exists()
     assert not (here / "pwned").exists()
 
@@ -550,14 +550,6 @@ def test_no_space_for_the_checkpoint(here: Path):
     train(here, init_from="auto", **{**values, "max_iters": 12})
     train(here, **{**values, "out_dir": "a", "max_iters": 12})
     assert_same_run(here / "o", here / "a")
-
-
-@pytest.mark.parametrize("given", ["data/meta.json", "data/meta.json/below", "/proc/nothing/o"])
-def test_out_dir_that_cannot_be_written(here: Path, given: str):
-    """Refused before the first step."""
-    run = start(here, out_dir=given)
-    run.fails("--out_dir")
-    assert "step      1" not in run.out
 
 
 # ---- signals ------------------------------------------------------------------------------------
