@@ -81,10 +81,13 @@ def program_with(code: str) -> str:
     return code + f"model.FFNS['mine'] = Mine\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
 
 
+MINE = "runpy.run_path('mine.py', run_name='__main__')"
+
+
 def train_with(cwd: Path, code: str, *argv: str) -> Run:
     """A run to its end, good or bad, of a train.py with the class Mine of this code."""
     (cwd / "mine.py").write_text(program_with(code))
-    return Run(cwd, list(argv), code="runpy.run_path('mine.py', run_name='__main__')").wait()
+    return Run(cwd, list(argv), code=MINE).wait()
 
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -149,8 +152,9 @@ def test_losses_are_those_of_the_batches_in_the_design(here: Path, ranks: int, m
         assert loss == pytest.approx(mean_loss(model, batch), abs=2e-6)
 
 
-@pytest.mark.parametrize("val_tokens, windows", [(10**7, 37), (29 * BLOCK + 5, 29)])
-@pytest.mark.parametrize("ranks, micro", [(1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    "val_tokens, windows, ranks, micro", [(29 * BLOCK + 5, 29, 1, 4), (10**7, 37, 2, 2)]
+)
 def test_validation_loss(here: Path, val_tokens: int, windows: int, ranks: int, micro: int):
     """The mean over the first val_tokens // B windows, across two shards, with a padded last batch,
     whatever the layout; and so again by --eval_only, which leaves the run's files alone."""
@@ -212,8 +216,11 @@ ASSIGNS = """
             self.register_buffer("theta", torch.tensor(0.0))
             self.register_buffer("turned", torch.ones(3, 2).t())
             self.register_buffer("expanded", torch.ones(1).expand(d), persistent=False)
+            self.register_buffer("passes", torch.zeros(()))
+            self.register_buffer("key", torch.tensor(2**40 + 1))
         def forward(self, x):
             if self.training:
+                self.passes += 1
                 self.theta = 0.5 * self.theta + x.detach().mean()
                 self.turned.mul_(0.5).add_(x.detach().mean())
             return super().forward(x) + self.theta * self.expanded + self.turned.sum()
@@ -230,10 +237,11 @@ ASSIGNS = """
 def test_ranks_share_what_an_ffn_remembers_of_its_tokens(here: Path, ffn: str):
     """Two ranks see different tokens. The validation loss that they log together is the one that a
     single process finds with the checkpoint of rank 0, and resumed ranks repeat the run to the bit. An
-    FFN may change a buffer in place, or assign a new tensor. NCCL takes contiguous tensors only."""
+    FFN may change a buffer in place, or assign a new tensor. One that counts passes keeps a rank's
+    number, and what is no float is left alone. NCCL takes contiguous tensors only."""
     (here / "mine.py").write_text(program_with(ASSIGNS))
     values = {"ffn": ffn, "micro_batch_size": 1, "max_iters": 12, "eval_interval": 4, "val_tokens": 960}
-    values["code"] = "runpy.run_path('mine.py', run_name='__main__')"
+    values["code"] = MINE
     run = train_ranks(here, 2, out_dir="two", **values)
     assert json.loads((here / "two" / "config.json").read_text())["world"] == 2
     assert "step    2 ranks x 2 passes x 1 sequences x 32 tokens" in run.out
@@ -245,30 +253,11 @@ def test_ranks_share_what_an_ffn_remembers_of_its_tokens(here: Path, ffn: str):
     remembered = {name: b for name, b in kept.items() if name.endswith(ends)}
     assert remembered
     assert all(b.count_nonzero() for b in remembered.values())
+    if ffn == "mine":  # two passes of a rank in each step
+        assert (kept["model.layers.0.mlp.passes"], kept["model.layers.0.mlp.key"]) == (24, 2**40 + 1)
     train_ranks(here, 2, out_dir="parts", **{**values, "max_iters": 5, "lr_decay_iters": 12})
     train_ranks(here, 2, out_dir="parts", **{**values, "lr_decay_iters": 12}, init_from="resume")
     assert same_bits(load(here / "parts")["model"], load(here / "two")["model"])
-
-
-def test_ranks_keep_the_mean_of_a_buffer(here):
-    """Of one that counts passes it is their number, and what is no float is left alone."""
-    code = """
-        class Mine(model.SwiGLU):
-            def __init__(self, d, h):
-                super().__init__(d, h)
-                self.register_buffer("passes", torch.zeros(()))
-                self.register_buffer("key", torch.tensor(2**40 + 1))
-            def forward(self, x):
-                if self.training:
-                    self.passes += 1
-                return super().forward(x) + 0 * self.passes
-    """
-    (here / "mine.py").write_text(program_with(code))
-    run = "runpy.run_path('mine.py', run_name='__main__')"
-    train_ranks(here, 2, out_dir="o", ffn="mine", max_iters=3, n_layer=1, micro_batch_size=1, code=run)
-    kept = load(here / "o")["model"]
-    assert kept["model.layers.0.mlp.passes"] == 6  # two passes of a rank in each step
-    assert kept["model.layers.0.mlp.key"] == 2**40 + 1
 
 
 def test_mfu_is_that_of_all_devices(here):
@@ -278,7 +267,7 @@ def test_mfu_is_that_of_all_devices(here):
     assert source.count(none) == 1
     (here / "mine.py").write_text(source.replace(none, "    return 1e12\n"))
     values = {"out_dir": "o", "max_iters": 3, "dtype": "bfloat16", "micro_batch_size": 2}
-    train_ranks(here, 2, code="runpy.run_path('mine.py', run_name='__main__')", **values)
+    train_ranks(here, 2, code=MINE, **values)
     shape = {k: v for k, v in TINY.items() if hasattr(GPTConfig, k)}
     flops, row = GPT(GPTConfig(vocab_size=384, **shape)).flops_per_token(), rows(here / "o")[3]
     assert row["mfu"] == pytest.approx(flops * row["tok_per_s"] / (2 * 1e12))
@@ -668,18 +657,15 @@ def test_code_that_is_edited_while_data_are_prepared(here: Path):
     (here / "model.py").write_text((ROOT / "model.py").read_text())
     edit = "p = 'model.py'; s = open(p).read(); open(p, 'w').write(s.replace('F.silu(', 'F.gelu('))"
     code = f"""
-        import prepare_fineweb, runpy, sys
-        real = prepare_fineweb.open_data
-        def edited(*args):
+        sys.path.insert(0, "")
+        import prepare_fineweb
+        def edited(*args, real=prepare_fineweb.open_data):
             {edit}
             return real(*args)
         prepare_fineweb.open_data = edited
-        sys.argv[0] = 'train.py'
         runpy.run_path('train.py', run_name='__main__')
     """
-    command = [sys.executable, "-c", dedent(code), *flags(out_dir="b", max_iters=1)]
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    train(here, out_dir="b", max_iters=1, code=dedent(code))
     assert "F.gelu(self.gate_proj(x)) * self.up_proj" in (here / "model.py").read_text()
     config = json.loads((here / "b" / "config.json").read_text())
     assert config["ffn_code"] == model_file.ffn_code("swiglu")
@@ -953,15 +939,16 @@ def test_a_parameter_that_is_unfrozen_too_late(here: Path):
 
 
 def test_a_gradient_that_is_missing_with_two_ranks(here: Path):
-    """On one rank: torchrun's summary, the last thing that it prints, has the cause too."""
-    script = here / "mine.py"
-    impatient = "import configurator\nconfigurator.PATIENCE = 3\n"
-    script.write_text(program_with(impatient + dedent(LEFT_OUT.format(calls="(3,)", ranks="1"))))
-    argv = flags(out_dir="o", max_iters=9, ffn="mine", n_layer=1, micro_batch_size=2, save_interval=1)
-    done = subprocess.run([*TORCHRUN, "--standalone", str(script), *argv], cwd=here, capture_output=True,
-                          text=True, timeout=200)  # fmt: skip
-    assert done.returncode == 1
-    assert "error: step 3: model.layers.0.mlp.extra.weight received no gradient" in done.stderr
+    """On one rank: it names the step and the parameter, and no rank goes on. The file that torchrun
+    reads for its summary, the last thing that it prints, has the cause too."""
+    code = "import os\nos.environ['TORCHELASTIC_ERROR_FILE'] = 'error' + os.environ['RANK']\n"
+    (here / "mine.py").write_text(program_with(code + dedent(LEFT_OUT.format(calls="(3,)", ranks="1"))))
+    values = {"ffn": "mine", "max_iters": 9, "n_layer": 1, "micro_batch_size": 2, "save_interval": 1}
+    ranks = start_ranks(here, 2, out_dir="o", code=MINE, **values)
+    cause = "step 3: model.layers.0.mlp.extra.weight received no gradient"
+    ranks[1].fails(f"error: {cause}")
+    assert cause in (here / "error1").read_text()
+    assert ranks[0].wait().code == 1
     assert load(here / "o")["step"] == 2
 
 
@@ -1025,11 +1012,10 @@ def test_two_runs_in_one_folder(here: Path):
 
 def test_a_terminal_that_is_not_utf8(here: Path):
     """A sample of bytes may have any character: it is shown as far as it can be."""
-    argv = flags(out_dir="o", max_iters=1, sample_tokens=60, temperature=2)
-    env = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, TRAIN, *argv], cwd=here, capture_output=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert b"sample (60 tokens" in done.stdout
+    code = "sys.stdout = open(1, 'w', encoding='ascii', closefd=False)\n"
+    code += f"runpy.run_path({TRAIN!r}, run_name='__main__')"
+    values = {"max_iters": 1, "sample_tokens": 60, "temperature": 2, "code": code}
+    assert "sample (60 tokens" in train(here, out_dir="o", **values).out
 
 
 def test_public_shards_without_meta_are_gpt2(here: Path):
@@ -1181,7 +1167,7 @@ def test_added_optimizers(here: Path):
         assert source.count(end) == 1
         (here / "mine.py").write_text(source.replace(end, f"    {line}\n{end}"))
         argv = flags(out_dir="o", n_layer=1, **values)
-        return Run(here, argv, code="runpy.run_path('mine.py', run_name='__main__')").wait()
+        return Run(here, argv, code=MINE).wait()
 
     factored = "optimizers = [torch.optim.Adafactor([p for g in groups for p in g['params']], lr)]"
     run(factored, max_iters=2, lr_decay_iters=4).works()
@@ -1282,7 +1268,7 @@ def test_noise_is_other_noise_each_step_and_rank_and_seed(here: Path):
     """
     (here / "mine.py").write_text(program_with(code))
     values = {"ffn": "mine", "n_layer": 1, "max_iters": 3, "micro_batch_size": 2, "eval_interval": 9}
-    values["code"] = "runpy.run_path('mine.py', run_name='__main__')"
+    values["code"] = MINE
     train_ranks(here, 2, out_dir="two", **values)
     train(here, out_dir="one", batch_size=2, seed=1, **values)
     drawn = [(here / f"{name}-drew-{rank}").read_text().split() for name, rank in
@@ -1477,7 +1463,7 @@ def test_the_weight_of_an_auxiliary_loss(here: Path):
     assert all(row["aux_loss"] > 0 for row in a.values())
     assert all("aux_loss" not in row for row in rows(here / "a", "val_loss").values())
     values = {"out_dir": "c", "ffn": "mine", "max_iters": 6, "micro_batch_size": 2}
-    train_ranks(here, 2, code="runpy.run_path('mine.py', run_name='__main__')", **values)
+    train_ranks(here, 2, code=MINE, **values)
     c = rows(here / "c")
     assert max(abs(a[step]["aux_loss"] - c[step]["aux_loss"]) for step in a) < 1e-5
 
