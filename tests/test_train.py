@@ -1179,6 +1179,19 @@ def test_added_optimizers(here: Path):
     run(numpys, max_iters=1).fails("could be saved and not loaded", "Python's own numbers")
 
 
+def test_an_ffn_whose_checkpoint_could_not_be_loaded_is_refused(here: Path):
+    """State that weights_only would refuse, in a class of the reader's: before the first step."""
+    code = """
+        import numpy as np
+        class Mine(model.SwiGLU):
+            def get_extra_state(self):
+                return np.zeros(3)
+            def set_extra_state(self, state):
+                pass
+    """
+    train_with(here, code, *flags(out_dir="o", ffn="mine")).fails("mlp._extra_state", "get_extra_state")
+
+
 def test_a_group_keeps_its_own_learning_rate():
     """Of a hacker's group with another `lr`: the schedule multiplies it, and does not replace it."""
     shape = {k: v for k, v in TINY.items() if hasattr(GPTConfig, k)}
