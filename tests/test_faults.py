@@ -56,6 +56,14 @@ from train import read_log
 LONG = {"out_dir": "o", "n_layer": 1, "max_iters": 100_000, "save_interval": 4}
 
 
+def start_machines(*folders: Path, **values) -> list[Run]:
+    """Ranks of machines that share no folder: one of each."""
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    env["WORLD_SIZE"] = str(len(folders))
+    values = {"micro_batch_size": 2, "out_dir": "o", **values}
+    return [start(cwd, env={**env, "RANK": str(i)}, **values) for i, cwd in enumerate(folders)]
+
+
 def intact(run_dir: Path) -> dict:
     """The checkpoint, whole and finite."""
     checkpoint = load(run_dir)
@@ -297,11 +305,7 @@ def test_an_error_of_one_rank_is_told(here: Path):
 def test_an_error_of_one_machine_is_told(here: Path):
     """Before the ranks have met, too: rank 0 knows nothing of it, so the rank says it itself."""
     (here / "two" / "data").mkdir(parents=True)
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    ranks = [
-        start(folder, env={**env, "RANK": str(rank), "LOCAL_RANK": "0"}, micro_batch_size=1)
-        for rank, folder in enumerate((here, here / "two"))
-    ]
+    ranks = start_machines(here, here / "two")
     try:
         ranks[1].fails("no train shards in data", "prepare_fineweb.py")
     finally:
@@ -425,37 +429,25 @@ def test_ranks_that_cannot_reach_each_other(here: Path):
             raise RuntimeError("Gloo connectFullMesh failed with: Connection refused")
         dist.init_process_group = refused
     """
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1"}
-    env |= {"RANK": "0", "LOCAL_RANK": "0"}
     code = f"{textwrap.dedent(code)}runpy.run_path({TRAIN!r}, run_name='__main__')"
-    start(here, out_dir="o", env=env, code=code).fails("connectFullMesh", "GLOO_SOCKET_IFNAME")
+    (run,) = start_machines(here, code=code)
+    run.fails("connectFullMesh", "GLOO_SOCKET_IFNAME")
 
 
 def test_ranks_with_different_checkpoints(here: Path):
     """Two machines whose out_dir is not shared: refused, not trained from two different steps."""
-    for name, steps in (("zero", 2), ("one", 4)):
-        train(here, out_dir=f"{name}/o", n_layer=1, max_iters=steps, lr_decay_iters=9)
-        shutil.copytree(here / "data", here / name / "data")
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    values = {"out_dir": "o", "n_layer": 1, "max_iters": 9, "init_from": "auto", "micro_batch_size": 2}
-    ranks = [
-        start(here / name, env={**env, "RANK": str(rank), "LOCAL_RANK": "0"}, **values)
-        for rank, name in enumerate(("zero", "one"))
-    ]
-    for rank in ranks:
+    train(here, out_dir="o", n_layer=1, max_iters=2, lr_decay_iters=9)
+    shutil.copytree(here, here / "one")
+    torch.save({**load(here / "o"), "step": 4}, here / "one" / "o" / "ckpt.pt")
+    for rank in start_machines(here, here / "one", n_layer=1, max_iters=9, init_from="auto"):
         rank.fails("checkpoint", "--out_dir")
-    assert load(here / "zero" / "o")["step"] == 2
+    assert load(here / "o")["step"] == 2
 
 
 def test_ranks_with_different_shards(here: Path):
     """Two machines of which one has other data: refused, not trained on either."""
-    make_data(here / "other", {**SIZES, "x_train_000003.bin": 701})
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    ranks = [
-        start(here, env={**env, "RANK": str(rank), "LOCAL_RANK": "0"}, data_dir=folder,
-              out_dir="o", micro_batch_size=2) for rank, folder in enumerate(("data", "other"))
-    ]  # fmt: skip
-    for rank in ranks:
+    make_data(here / "other" / "data", {**SIZES, "x_train_000003.bin": 701})
+    for rank in start_machines(here, here / "other"):
         rank.fails("different shards", "--data_dir")
     assert not (here / "o" / "ckpt.pt").exists()
 
