@@ -6,11 +6,22 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # Before torch is imported, and for every subprocess. Where Triton is installed, torch.compile would
 # start a process for it, which a CPU does not need.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TORCH_WARM_POOL": "0"}
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """An empty folder with shards in ./data, the working directory of the runs."""
+    from trainer import make_data
+
+    make_data(tmp_path / "data")
+    return tmp_path
 
 
 def pytest_xdist_auto_num_workers(config) -> int:

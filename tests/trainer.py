@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import io
 import json
 import multiprocessing
 import os
@@ -23,9 +24,11 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +39,7 @@ TINY = {
     "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "block_size": BLOCK, "ffn_hidden": 64,
     "batch_size": BATCH, "micro_batch_size": BATCH, "max_iters": 40, "learning_rate": 1e-2,
     "warmup_iters": 5, "compile": False, "device": "cpu", "log_interval": 1,
+    "data_dir": "data",
 }  # fmt: skip
 
 
@@ -179,6 +183,35 @@ def one_line(code: int, err: str, *needles: str) -> str:
     for needle in needles:
         assert needle in lines[0], f"{needle!r} not in {lines[0]}"
     return lines[0]
+
+
+def refused(cwd: Path, argv: list[str], *needles: str) -> str:
+    """As `Run(cwd, argv).fails(*needles)`, but in this process, in which nothing is changed: a run that
+    is not refused ends where it would begin to catch signals, before its first step."""
+    import configurator
+    import train as train_py
+
+    def begins():
+        raise AssertionError("the run was not refused")
+
+    code, err = 0, io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [TRAIN, *argv])
+        patch.setattr(train_py, "set_up", lambda device: None)
+        patch.setattr(train_py, "catch_signals", begins)
+        try:
+            configurator.run(train_py.main)
+        except SystemExit as e:  # Python prints a text and exits with 1
+            code = e.code
+    assert not warned, [str(w.message) for w in warned]
+    text = f"{err.getvalue()}{code}\n" if isinstance(code, str) else err.getvalue()
+    return one_line(1 if isinstance(code, str) else code, text, *needles)
 
 
 def start(
