@@ -55,7 +55,7 @@ class Config:
     ffn_match: Literal["hidden", "params", "flops"] = "hidden"  # keep ffn_hidden, or match SwiGLU's cost
     vocab_size: int = 50304  # token ids
     micro_batch_size: int = 8  # mode step: sequences per step
-    tokens: int = 1024  # mode ffn: tokens per call, in sequences of block_size
+    tokens: int = 4096  # mode ffn: tokens per call, in sequences of block_size; config/tiny.py's pass
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon for the matrices inside layers
     recompute: bool = False  # if compiled: compute elementwise results again, which saves memory
     residual: Literal["float32", "bfloat16"] = "float32"  # residual stream, where dtype is bfloat16
