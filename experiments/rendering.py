@@ -30,10 +30,10 @@ def big(x: float, of: float | None = None) -> str:
     return text + (f" ({x / of:.2f}x)" if of else "")
 
 
-def shown(row: dict, keys: tuple[str, str, str], spec: str) -> str:
-    """A value and its interval, as far as they are known."""
+def shown(row: dict, keys: tuple[str, str, str], spec: str, mark: str = "") -> str:
+    """A value, with a mark before it, and its interval, as far as they are known."""
     value, low, high = ("" if row[k] is None else format(round(row[k], 4) + 0.0, spec) for k in keys)
-    return value + (f" [{low}, {high}]" if low else "")
+    return mark * bool(value) + value + (f" [{low}, {high}]" if low else "")
 
 
 def markdown(record: dict) -> str:
@@ -58,8 +58,8 @@ def markdown(record: dict) -> str:
             "p": "" if row["p"] is None else f"{row['p']:.2g}" if row["p"] > 1e-4 else "< 1e-4",
             "verdict": row["verdict"],
             "step time": "" if row["step_time_ratio"] is None else f"{row['step_time_ratio']:.2f}",
-            "tokens to its loss": beyond + shown(row, TOKENS, ".3g"),
-            "time to its loss": beyond + shown(row, TIME, ".3g") + " wins" * row["wins"],
+            "tokens to its loss": shown(row, TOKENS, ".3g", beyond),
+            "time to its loss": shown(row, TIME, ".3g", beyond) + " wins" * row["wins"],
             "paper's difference": row["paper"] or "",
         })  # fmt: skip
     columns = [[name, *(line[name] for line in lines)] for name in lines[0]]

@@ -853,6 +853,8 @@ def test_the_price_of_a_difference(tmp_path, monkeypatch):
     for effect, ratio in ((0.3, "1.8"), (0.168, "1.4")):
         make_priced(tmp_path / ratio, effect, 1)
         assert re.search(rf"\| ~{ratio}\d* \[.*\| ~{ratio}", works(tmp_path, "--report", ratio))
+    Path("1.8", "step_times.json").unlink()  # what is not known has no mark
+    assert re.search(r"\| ~1\.8\d* \[[^|]*\|$", works(tmp_path, "--report", "1.8"), re.M)
     # Folders of runs, one by one, have the step times that lie beside them.
     folders = sorted(f"out/{path.name}" for path in (tmp_path / "out").glob("*-s*"))
     works(tmp_path, "--report", *folders, "--out=alone")
