@@ -1385,9 +1385,6 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
     cacheable = dict(getattr(inductor, "unsafe_marked_cacheable_functions", {}))
     cacheable |= {f"torch.amp.autocast_mode.{name}_autocast": "1" for name in ("_enter", "_exit")}
     for config, name, value in [
-        # The number of an expert's rows becomes a dynamic shape and does not break the graph.
-        (dynamo, "capture_scalar_outputs", True),
-        (dynamo, "capture_dynamic_output_shape_ops", True),
         # Without these two, a graph with an autograd.Function (our loss) or an autocast in it is traced
         # again at each start, though PyTorch's cache could hold it: 32 layers take 17 s, not 5. (Under
         # DDP, which cuts the graph into pieces, it still is.)

@@ -40,7 +40,6 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = list(ref.DEFAULTS)  # those with a reference; FFNS may have more
 CPU = torch.device("cpu")
 HAS_MKL = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-DYNAMIC = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler"
 )
@@ -214,8 +213,7 @@ def test_any_ffn_compiled_is_eager():
     specs = [f"{name}:n=2" if name in ("moe", "thresholdmoe") else name for name in FFNS]
     specs += ["asg:grad=ste:threshold=neuron", "sparsegated:grad=ste"]
     specs += ["sparseglu:select=stat:grad=ste", "sparseglu:grad=gate"]
-    with torch._dynamo.config.patch(DYNAMIC):
-        assert_compiled_is_eager([any_ffn(spec) for spec in specs], backend="aot_eager")
+    assert_compiled_is_eager([any_ffn(spec) for spec in specs], backend="aot_eager")
 
 
 # -- the FFNs against the references -----------------------------------------------------------
@@ -643,8 +641,7 @@ def test_a_compiled_training_pass_is_eager_whatever_the_counts(spec, backend):
     counters.clear()
     eager = any_ffn(spec).train()
     ffn = copy.deepcopy(eager)
-    model_module.compiled(ffn, CPU)  # which allows dynamic shapes
-    ready = torch.compile(ffn, backend=backend, dynamic=False)
+    ready = torch.compile(ffn, backend=backend, dynamic=False, fullgraph=True)
     assert_training_passes_are_equal(ready, ffn, eager, [inputs(2, 48, D, seed=i) for i in range(3)])
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -1213,7 +1210,7 @@ def test_every_ffn_fits_cuda_autocast_and_one_graph(spec, training):
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     torch.compiler.reset()
-    with FakeTensorMode(shape_env=ShapeEnv()), torch._dynamo.config.patch(DYNAMIC):
+    with FakeTensorMode(shape_env=ShapeEnv()):
         with torch.device("cuda"):
             ffn = make_ffn(spec, 64, 72).train(training)
             x = torch.randn(2, 16, 64)
