@@ -55,7 +55,7 @@ class Config:
     ffn_match: Literal["hidden", "params", "flops"] = "hidden"  # keep ffn_hidden, or match SwiGLU's cost
     vocab_size: int = 50304  # token ids
     micro_batch_size: int = 8  # mode step: sequences per step
-    tokens: int = 4096  # mode ffn: tokens per call, in sequences of block_size; config/tiny.py's pass
+    tokens: int = 4096  # mode ffn: tokens per call (as config/tiny.py), in sequences of block_size
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon for the matrices inside layers
     recompute: bool = False  # if compiled: compute elementwise results again, which saves memory
     residual: Literal["float32", "bfloat16"] = "float32"  # residual stream, where dtype is bfloat16
@@ -287,7 +287,7 @@ def measure(calls: dict, rounds: int, device: torch.device, x: Tensor | None = N
         if x is not None:
             x.detach().normal_()
         for name in list(calls)[:: -1 if i % 2 else 1]:
-            for _ in range(1 if device.type == "cpu" else 32):  # meanwhile a GPU's timed call is queued
+            for _ in range(1 if device.type == "cpu" else 32):  # a GPU is busy while its call is queued
                 sweep.zero_()
             times[name].append(timed(calls[name], device))
     gc.enable()

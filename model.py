@@ -1403,7 +1403,8 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
         raise UserError(f"{names} turns torch.compile off: unset it, or use --compile=False")
     onednn = onednn_pass() if device.type == "cpu" else None
     options = {"post_grad_custom_pre_pass": onednn} if onednn else None
-    # fullgraph: what cannot be compiled is an error, and does not run in eager mode unnoticed.
+    # fullgraph: what cannot be compiled is an error, and does not run in eager mode unnoticed. It also
+    # allows dynamic shapes, such as the numbers of experts' rows.
     return torch.compile(f, dynamic=False, fullgraph=True, options=options)
 
 

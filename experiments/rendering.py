@@ -33,7 +33,7 @@ def big(x: float, of: float | None = None) -> str:
 def shown(row: dict, keys: tuple[str, str, str], spec: str, mark: str = "") -> str:
     """A value, with a mark before it, and its interval, as far as they are known."""
     value, low, high = ("" if row[k] is None else format(round(row[k], 4) + 0.0, spec) for k in keys)
-    return mark * bool(value) + value + (f" [{low}, {high}]" if low else "")
+    return value and mark + value + (f" [{low}, {high}]" if low else "")
 
 
 def markdown(record: dict) -> str:

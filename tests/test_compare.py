@@ -6,7 +6,6 @@ made-up logs test what it computes, and every figure is computed again here from
 from __future__ import annotations
 
 import inspect
-import io
 import json
 import lzma
 import math
@@ -22,7 +21,6 @@ import sys
 import tarfile
 import tempfile
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,7 +29,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from trainer import FORK, PRELOADED, ROOT, TINY, enter, make_data, one_line, rows, wait_until
+from trainer import FORK, PRELOADED, ROOT, TINY, call_here, enter, make_data, one_line, rows, wait_until
 
 import configurator
 import train
@@ -75,17 +73,8 @@ def call(cwd: Path, *argv: str) -> tuple[int, str, str]:
         process.join(200)
         assert process.exitcode is not None, "still running"
         return process.exitcode, (cwd / "call.out").read_text(), (cwd / "call.err").read_text()
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as here, matplotlib.rc_context():
-        here.chdir(cwd)
-        here.setattr(sys, "argv", [SCRIPT, *argv])
-        with redirect_stdout(out), redirect_stderr(err):
-            try:
-                configurator.run(compare.main)
-            except SystemExit as stop:
-                code = 1
-                print(stop.code, file=sys.stderr)
-    return code, out.getvalue(), err.getvalue()
+    with matplotlib.rc_context():
+        return call_here(compare.main, cwd, [SCRIPT, *argv])
 
 
 def works(cwd: Path, *argv: str) -> str:

@@ -410,7 +410,7 @@ def test_hostile_and_damaged_checkpoints(here: Path):
     --init_from=auto does not take it for no checkpoint."""
     train(here, out_dir="o", n_layer=1, max_iters=4)
     for i, (case, change) in enumerate(BAD_CHECKPOINTS.items()):
-        print(case)
+        print(case)  # which one fails
         shutil.copytree(here / "o", here / f"{i}")
         change(load(here / "o"), here / f"{i}" / "ckpt.pt")
         argv = [f"--init_from={'auto' if i % 2 else 'resume'}", f"--out_dir={i}", "--max_iters=6"]

@@ -25,6 +25,7 @@ import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -185,33 +186,42 @@ def one_line(code: int, err: str, *needles: str) -> str:
     return lines[0]
 
 
+def call_here(main: Callable, cwd: Path, argv: list[str]) -> tuple[int, str, str]:
+    """Run a script's main in this process. Returns (exit code, stdout, stderr)."""
+    import configurator
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", argv)
+        try:
+            configurator.run(main)
+        except SystemExit as e:
+            code = e.code or 0
+            if isinstance(code, str):  # Python prints it and exits with 1
+                print(code, file=err)
+                code = 1
+    return code, out.getvalue(), err.getvalue()
+
+
 def refused(cwd: Path, argv: list[str], *needles: str) -> str:
     """As `Run(cwd, argv).fails(*needles)`, but in this process, in which nothing is changed: a run that
     is not refused ends where it would begin to catch signals, before its first step."""
-    import configurator
     import train as train_py
 
     def begins():
         raise AssertionError("the run was not refused")
 
-    code, err = 0, io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(err),
-        warnings.catch_warnings(record=True) as warned,
-    ):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", [TRAIN, *argv])
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
         patch.setattr(train_py, "set_up", lambda device: None)
         patch.setattr(train_py, "catch_signals", begins)
-        try:
-            configurator.run(train_py.main)
-        except SystemExit as e:  # Python prints a text and exits with 1
-            code = e.code
+        code, _, err = call_here(train_py.main, cwd, [TRAIN, *argv])
     assert not warned, [str(w.message) for w in warned]
-    text = f"{err.getvalue()}{code}\n" if isinstance(code, str) else err.getvalue()
-    return one_line(1 if isinstance(code, str) else code, text, *needles)
+    return one_line(code, err, *needles)
 
 
 def start(
