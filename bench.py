@@ -245,12 +245,10 @@ def make_step(
     cast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     optimizers, failed = train.make_optimizers(model, flags), torch.zeros((), device=device)
     ready = compiled(model, device, recompute=flags.recompute) if flags.compile else model
-
-    def step() -> object:
-        batches = [torch.randint(model.config.vocab_size, size, device=device) for _ in range(passes)]
-        return train.train_step(ready, optimizers, batches, flags, 0, failed, cast)
-
-    return step, optimizers
+    rng = torch.Generator(device).manual_seed(flags.seed)  # train_step sets the seed of PyTorch's own
+    draw = functools.partial(torch.randint, model.config.vocab_size, size, generator=rng, device=device)
+    step = functools.partial(train.train_step, ready, optimizers)
+    return (lambda: step([draw() for _ in range(passes)], flags, 0, failed, cast)), optimizers
 
 
 def at_rest(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
