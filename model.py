@@ -25,7 +25,6 @@ import os
 import random
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -782,10 +781,8 @@ def make_ffn(spec: str, d: int, h: int) -> nn.Module:
     cls, options = parse_spec(spec)
     if d < 1 or h < 1:
         raise UserError(f"an FFN needs d >= 1 and h >= 1, not d={d} h={h}")
-    try:
+    with user_error(f"{spec} refuses d={d} h={h}", "change an option or these", AssertionError):
         ffn = cls(d, h, **options)
-    except AssertionError as e:
-        raise UserError(f"{spec} refuses d={d} h={h} ({reason(e)}): change an option or these") from e
     memory: dict[tuple[int, int], str] = {}
     for name, p in ffn.named_parameters():
         if nn.parameter.is_lazy(p):
@@ -833,9 +830,6 @@ def ffn_cost(ffn: nn.Module) -> dict[str, int]:
     return {"params": params, "flops": int(flops), "ideal_flops": int(ideal)}
 
 
-DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-IMPORTS = (ast.Import, ast.ImportFrom)
-LIBRARIES = {"torch", *sys.stdlib_module_names}
 OURS = ("bench", "configurator", "model", "prepare_fineweb", "train")  # no user's files of helpers
 
 
@@ -850,64 +844,52 @@ def code_hash(roots: Iterable[type | Callable]) -> str:
     does the module of a class made in a function. The hash is empty where there is no source."""
     code: set[str] = set()
     for root in roots:
-        file = getattr(sys.modules.get(root.__module__), "__file__", None) or ""
-        if root.__module__.partition(".")[0] in LIBRARIES or not file.endswith(".py"):
+        file = Path(getattr(sys.modules.get(root.__module__), "__file__", None) or "")
+        library = root.__module__.partition(".")[0] in {"torch", *sys.stdlib_module_names}
+        if library or file.suffix != ".py":
             continue
-        binding, folder = bindings(Path(file).read_bytes()).copy(), Path(file).parent
-        ours = {folder / f"{name}.py" for name in OURS}
-        helpers = ours.copy()
-        start = root.__qualname__.partition(".")[0]
-        made = "<locals>" in root.__qualname__ or start not in binding
-        names = list(binding) if made else [start]
-        while names:
-            for statement in binding.pop(names.pop(), ()):
-                # Python's versions differ in which empty fields they show.
-                text = re.sub(r"(, )?\w+=(None|\[\]|Load\(\))", "", ast.dump(statement))
-                code.add(text.replace("(, ", "("))
-                nodes = [*ast.walk(statement)]
-                names += {getattr(node, "id", "FFNS") for node in nodes} - {"FFNS"}
-                for node in filter(lambda node: isinstance(node, IMPORTS), nodes):
-                    add_helpers(node, folder, folder, helpers)
-        code |= {helper.read_text("utf-8") for helper in helpers - ours}
+        module, used, names = statements(file.read_bytes()), set(), {root.__qualname__}
+        while new := {text for text, bound in module if bound & names} - used:
+            used |= new
+            names |= {*re.findall(r"\bid='(\w+)'", "".join(new))} - {"FFNS"}
+        code |= with_helpers(used or {"".join(text for text, _ in module)}, file.parent)
     return hashlib.sha256("\n".join(sorted(code)).encode()).hexdigest()[:16] if code else ""
 
 
-def add_helpers(node: ast.Import | ast.ImportFrom, here: Path, root: Path, found: set[Path]) -> None:
-    """Add to found the files below root that an import in a file of the folder here reads, and the files
-    that those import."""
-    for alias in node.names:
-        names = f"{getattr(node, 'module', None) or ''}.{alias.name}".strip(".").split(".")
-        if names[0] in LIBRARIES:
-            continue
-        for path in {here.joinpath(*names), root.joinpath(*names)}:
-            files = [Path(f"{p}.py") for p in (path, path.parent)]  # of a module, or of a name in it
-            files += [p / "__init__.py" for p in (path, *path.parents)]
-            for file in files:
-                if root in file.parents and file not in found and file.is_file():
-                    found.add(file)
-                    for inner in ast.walk(ast.parse(file.read_bytes())):
-                        if isinstance(inner, IMPORTS):
-                            add_helpers(inner, file.parent, root, found)
+def with_helpers(code: set[str], folder: Path) -> set[str]:
+    """Return this code and that of the files below folder that it imports, directly or not. A file is
+    one of these if each part of its path occurs in an import, whatever the import's form."""
+    imports = re.findall(r"(?:module|alias\(name)='([\w.]+)'", "".join(code))
+    words, paths = {"__init__", *".".join(imports).split(".")}, [folder]
+    for path in paths:  # which grows meanwhile
+        paths += [p for p in path.glob("*") if p.stem in words]
+    files = {p for p in paths if p.suffix == ".py"} - {folder / f"{name}.py" for name in OURS}
+    more = code | {"".join(text for text, _ in statements(file.read_bytes())) for file in files}
+    return with_helpers(more, folder) if more > code else code
 
 
 @functools.cache
-def bindings(source: bytes) -> dict[str, list[ast.stmt]]:
-    """Return the top-level statements of a module, without docstrings, by each name that one defines,
-    imports, assigns to or changes; of an import of several names the part for this one."""
-    tree, found = ast.parse(source), defaultdict(list)
+def statements(source: bytes) -> list[tuple[str, set[str]]]:
+    """Return the code of each top-level statement of a module, without docstrings, and the names that it
+    defines, imports, assigns to or changes. An import of several names is one statement for each."""
+    tree, found = ast.parse(source), []
     for node in ast.walk(tree):
-        if isinstance(node, DEFINITIONS) and ast.get_docstring(node) is not None:
+        if (node is tree or hasattr(node, "decorator_list")) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
     for statement in tree.body:
-        imports = isinstance(statement, IMPORTS)
-        for node in [statement] if isinstance(statement, DEFINITIONS) else ast.walk(statement):
-            if isinstance(getattr(node, "ctx", None), ast.Store):  # x = ..., x[0] = ..., x.y = ...
-                for n in ast.walk(node):
-                    if isinstance(n, ast.Name):
-                        found[n.id].append(statement)
-            elif name := getattr(node, "asname", None) or getattr(node, "name", None):
-                part = type(statement)(**vars(statement) | {"names": [node]}) if imports else statement
-                found[name.partition(".")[0]].append(part)
+        parts = [statement]
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            parts = [type(statement)(**vars(statement) | {"names": [name]}) for name in statement.names]
+        for part in parts:
+            names: set[str] = set()
+            for node in [part] if hasattr(part, "decorator_list") else ast.walk(part):
+                if isinstance(getattr(node, "ctx", None), ast.Store):  # x = ..., x[0] = ..., x.y = ...
+                    names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                elif isinstance(name := getattr(node, "asname", None) or getattr(node, "name", ""), str):
+                    names.add(name.partition(".")[0])
+            # Python's versions differ in which empty fields they show.
+            text = re.sub(r"(, )?\w+=(None|\[\]|Load\(\))", "", ast.dump(part))
+            found.append((text.replace("(, ", "("), names))
     return found
 
 
