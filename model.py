@@ -1165,7 +1165,7 @@ class GPT(nn.Module):
         top_k 0 keeps all; ids from n_vocab on, the vocabulary's padding, are never drawn. A full context
         drops its older half. Where an FFN reads earlier tokens, no cache is used."""
         size = self.config.block_size
-        start, caches = max(0, idx.size(1) - size), None
+        start = read = max(0, idx.size(1) - size)  # the context's first token, and the first to read
         with evaluating(self):
             if self.mixes_tokens is None:
                 x = self.lm_head.weight.new_empty(1, min(size, 512), self.config.n_embd)
@@ -1173,23 +1173,19 @@ class GPT(nn.Module):
             use_cache = use_cache and not self.mixes_tokens
             for _ in range(max_new_tokens):
                 if idx.size(1) - start > size:
-                    start, caches = idx.size(1) - max(1, size // 2), None
-                if caches is None or not use_cache:  # all of the context
-                    caches = [[] for _ in self.model.layers]
-                    x, _ = self.model(idx[:, start:], caches if use_cache else None)
-                else:  # the newest token
-                    x, _ = self.model(idx[:, -1:], caches, start=idx.size(1) - 1 - start)
+                    start = read = idx.size(1) - max(1, size // 2)
+                if read == start:
+                    caches = [[] for _ in self.model.layers] if use_cache else None
+                x, _ = self.model(idx[:, read:], caches, read - start)
+                read = idx.size(1) if use_cache else start
                 logits = self.lm_head(x[:, -1]).float()
                 if n_vocab:
                     logits[:, n_vocab:] = -math.inf
                 if top_k:
                     kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
-                if temperature > 0:
-                    p = F.softmax(logits / max(temperature, 1e-30), dim=-1)
-                    new = torch.multinomial(p, 1)
-                else:
-                    new = logits.argmax(-1, keepdim=True)
+                p = F.softmax(logits / max(temperature, 1e-30), dim=-1)
+                new = torch.multinomial(p, 1) if temperature > 0 else logits.argmax(-1, keepdim=True)
                 idx = torch.cat((idx, new), dim=1)
         return idx
 
@@ -1202,11 +1198,11 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Return the FLOPs of a training step per token, three times those of the forward pass. The
         masked half of attention is not counted (nanoGPT's 12 counts it)."""
-        c = self.config
-        ffn = sum(ffn_cost(layer.mlp)["flops"] for layer in self.model.layers)
-        rest = [p for layer in self.model.layers for p in layer.self_attn.parameters() if is_matrix(p)]
-        rest = sum(p.numel() for p in [*rest, self.lm_head.weight])
-        return 3 * (ffn + 2 * rest) + 6 * c.n_layer * c.n_embd * c.block_size
+        c, parts = self.config, [self.lm_head]
+        for layer in self.model.layers:
+            parts += [layer.self_attn, layer.mlp]
+        matrices = sum(ffn_cost(part)["flops"] for part in parts)
+        return 3 * (matrices + 2 * c.n_layer * c.n_embd * c.block_size)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1214,14 +1210,11 @@ class GPT(nn.Module):
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Put a model into evaluation mode inside a with block."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+    with contextlib.ExitStack() as restore:
+        restore.callback(model.train, model.training)
+        yield model.eval()
 
 
 @torch.no_grad()
