@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import UserError, parse_value, reason, suggest, user_error
@@ -1069,17 +1070,12 @@ def is_residual(name: str) -> bool:
     return name.removesuffix(".weight").rpartition(".")[2] in ("o_proj", "down_proj")
 
 
-@contextlib.contextmanager
-def nan_for_empty() -> Iterator[None]:
-    """Let torch.empty return NaN inside a with block, so that values that are never set are seen."""
-    options, mode = torch.utils.deterministic, torch.get_deterministic_debug_mode()
-    fill, options.fill_uninitialized_memory = options.fill_uninitialized_memory, True
-    torch.set_deterministic_debug_mode("warn")
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-        options.fill_uninitialized_memory = fill
+class NaNForEmpty(TorchDispatchMode):
+    """Lets torch.empty return NaN inside a with block, so that values that are never set are seen."""
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        return out.fill_(math.nan) if "empty" in f.name() and out.is_floating_point() else out
 
 
 class GPT(nn.Module):
@@ -1097,7 +1093,7 @@ class GPT(nn.Module):
         self.mixes_tokens: bool | None = None
         with torch.random.fork_rng(devices=[]):  # for what an FFN may draw by itself
             torch.default_generator.manual_seed(config.seed)
-            with nan_for_empty():
+            with NaNForEmpty():
                 self.model = Decoder(config)
             self.lm_head = linear(config.n_embd, config.vocab_size)
             if config.tie_embeddings:
@@ -1113,11 +1109,10 @@ class GPT(nn.Module):
         1/sqrt(2 n_layer) and others of an FFN from N(0, ffn_init_std), and set biases to 0. Vectors and
         scalars stay as they are. An init_weights of an FFN's own is called last."""
         c, drawn = self.config, {}
-        again = dict(make_ffn(c.ffn, c.n_embd, c.hidden).named_parameters())  # with other random numbers
+        twins = dict(make_ffn(c.ffn, c.n_embd, c.hidden).named_parameters())  # with other random numbers
         for name, p in self.named_parameters():  # a tied weight comes once, as embed_tokens
-            twin = again.get(name.partition(".mlp.")[2], p.new_empty(0))
+            twin = twins.get(name.partition(".mlp.")[2], p)
             fixed = twin is not p and not p.is_meta and torch.equal(p, twin)
-            before = p.clone() if fixed else p
             if name.endswith(".bias"):
                 p.zero_()
             elif is_matrix(p) and p.is_floating_point():
@@ -1126,7 +1121,7 @@ class GPT(nn.Module):
                 seed = hashlib.sha256(f"{c.seed}:{name}".encode()).digest()[:8]
                 generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
                 p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
-            if before is not p and not torch.equal(p, before):
+            if fixed and not torch.equal(p, twin):
                 drawn[name] = p.clone()
         for i, layer in enumerate(self.model.layers):
             if has(layer.mlp, "init_weights"):
