@@ -1292,7 +1292,7 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
         ffn = copy.deepcopy(model.model.layers[0].mlp).train()
     except RuntimeError:  # of tensors that cannot be copied, as of the old weight_norm
         ffn = sketch(lambda: make_ffn(c.ffn, c.n_embd, c.hidden)).to(x)
-    saved, tensors, numbers = copy.deepcopy(ffn.state_dict()), [], []
+    saved, tensors, others = copy.deepcopy(ffn.state_dict()), [], []
     kinds = (bool, int, float) if on_cpu(x) else (bool, int)
     for _ in range(2):
         counter, rng = FlopCounterMode(display=False), torch.random.fork_rng([x.device] * x.is_cuda)
@@ -1302,12 +1302,10 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
         tensors.append([t.nan_to_num() for t in (y, aux) if t is not None])
         ffn.load_state_dict(saved)  # as if resumed
         # What Python keeps: numbers, and the states of random numbers that are not torch's.
-        numbers.append({"random": random.getstate(), "numpy": str(np.random.get_state())})
-        for i, module in enumerate(ffn.modules()):
-            kept = {key: repr(value) for key, value in vars(module).items() if type(value) in kinds}
-            numbers[-1] |= {(i, key): value for key, value in kept.items()}
-    lost = any(numbers[1].get(key) != value for key, value in numbers[0].items())
-    if lost or (on_cpu(x) and not all(map(torch.equal, *tensors))):
+        kept = [item for module in ffn.modules() for item in vars(module).items()]
+        numbers = sorted((key, repr(value)) for key, value in kept if type(value) in kinds)
+        others.append((numbers, random.getstate(), str(np.random.get_state())))
+    if others[0] != others[1] or (on_cpu(x) and not all(map(torch.equal, *tensors))):
         cure = "keep it in a buffer (set_progress may write a step count) and draw numbers with torch"
         raise UserError(f"{c.ffn} changes something in training that is not saved: {cure}")
     counted, said = counter.get_total_flops() / x.size(1), ffn_cost(ffn)["flops"]
