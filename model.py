@@ -1259,22 +1259,19 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
     not as told and for state that changes and is not saved. (A GPU's sums may differ in rounding. There
     only whole numbers count.)
     """
-    model.mixes_tokens, known = False, {None, *model.parameters()}
-    c, generator = model.config, torch.Generator().manual_seed(0)
+    model.mixes_tokens, c, generator = False, model.config, torch.Generator().manual_seed(0)
     x = torch.randn(1, c.block_size, c.n_embd, generator=generator).to(model.lm_head.weight)
-    with evaluating(model):
+    with evaluating(model), contextlib.ExitStack() as restore:
+        for p in model.parameters():  # frozen, so that what needs a gradient is no parameter
+            restore.callback(p.requires_grad_, p.requires_grad)
+            p.requires_grad_(False)
         for i, layer in enumerate(model.model.layers):
             name, saved = f"model.layers.{i}.mlp", copy.deepcopy(layer.mlp.state_dict())
             with autocast(), torch.enable_grad():
                 y, aux = split_aux(layer.mlp(x))
-            todo, seen = [y.grad_fn, getattr(aux, "grad_fn", None)], {None}
-            while todo:  # through all that y was computed from
-                if (node := todo.pop()) not in seen:
-                    seen.add(node)
-                    todo += [before for before, _ in node.next_functions]
-                    if getattr(node, "variable", None) not in known:
-                        cure = "make it an nn.Parameter, and a list of modules an nn.ModuleList"
-                        raise UserError(f"{name} uses a weight that is no parameter: {cure}")
+            if y.requires_grad or (aux is not None and aux.requires_grad):
+                cure = "make it an nn.Parameter, and a list of modules an nn.ModuleList"
+                raise UserError(f"{name} uses a weight that is no parameter: {cure}")
             if y.shape != x.shape or not y.is_floating_point():
                 raise UserError(f"{name} returns {y.dtype} {tuple(y.shape)} for {tuple(x.shape)}")
             leaks, mixes = influences(layer.mlp, x[:, :512])
