@@ -1285,10 +1285,8 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
             model.mixes_tokens |= mixes
     if not training:
         return
-    try:
-        ffn = copy.deepcopy(model.model.layers[0].mlp).train()
-    except RuntimeError:  # of tensors that cannot be copied, as of the old weight_norm
-        ffn = sketch(lambda: make_ffn(c.ffn, c.n_embd, c.hidden)).to(x)
+    # The old weight_norm keeps a tensor that can be copied only since it was computed without gradients.
+    ffn = copy.deepcopy(model.model.layers[0].mlp).train()
     saved, tensors, others = copy.deepcopy(ffn.state_dict()), [], []
     kinds = (bool, int, float) if on_cpu(x) else (bool, int)
     for _ in range(2):
