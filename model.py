@@ -1193,11 +1193,10 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Return the FLOPs of a training step per token, three times those of the forward pass. The
         masked half of attention is not counted (nanoGPT's 12 counts it)."""
-        c, parts = self.config, [self.lm_head]
-        for layer in self.model.layers:
-            parts += [layer.self_attn, layer.mlp]
-        matrices = sum(ffn_cost(part)["flops"] for part in parts)
-        return 3 * (matrices + 2 * c.n_layer * c.n_embd * c.block_size)
+        c = self.config
+        parts = [part for layer in self.model.layers for part in (layer.self_attn, layer.mlp)]
+        products = sum(ffn_cost(part)["flops"] for part in [*parts, self.lm_head])
+        return 3 * (products + 2 * c.n_layer * c.n_embd * c.block_size)
 
 
 # ------------------------------------------------------------------------------------------------
