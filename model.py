@@ -477,34 +477,31 @@ class MoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(upcast(x.reshape(-1, x.size(-1))), upcast(self.router.weight))
 
-    def route(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | list[int]]:
-        """From scores s (N, n) return the rows that the experts get, in the experts' order: the expert,
-        the token and the gate of each row, and the number of rows of each expert."""
+    def route(self, s: Tensor) -> tuple[Tensor, Tensor, Aux, Tensor | list[int]]:
+        """From scores s (N, n) return the rows that the experts get, in the experts' order: the token
+        and the gate of each row, the aux, and the number of rows of each expert. In training move what
+        balances them."""
         choice = (torch.sigmoid(s) + self.bias).topk(self.k).indices  # (N, k)
         expert, order = choice.flatten().sort(stable=True)
-        token = order // self.k
+        token, aux = order // self.k, None
         count = (expert[:, None] == torch.arange(self.n, device=s.device)).sum(0)
-        return expert, token, 2 * torch.sigmoid(s[token, expert]), count
+        if self.training:
+            part = count.to(s.dtype) / count.sum()
+            if self.balance == "loss":
+                aux = 0.01 * self.n * (part * s.softmax(-1).mean(0)).sum()
+            else:
+                self.bias += self.speed * (1 / self.n - part).sign()
+        return token, 2 * torch.sigmoid(s[token, expert]), aux, count
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        flat, s = x.reshape(-1, x.size(-1)), self.scores(x)
-        expert, token, gate, count = self.route(s)
+        flat = x.reshape(-1, x.size(-1))
+        token, gate, aux, count = self.route(self.scores(x))
         out = run_experts(self.experts, flat[token], count)
         out = (gate[:, None] * out).to(out.dtype)
         y = torch.zeros_like(flat, dtype=out.dtype).index_add(0, token, out).view(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
-        aux = self.rebalance(s, s[token, expert], count) if self.training else None
         return y if aux is None else (y, aux)
-
-    def rebalance(self, s: Tensor, taken: Tensor, count: Tensor) -> Tensor | None:
-        """Move the biases after a training pass, or return the aux that balances instead. s: (N, n)
-        scores, taken: each row's own score."""
-        part = count.to(s.dtype) / count.sum()
-        if self.balance == "loss":
-            return 0.01 * self.n * (part * s.softmax(-1).mean(0)).sum()
-        self.bias += self.speed * (1 / self.n - part).sign()
-        return None
 
     def active(self, x: Tensor) -> Tensor:
         shared, one = self.h - self.k * self.width, self.width
@@ -529,20 +526,17 @@ class ThresholdMoE(MoE):
         del self.bias
         self.register_buffer("cut", torch.zeros(n))
 
-    def route(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | list[int]]:
+    def route(self, s: Tensor) -> tuple[Tensor, Tensor, None, Tensor | list[int]]:
         chosen = over(s.detach(), self.cut).bool()
         if not self.training:
             expert, token = chosen.t().nonzero(as_tuple=True)
-            return expert, token, 2 * torch.sigmoid(s[token, expert]), chosen.sum(0)
+            return token, 2 * torch.sigmoid(s[token, expert]), None, chosen.sum(0)
         room = s.size(0) * self.k // self.n
-        token = s.topk(room, dim=0).indices.t().flatten()
-        expert = torch.arange(self.n, device=s.device).repeat_interleave(room)
-        gate = 2 * torch.sigmoid(s[token, expert]) * chosen[token, expert]
-        return expert, token, gate, [room] * self.n
-
-    def rebalance(self, s: Tensor, taken: Tensor, count: list[int]) -> None:
-        if count[0]:
-            self.cut.lerp_(taken.detach().view(self.n, -1)[:, -1], 0.05)
+        taken, token = s.topk(room, dim=0)  # (room, n), the largest first
+        if room:
+            self.cut.lerp_(taken[-1].detach(), 0.05)
+        gate = 2 * torch.sigmoid(taken) * chosen.gather(0, token)
+        return token.t().flatten(), gate.t().flatten(), None, [room] * self.n
 
 
 def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) -> Tensor:
