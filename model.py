@@ -535,8 +535,8 @@ class ThresholdMoE(MoE):
         taken, token = s.topk(room, dim=0)  # (room, n), the largest first
         if room:
             self.cut.lerp_(taken[-1].detach(), 0.05)
-        gate = 2 * torch.sigmoid(taken) * chosen.gather(0, token)
-        return token.t().flatten(), gate.t().flatten(), None, [room] * self.n
+        gate = 2 * torch.sigmoid(taken.t().flatten()) * chosen.gather(0, token).t().flatten()
+        return token.t().flatten(), gate, None, [room] * self.n
 
 
 def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) -> Tensor:
