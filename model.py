@@ -277,7 +277,8 @@ class SparseGated(nn.Module):
         if self.select == "topk":
             kept, units = key.topk(self.k, sorted=False)
         else:
-            units, kept = selected(key * self.mask(key))
+            units = self.mask(key).nonzero()[:, 0]
+            kept = key[units]
         if self.split:
             kept = kept * (self.value_proj.weight[units] @ x)
         return self.mix(x, self.down_proj.of_units(units, kept))
@@ -388,7 +389,9 @@ class SparseGLU(SwiGLU):
             units = score.topk(self.k, sorted=False).indices
             mask = torch.sigmoid(score[units]) if self.grad == "gate" else 1
         else:
-            units, mask = selected(self.mask(score))
+            mask = self.mask(score)
+            units = mask.nonzero()[:, 0]
+            mask = mask[units]
         gate, up = (layer.weight[units] @ x for layer in (self.gate_proj, self.up_proj))
         return self.down_proj.of_units(units, F.silu(gate) * up * mask)
 
@@ -428,9 +431,9 @@ class Spark(nn.Module):
     @per_token
     def decode(self, x: Tensor) -> Tensor:
         gate = self.threshold(self.gate_proj.weight @ x[: self.r])
-        units, gate = selected(gate)  # GELU(0) = 0
+        units = gate.nonzero()[:, 0]  # GELU(0) = 0
         up = self.up_proj.weight[units] @ x[self.r :]
-        return self.down_proj.of_units(units, F.gelu(gate) * up)
+        return self.down_proj.of_units(units, F.gelu(gate[units]) * up)
 
     def active(self, x: Tensor) -> Tensor:
         return (self.threshold(self.gate_proj(x[..., : self.r])) > 0).float().mean()
@@ -679,12 +682,6 @@ def normal_quantile(name: str, k: float) -> float:
     if not 0 < k < 1:
         raise UserError(f"{name} puts its threshold at a normal quantile: 0 < k < 1, not k={k}")
     return NormalDist().inv_cdf(1 - k)
-
-
-def selected(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the units whose value is not 0, and their values: (h,) -> (n,), (n,)."""
-    units = value.nonzero().squeeze(-1)
-    return units, value[units]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1321,18 +1318,16 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
     """Return torch.compile(f) for inputs of one shape. With `recompute` the backward pass computes
     elementwise results again. A PyTorch without one of the private settings takes more time or memory,
     or rounds some gradients more coarsely under autocast."""
-    from torch._dynamo import config as dynamo
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
-    cacheable = dict(getattr(inductor, "unsafe_marked_cacheable_functions", {}))
-    cacheable |= {f"torch.amp.autocast_mode.{name}_autocast": "1" for name in ("_enter", "_exit")}
+    autocast = [f"torch.amp.autocast_mode.{name}_autocast" for name in ("_enter", "_exit")]
     for config, name, value in [
         # Without these two, a graph with an autograd.Function (our loss) or an autocast in it is traced
         # again at each start, though PyTorch's cache could hold it: 32 layers take 17 s, not 5. (Under
         # DDP, which cuts the graph into pieces, it still is.)
         (functorch, "autograd_cache_allow_custom_autograd_functions", True),
-        (inductor, "unsafe_marked_cacheable_functions", cacheable),
+        (inductor, "unsafe_marked_cacheable_functions", dict.fromkeys(autocast, "1")),
         # Off, as in eager mode: the backward pass of what is float32 on purpose stays float32.
         (functorch, "backward_pass_autocast", "off"),
         (functorch, "ban_recompute_materialized_backward", not recompute),
@@ -1341,8 +1336,8 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
             setattr(config, name, value)
         elif recompute and name.startswith("ban_recompute"):
             raise UserError(f"torch {torch.__version__} cannot recompute: --recompute=False")
-    if getattr(dynamo, "disable", False) or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
-        names = "TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE"
+    names = "TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE"
+    if "1" in map(os.environ.get, names.split(" or ")):
         raise UserError(f"{names} turns torch.compile off: unset it, or use --compile=False")
     onednn = onednn_pass() if device.type == "cpu" else None
     options = {"post_grad_custom_pre_pass": onednn} if onednn else None
