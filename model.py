@@ -213,7 +213,9 @@ class ASG(SwiGLU):
 
 
 def per_token(decode: Callable) -> Callable:
-    """Turn a method that decodes one token, (d,) -> (d,), into one for each token of x (..., d)."""
+    """Turn a method that decodes one token, (d,) -> (d,), into one for each token of x (..., d). Its
+    products are W @ x: compiled for a CPU this is a loop that reads gathered rows in place and is faster
+    than BLAS, which a Linear would call."""
 
     def of_all(self, x: Tensor) -> Tensor:
         return torch.stack([decode(self, token) for token in x.reshape(-1, x.size(-1))]).view(x.shape)
@@ -381,7 +383,7 @@ class SparseGLU(SwiGLU):
 
     @per_token
     def decode(self, x: Tensor) -> Tensor:
-        first, _, second = self.predictor  # written so: 0.1 ms of a compiled layer's 1.5, not 0.3
+        first, _, second = self.predictor  # by W @ x: 0.1 ms of a compiled layer's 1.5, not 0.3
         with torch.autocast(x.device.type, enabled=False):
             inner = F.relu(first.weight @ upcast(x[: self.r]) + first.bias)
             score = second.weight @ inner + second.bias
