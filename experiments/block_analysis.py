@@ -47,7 +47,8 @@ def design(mask: bytes, rows: int) -> tuple[np.ndarray, np.ndarray, int]:
     contrasts = inverse[:rows] - inverse[0]
     wanted = np.eye(x.shape[1])[:rows] - np.eye(x.shape[1])[0]
     contrasts[~np.isclose(contrasts @ x, wanted).all(1)] = np.nan
-    return np.eye(len(i)) - x @ inverse, contrasts, len(i) - int(np.linalg.matrix_rank(x))
+    residuals = np.eye(len(i)) - x @ inverse
+    return residuals, contrasts, round(np.trace(residuals))
 
 
 def fit(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, int]:
