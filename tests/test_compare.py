@@ -624,7 +624,7 @@ def test_the_committed_losses():
         (["equal_flops/runs"], []),
         (["equal_flops/runs", "start_values/runs"], []),
         (["equal_flops/runs", "start_values/runs", "against_relu2/runs"], ["--baseline=relu2"]),
-        (["longer/runs"], []),
+        (["longer/runs", "longer/horizons"], []),
         (["longer/runs", "longer/against_relu2/horizons"], ["--baseline=relu2"]),
     ],
 )
