@@ -510,7 +510,9 @@ class MoE(nn.Module):
 
     def active(self, x: Tensor) -> Tensor:
         shared, one = self.h - self.k * self.width, self.width
-        used = self.route(self.scores(x))[3].sum() * x.size(-1) / x.numel()  # experts for a token
+        with evaluating(self):  # as routing a training pass moves what balances the experts
+            count = self.route(self.scores(x))[3]
+        used = count.sum() * x.size(-1) / x.numel()  # experts for a token
         return (shared + used * one) / (shared + self.n * one)
 
     def flops(self) -> int:

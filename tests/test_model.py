@@ -200,10 +200,15 @@ def test_any_ffn_generates_alike_with_a_cache_and_without(name):
 
 @every_ffn
 def test_any_ffn_has_a_share_of_active_units(name):
+    """To ask for it changes nothing, in training mode too."""
     ffn = any_ffn(name)
     if hasattr(type(ffn), "active"):
+        ffn.train()
+        before = digest(ffn)
         with torch.no_grad():
             assert 0 <= torch.as_tensor(ffn.active(inputs(2, 7, D, dtype=torch.float32))).mean() <= 1
+        assert digest(ffn) == before
+        assert ffn.training
 
 
 @pytest.mark.timeout(900)  # half a minute of work, but compilers suffer on a busy machine
