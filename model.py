@@ -851,7 +851,10 @@ def with_helpers(code: set[str], folder: Path) -> set[str]:
     for path in paths:  # which grows meanwhile
         paths += [p for p in path.glob("*") if p.stem in words]
     files = {p for p in paths if p.suffix == ".py"} - {folder / f"{name}.py" for name in OURS}
-    more = code | {"".join(text for text, _ in statements(file.read_bytes())) for file in files}
+    more = code.copy()
+    for file in files:
+        with contextlib.suppress(SyntaxError, ValueError):  # what Python cannot read, no code imports
+            more.add("".join(text for text, _ in statements(file.read_bytes())))
     return with_helpers(more, folder) if more > code else code
 
 
@@ -1165,8 +1168,10 @@ class GPT(nn.Module):
                 if top_k:
                     kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
-                p = F.softmax(logits / max(temperature, 1e-30), dim=-1)
-                new = torch.multinomial(p, 1) if temperature > 0 else logits.argmax(-1, keepdim=True)
+                if temperature > 0:
+                    new = torch.multinomial(F.softmax(logits / max(temperature, 1e-30), dim=-1), 1)
+                else:
+                    new = logits.argmax(-1, keepdim=True)
                 idx = torch.cat((idx, new), dim=1)
         return idx
 
@@ -1190,11 +1195,12 @@ class GPT(nn.Module):
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode inside a with block."""
     with contextlib.ExitStack() as restore:
         restore.callback(model.train, model.training)
-        yield model.eval()
+        model.eval()
+        yield
 
 
 @torch.no_grad()
@@ -1272,7 +1278,7 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
         return
     # The old weight_norm keeps a tensor that can be copied only since it was computed without gradients.
     ffn = copy.deepcopy(model.model.layers[0].mlp).train()
-    saved, tensors, others = copy.deepcopy(ffn.state_dict()), [], []
+    saved, tensors, states = copy.deepcopy(ffn.state_dict()), [], []
     kinds = (bool, int, float) if on_cpu(x) else (bool, int)
     for _ in range(2):
         counter, rng = FlopCounterMode(display=False), torch.random.fork_rng([x.device] * x.is_cuda)
@@ -1284,8 +1290,8 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
         # What Python keeps: numbers, and the states of random numbers that are not torch's.
         kept = [item for module in ffn.modules() for item in vars(module).items()]
         numbers = sorted((key, repr(value)) for key, value in kept if type(value) in kinds)
-        others.append((numbers, random.getstate(), str(np.random.get_state())))
-    if others[0] != others[1] or (on_cpu(x) and not all(map(torch.equal, *tensors))):
+        states.append((numbers, random.getstate(), str(np.random.get_state())))
+    if states[0] != states[1] or (on_cpu(x) and not all(map(torch.equal, *tensors))):
         cure = "keep it in a buffer (set_progress may write a step count) and draw numbers with torch"
         raise UserError(f"{c.ffn} changes something in training that is not saved: {cure}")
     counted, said = counter.get_total_flops() / x.size(1), ffn_cost(ffn)["flops"]
@@ -1340,9 +1346,9 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
             setattr(config, name, value)
         elif recompute and name.startswith("ban_recompute"):
             raise UserError(f"torch {torch.__version__} cannot recompute: --recompute=False")
-    names = "TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE"
-    if "1" in map(os.environ.get, names.split(" or ")):
-        raise UserError(f"{names} turns torch.compile off: unset it, or use --compile=False")
+    switches = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+    if on := [name for name in switches if os.environ.get(name) == "1"]:
+        raise UserError(f"{on[0]}=1 turns torch.compile off: unset it, or use --compile=False")
     onednn = onednn_pass() if device.type == "cpu" else None
     options = {"post_grad_custom_pre_pass": onednn} if onednn else None
     # fullgraph: what cannot be compiled is an error, and does not run in eager mode unnoticed. It also

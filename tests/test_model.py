@@ -2892,6 +2892,7 @@ def test_the_hash_sees_helpers_in_other_files_and_the_helpers_of_helpers(tmp_pat
         "pack/near.py": "", "pack/deep.py": "y = 1", "bare/act.py": "z = 1", "late.py": "import later",
         "later.py": "", "other.py": "", "pack/other.py": "",
     }  # fmt: skip
+    (tmp_path / "near.py").write_text("%pylab is no Python")  # nothing imports it
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
