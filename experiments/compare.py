@@ -442,7 +442,7 @@ def timed_as(r: Run, base: Run) -> str:
     ffns = " / ".join(f"{x.row[0]} {x.row[1]} {x.made.get('ffn_code', '')}" for x in (r, base))
     flags = [f"{k}={v}" for k, v in base.flags.items() if k not in NEUTRAL | VARIED and v != DEFAULTS[k]]
     passes = passes_of(base)
-    return " ".join([ffns, base.made["device"], *flags, *[f"passes={passes}"] * (passes > 1)])
+    return " ".join([ffns, base.made.get("device", ""), *flags, *[f"passes={passes}"] * (passes > 1)])
 
 
 def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> None:
@@ -550,9 +550,10 @@ def judge(groups: list[list[Run]]) -> tuple[list[dict], dict]:
 def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], baseline: str) -> dict:
     """compare.json's baseline, noise, exchange rate and rows, the baseline's first."""
     results, noise = judge(groups)
-    like = [(r.row, r.tuned) for r in groups[0][:1]]
-    own = [r for r in runs if r.done and (r.row, r.tuned) in like]
-    exchange = blocks.exchange_rate([(r.tokens, r.seeds, r.loss) for r in own])
+    # The baseline's runs of all lengths, at the values that the table shows.
+    own = [r for r in runs for b in groups[0][:1] if (r.row, r.tuned) == (b.row, b.tuned)]
+    exchange = blocks.exchange_rate([(r.tokens, r.seeds, r.loss) for r in own if r.done])
+    doubt = "the baseline diverged" if any(r.diverged for r in groups[0]) else ""
     known = PAPERS if identity(baseline) == identity("swiglu") else {}  # they are minus SwiGLU's
     papers = {identity(spec): text for paper in known.values() for spec, text in paper.items()}
     lengths = [h["tokens"] / groups[0][0].tokens for h in exchange["horizons"]] if exchange else [1]
@@ -575,12 +576,12 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
         row |= {"diverged": len(group) - len(done), "active": mean(active) if active else None}
         row |= {"val_loss": mean(r.loss for r in done) if done else None}
         row |= {"std": stdev(r.loss for r in done) if len(done) > 1 else None, **result}
-        lost = any(r.diverged for r in [*group, *groups[0]])  # then the runs left are the lucky ones
+        lost = any(r.diverged for r in [*group, *own])  # then the runs left are the lucky ones
         row["step_time_ratio"] = step and step["ratio"]
         row |= blocks.price(result, None if lost else exchange, step)
         row["extrapolated"] = bool(row["tokens_ratio"] and not least <= 1 / row["tokens_ratio"] <= most)
         row["paper"] = papers.get(first.row[0]) if first.match == "hidden" and not is_base else None
-        row["verdict"] = blocks.verdict(row, sum(r.done for r in groups[0]), first.too_early())
+        row["verdict"] = blocks.verdict(row, sum(r.done for r in groups[0]), doubt or first.too_early())
         judged = row["verdict"] in ("better", "worse", "no difference shown", "identical")
         row["wins"] = judged and (row["time_high"] or 1) < 1
         row["runs"] = [{"dir": r.dir, "seed": r.flags["seed"], "data_seed": r.flags["data_seed"],
@@ -618,7 +619,7 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
         )
     if own := {row["label"]: row["own_noise"] for row in rows if row["own_noise"] is not None}:
         which = ", ".join(own) if noise["std"] else "the baseline"
-        notes.append(f"The noise of {which} differs from the others' (F-test, p < 0.01). Rows judged by "
+        notes.append(f"The noise of {which} is above the others' (F-test, p < 0.01). Rows judged by "
                      "the spread of their own differences to the baseline, in nats a run: "
                      f"{', '.join(f'{label} {std:.2g}' for label, std in own.items())}.")  # fmt: skip
     if exchange:
@@ -626,8 +627,7 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
                   for h in exchange["horizons"]]  # fmt: skip
         notes.append(f"Per unit of log(tokens) the baseline's loss changes by {exchange['slope']:.4f} ± "
                      f"{exchange['std_error']:.4f} (standard error), in the seeds with several lengths: "
-                     f"{', '.join(points)}."
-                     + " No price where runs diverged." * any(r["diverged"] for r in rows))  # fmt: skip
+                     f"{', '.join(points)}. No price where runs diverged or it does not surely fall.")
     if any(row["tokens_ratio"] for row in rows):
         notes.append(
             "Tokens to its loss: how many times the baseline's tokens a row needs for the baseline's "
@@ -643,9 +643,9 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
         notes.append("Warning: train.py, the decoder or the reader of shards changed meanwhile.")
     if len(worlds := sorted({r.made["world"] for r in runs if r.ended and "world" in r.made})) > 1:
         notes.append(f"Warning: the runs had {worlds} ranks, and experts follow their rank's tokens.")
-    base = identity(record["baseline"])
-    if other := sorted({r.label for r in runs if r.factor != 1 and r.row[0] != base}):
-        notes.append(f"Left out, of another length than the table's: runs of {', '.join(other)}.")
+    line = [(row["label"], *(row[name] for name in TUNED)) for row in rows if row["baseline"]]
+    if other := sorted({r.label for r in runs if r.factor != 1 and (r.label, *r.tuned) not in line}):
+        notes.append(f"Left out, of another length and no points of the line: {', '.join(other)}.")
     if left_out := [f"{r.dir} (step {len(r.rows) and r.rows[-1]['step']})" for r in runs if not r.ended]:
         notes.append(f"Not finished and left out: {', '.join(left_out)}.")
     return [*notes, f"Command: `{record['command']}`"]
