@@ -627,7 +627,7 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
                   for h in exchange["horizons"]]  # fmt: skip
         notes.append(f"Per unit of log(tokens) the baseline's loss changes by {exchange['slope']:.4f} ± "
                      f"{exchange['std_error']:.4f} (standard error), in the seeds with several lengths: "
-                     f"{', '.join(points)}. No price where runs diverged or it does not surely fall.")
+                     f"{', '.join(points)}. No price where runs diverged or the loss may not fall.")
     if any(row["tokens_ratio"] for row in rows):
         notes.append(
             "Tokens to its loss: how many times the baseline's tokens a row needs for the baseline's "
