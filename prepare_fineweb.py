@@ -51,6 +51,7 @@ KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "te
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
 GPT2 = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256}  # meta.json of ready-made shards
 BATCH_DOCUMENTS = 16  # documents that a worker takes at a time
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that "surrogateescape" could not decode
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS}  # to lock or sync a folder
 
 
@@ -121,9 +122,7 @@ def start_worker(name: str) -> None:
 
 def encode_batch(texts: list[str]) -> np.ndarray:
     """Return the tokens of these documents, (n,) uint16: each is end-of-text, then its encoding."""
-    parts = []
-    for text in texts:
-        parts += [worker_encoding.eot_token], encode(worker_encoding, text)
+    parts = [p for text in texts for p in ([worker_encoding.eot_token], encode(worker_encoding, text))]
     return np.concatenate(parts).astype(np.uint16)
 
 
@@ -206,8 +205,7 @@ def input_files(pattern: str) -> list[str]:
 
 def kind_of(path: str) -> str:
     """The kind of a file by its name: "parquet", "jsonl" or "text"."""
-    extension = os.path.splitext(re.sub(r"\.(gz|zst)$", "", path))[1]
-    if extension not in KINDS:
+    if (extension := os.path.splitext(re.sub(r"\.(gz|zst)$", "", path))[1]) not in KINDS:
         raise UserError(f"cannot read {path}: its name must end in {', '.join(KINDS)} (or .gz, .zst)")
     return KINDS[extension]
 
@@ -230,7 +228,7 @@ def open_input(path: str) -> Iterator[BinaryIO]:
     """Open a file, here or on the hub, to read its bytes; those of a .gz or .zst decompressed."""
     import fsspec
 
-    with reading(path), fsspec.open(path, "rb") as f:
+    with reading(path), fsspec.open(path, "rb") if "://" in path else open(path, "rb") as f:
         if path.endswith((".gz", ".zst")):
             import pyarrow  # its streams find a file that was cut, and read all frames of a .zst
 
@@ -253,9 +251,8 @@ def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
             elif kind_of(path) == "jsonl":
                 texts = json_texts(f, path, column)
             else:
-                raw = f.read()
-                texts = [raw.decode("utf-8-sig", "replace")]  # carriage returns stay
-                if "\ufffd" in texts[0] and "\ufffd".encode() not in raw:
+                texts = [f.read().decode("utf-8-sig", "surrogateescape")]  # carriage returns stay
+                if NOT_UTF8.search(texts[0]):
                     print(f"warning: {path} is not UTF-8: its other bytes become U+FFFD", flush=True)
                 if n := texts[0].count("<|endoftext|>"):
                     print(f"warning: {n} <|endoftext|> in {path} stay plain text: use jsonl", flush=True)
@@ -284,15 +281,17 @@ def no_text(column: str, path: str, names: list[str], kind: str) -> UserError:
 
 
 def json_texts(f: BinaryIO, path: str, column: str) -> Iterator[str | None]:
-    """Yield the text of each line of jsonl. Invalid UTF-8 is replaced, a byte-order mark left out."""
-    lines = io.TextIOWrapper(f, encoding="utf-8-sig", errors="replace", newline="\n")
+    """Yield the text of each line of jsonl, without a byte-order mark."""
+    lines, said = io.TextIOWrapper(f, "utf-8-sig", "surrogateescape", "\n"), False
     for line in filter(str.strip, lines):
+        if not said and (said := NOT_UTF8.search(line)):
+            print(f"warning: {path} is not UTF-8: its other bytes become U+FFFD", flush=True)
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__}")
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{path}: not a JSON object ({e}): repair {line[:60]!r}") from None
+            raise UserError(f"{path}: not a JSON object ({e}): put blanks for {line[:60]!r}") from None
         kind = type(row[column]).__name__ if column in row else ""
         if kind not in ("str", "NoneType"):
             raise no_text(column, path, list(row), kind)
@@ -550,7 +549,8 @@ def check_shard(path: str, listed: dict[str, int] | None = None) -> Shard:
 
 def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
     """Check the shards of a folder without reading their tokens. Returns meta.json (GPT-2's if there
-    is none), the sound shards of "train" and of "val", and a line for each thing that is wrong."""
+    is none), the sound shards of "train" and of "val", by paths that hold where a link to the folder
+    moves, and a line for each thing that is wrong."""
     again = "run the prepare_fineweb.py command that made it again"
     meta, wrong = load_meta(folder), []
     listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]} if meta else None
@@ -562,7 +562,7 @@ def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
         names = shard_names(folder, split)
         for name in names:
             try:
-                shards.append(check_shard(os.path.join(folder, name), listed))
+                shards.append(check_shard(os.path.join(os.path.realpath(folder), name), listed))
             except UserError as e:
                 wrong.append(str(e))
         others = sorted({*glob.glob(f"*_{split}[._]*bin", root_dir=folder)} - {*names})
@@ -703,7 +703,7 @@ def main() -> None:
             if meta["complete"]:
                 if cfg.input and input_files(cfg.input):  # which may be gone by now
                     find_source(cfg, meta)
-                return print(f"{cfg.out_dir} is finished already, nothing to do")
+                return print(f"{cfg.out_dir} is finished already, from files of these names and sizes")
             (download if cfg.pretokenized else prepare)(cfg, meta)
             meta["complete"] = True
             save_meta(cfg.out_dir, meta)

@@ -446,8 +446,9 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
     run from scratch (resumed_step: -1) renames an earlier one to *.prev, unless only the *.prev has a
     checkpoint. A resumed run cuts the log."""
     path = functools.partial(os.path.join, cfg.out_dir)
-    if os.path.exists(path("train.py")) and not os.path.exists(path("config.json")):
-        raise UserError(f"--out_dir={cfg.out_dir} holds a trainer, not runs: name another")
+    ours = any(os.path.exists(path(name)) for name in ("log.jsonl", "ckpt.pt"))
+    if not ours and any(os.path.exists(path(name)) for name in ("train.py", "model.py", "config.json")):
+        raise UserError(f"--out_dir={cfg.out_dir} holds a trainer or another's model: name another")
     with user_error(f"cannot write to --out_dir={cfg.out_dir}", "name another", OSError):
         lock = lock_folder(cfg.out_dir)
         log, kept = read_log(path("log.jsonl")), os.path.exists(path("ckpt.pt.prev"))
@@ -471,7 +472,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
             f.writelines(f"{json.dumps(row)}\n".encode() for row in log if row["step"] <= resumed_step)
         with whole_file(path("config.json")) as f:
             f.write(json.dumps({"flags": asdict(cfg), **made_with}, indent=2).encode())
-        if resumed_step < 0:
+        if resumed_step < 0 or not os.path.exists(path("model.py")):
             shutil.copyfile(model_file.__file__, path("model.py"))  # so that another can repeat the run
         return lock
 
@@ -589,12 +590,11 @@ def find_data(cfg: Config, local_rank: int, checkpoint: dict | None) -> tuple[Da
     data = open_data(cfg.data_dir, cfg.block_size)
     shards = {k: [[os.path.basename(p), n] for p, n in getattr(data, k)] for k in ("train", "val")}
     shards |= {"encoding": data.encoding, "digest": data.digest}
-    windows = window_counts(data.train, cfg.block_size).sum()
     saved = shards | checkpoint["shards"] if checkpoint else shards
     if saved["encoding"] != data.encoding or (saved != shards and not cfg.eval_only):
         raise UserError(f"{cfg.data_dir} has other shards than the checkpoint's run: restore them")
-    if windows < cfg.batch_size and not cfg.eval_only:
-        few = f"{windows:,} windows of {cfg.block_size} tokens, fewer than one batch of {cfg.batch_size}"
+    if (n := window_counts(data.train, cfg.block_size).sum()) < cfg.batch_size and not cfg.eval_only:
+        few = f"{n:,} windows of {cfg.block_size} tokens, fewer than one batch of {cfg.batch_size}"
         raise UserError(f"{cfg.data_dir} has {few}: lower --batch_size or prepare more data")
     return data, shards
 
@@ -612,7 +612,7 @@ def main() -> None:
     # A run that was stopped while it evaluated has already saved. It evaluates when it is resumed.
     evaluated = resumed and any("val_loss" in row for row in read_log(log_path) if row["step"] == step)
     if evaluated and step >= cfg.max_iters:
-        return print0(f"finished: {ckpt_path} is at step {step} of {cfg.max_iters}")
+        return print0(f"finished: {ckpt_path} is at step {step} of {cfg.max_iters}; see --eval_only")
 
     # -- device, data, model, optimizer
     device = pick_device(cfg.device, local_rank)

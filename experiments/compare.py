@@ -476,8 +476,9 @@ def check_alike(runs: list[Run], baseline: str) -> None:
     def common(r: Run) -> dict:
         rate, least = r.flags["learning_rate"], r.flags["min_lr"]
         found = {name: value for name, value in r.flags.items() if name not in VARIED}
-        found |= {"data_dir": r.made.get("data", r.flags["data_dir"]), "device": r.made.get("device")}
-        found |= {"dtype": r.made.get("dtype", r.flags["dtype"])}  # both, where a resumed run changed it
+        data = r.made.get("data", {})  # its folder counts only where nothing says what is in it
+        found |= {"data_dir": data | {"dir": data.get("source") or r.flags["data_dir"]}}
+        found |= {"device": r.made.get("device"), "dtype": r.made.get("dtype", r.flags["dtype"])}
         return found | {"min_lr / learning_rate": f"{least / rate:.6g}" if rate else least}
 
     cure = "report only runs that differ in nothing but --ffn, --ffn_match and the seeds"
@@ -684,6 +685,7 @@ def read_command(argv: list[str]) -> tuple[Config, train.Config, list[str]]:
         raise UserError(f"--archive={cfg.archive} must end in .tar.xz")
     if cfg.archive and (packed := [p for p in places if re.search(ARCHIVE, p)]):
         raise UserError(f"--archive takes folders of runs, and {packed[0]} is none: unpack it first")
+    cfg.data_dir = os.path.normpath(cfg.data_dir)
     flags = {f.name: getattr(cfg, f.name) for f in fields(train.Config)}
     return cfg, train.Config(**flags | {"ffn": cfg.baseline, "ffn_match": "hidden"}), places
 
@@ -700,8 +702,7 @@ def check_overwrite(folder: str, runs: list[Run]) -> None:
 
 
 def main() -> None:
-    cfg, base, places = read_command(sys.argv[1:])
-    failed = 0
+    (cfg, base, places), failed = read_command(sys.argv[1:]), 0
     if places:
         runs, step_times = find_runs(places)
         folder = os.path.commonpath([os.path.abspath(r.dir) for r in runs] or ["/"])
@@ -716,8 +717,7 @@ def main() -> None:
             return print_plan(chosen, cfg)
         chosen, failed = run_to_precision(chosen, cfg)
         runs, step_times = [r for r in map(read_run, (p.dir for p in chosen)) if r], read_times(folder)
-    ended = [r for r in runs if r.ended]
-    if not ended:
+    if not (ended := [r for r in runs if r.ended]):
         raise UserError(f"no finished run among {len(runs)}: name folders of runs, or run them first")
     check_alike(runs, cfg.baseline)
     if places and not cfg.out:

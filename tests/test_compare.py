@@ -1435,6 +1435,14 @@ def test_data_and_trainers_that_changed_between_runs_of_one_name(tmp_path, monke
     made(planned[1], data_digest=digest, trainer_code="b")
     assert compare.to_do(planned, cfg) == planned[-1:]
     assert "Warning: train.py, the decoder" in works(tmp_path, "--report", "out/compare", "--out=two")
+    # Another spelling of the folder's name, or a copy elsewhere, is the same data.
+    for run, folder in ((planned[0], "data"), (planned[1], "/copy/of/data/")):
+        path = Path(run.dir, "config.json")
+        config = json.loads(path.read_text()) | {"data": {"dir": folder, "source": "texts", "tokens": 9}}
+        path.write_text(json.dumps(config | {"flags": config["flags"] | {"data_dir": folder}}))
+    compare.check_alike(compare.find_runs([r.dir for r in planned[:2]])[0], "swiglu")
+    typed = [f"--data_dir={Path('data').absolute()}/../data/", "--ffn=geglu"]
+    assert compare.read_command(typed)[1].data_dir == str(Path("data").absolute())
     made(planned[1], data_digest="another")
     with pytest.raises(UserError, match="data has changed since .*s0 was made: choose another --name"):
         compare.to_do(planned, cfg)

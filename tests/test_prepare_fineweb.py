@@ -319,19 +319,28 @@ def test_invalid_utf8_is_replaced_and_said(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert f"{tmp_path}/a.txt is not UTF-8" in printed
     assert "b.txt is" not in printed
+    # jsonl, once a file
+    (tmp_path / "a.jsonl").write_bytes(2 * '{"text": "größer"}\n'.encode("latin-1"))
+    (tmp_path / "b.jsonl").write_text('{"text": "gr\\u00f6ßer \ufffd"}\n', encoding="utf-8")
+    in_process(monkeypatch, f"--input={tmp_path}/*.jsonl", "--encoding=bytes", f"--out_dir={out}2",
+               "--shard_tokens=3", "--workers=1")  # fmt: skip
+    assert stream(Path(f"{out}2")) == bytes_stream([*2 * ["gr\ufffd\ufffder"], "größer \ufffd"])
+    printed = capsys.readouterr().out
+    assert printed.count(f"{tmp_path}/a.jsonl is not UTF-8") == 1
+    assert "b.jsonl is" not in printed
 
 
 def test_text_files_with_separators_are_said(tmp_path, monkeypatch, capsys):
     """TinyStories' files have <|endoftext|> between stories: a file is one document all the same."""
     (tmp_path / "a.txt").write_text("one<|endoftext|>two<|endoftext|>three")
-    (tmp_path / "b.txt").write_text("four")
+    (tmp_path / "b::c.txt").write_text("four")  # no URL
     out = tmp_path / "out"
     in_process(monkeypatch, f"--input={tmp_path}/*.txt", "--encoding=bytes", f"--out_dir={out}",
                "--shard_tokens=20", "--workers=1")  # fmt: skip
     assert stream(out) == bytes_stream(["one<|endoftext|>two<|endoftext|>three", "four"])
     printed = capsys.readouterr().out
     assert f"2 <|endoftext|> in {tmp_path}/a.txt stay plain text" in printed
-    assert "b.txt" not in printed.partition("complete")[0]
+    assert "c.txt" not in printed.partition("complete")[0]
 
 
 def test_a_file_is_read_by_its_name_before_it_is_a_pattern(tmp_path):
@@ -1055,6 +1064,20 @@ def test_a_batch_over_more_shards_than_files_may_be_open(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert batch.dtype == np.int64
     assert batch.tolist() == [expected[i] for i in mixed]
+
+
+def test_a_link_to_shards_may_move_during_a_run(tmp_path):
+    """The run goes on with the shards that it began with, and not with others in their place."""
+    for name, first in (("v1", 0), ("v2", 100)):
+        (tmp_path / name).mkdir()
+        for index in (0, 1):
+            prepare_fineweb.save_shard(str(tmp_path / name), index, np.arange(first, first + 9))
+    link = tmp_path / "current"
+    link.symlink_to("v1")
+    data = prepare_fineweb.open_data(str(link), 4)
+    link.unlink()
+    link.symlink_to("v2")
+    assert prepare_fineweb.read_windows(data.train, [(0, 1)], 4, 50257).tolist() == [[4, 5, 6, 7, 8]]
 
 
 def test_what_a_folder_says_of_itself(tmp_path, monkeypatch):

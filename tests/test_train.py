@@ -491,6 +491,11 @@ def test_a_run_cannot_lie_in_the_trainers_folder(here: Path):
         (here / name).write_bytes((ROOT / name).read_bytes())
     refused(here, flags(out_dir="."), "--out_dir=. holds a trainer", "name another")
     assert not {"config.json", "log.jsonl", "model.py.prev"} & set(os.listdir(here))
+    for name in ("model.py", "config.json"):  # of somebody's model, or of one exported to transformers
+        (here / "other").mkdir(exist_ok=True)
+        (here / "other" / name).write_text("theirs")
+        refused(here, flags(out_dir="other"), "--out_dir=other holds", "name another")
+        assert (here / "other" / name).read_text() == "theirs"
 
 
 def test_prev_is_one_run(here: Path):
