@@ -746,7 +746,7 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
         if option not in kinds:
             cure = suggest(option, kinds) if kinds else "its __init__ has no arguments by name after a *"
             if option in [p.name for p in params][3:]:
-                cure = "put * before it in __init__(self, d, h, *, ...), in a dataclass _: KW_ONLY"
+                cure = "put * before it: __init__(self, d, h, *, ...); dataclass(eq=False): _: KW_ONLY"
             raise UserError(f"{name} has no option {option!r}: {cure}")
         if option in options or not equals:
             raise UserError(f"{spec!r}: write each option once, as option=value")
@@ -1132,11 +1132,13 @@ class GPT(nn.Module):
 
     def set_progress(self, step: int, max_iters: int) -> None:
         """Tell each FFN, and each module inside one, the step, 0 to max_iters - 1, outside of compiled
-        code."""
-        for i, layer in enumerate(self.model.layers):
-            for module in filter(lambda m: has(m, "set_progress"), layer.mlp.modules()):
-                with user_error(f"model.layers.{i}.mlp.set_progress", "look at its options or class"):
-                    module.set_progress(step, max_iters)
+        code. What they draw at random depends on the step and the seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed * 2**20 + step)
+            for i, layer in enumerate(self.model.layers):
+                for module in filter(lambda m: has(m, "set_progress"), layer.mlp.modules()):
+                    with user_error(f"model.layers.{i}.mlp.set_progress", "look at options and class"):
+                        module.set_progress(step, max_iters)
 
     # Without cuDNN, PyTorch's choice on an H100, which plans for tens of ms for each new length.
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -1185,7 +1187,7 @@ class GPT(nn.Module):
         """Return the FLOPs of a training step per token, three times those of the forward pass. The
         masked half of attention is not counted (nanoGPT's 12 counts it)."""
         c = self.config
-        parts = [part for layer in self.model.layers for part in (layer.self_attn, layer.mlp)]
+        parts = [part for layer in self.model.layers for part in layer.children()]
         products = sum(ffn_cost(part)["flops"] for part in [*parts, self.lm_head])
         return 3 * (products + 2 * c.n_layer * c.n_embd * c.block_size)
 
@@ -1196,9 +1198,12 @@ class GPT(nn.Module):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside a with block."""
+    """Put a model into evaluation mode inside a with block. What is written into its buffers there, by
+    set_progress for one, is undone at the end."""
     with contextlib.ExitStack() as restore:
         restore.callback(model.train, model.training)
+        for b in filter(lambda b: not is_expanded(b), model.buffers()):
+            restore.callback(b.detach().copy_, b.detach().clone())
         model.eval()
         yield
 
@@ -1277,18 +1282,25 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
     if not training:
         return
     # The old weight_norm keeps a tensor that can be copied only since it was computed without gradients.
-    ffn = copy.deepcopy(model.model.layers[0].mlp).train()
+    with user_error(f"{c.ffn} cannot be copied", "keep no file, module or lock in an attribute"):
+        ffn = copy.deepcopy(model.model.layers[0].mlp).train()
     saved, tensors, states = copy.deepcopy(ffn.state_dict()), [], []
-    kinds = (bool, int, float) if on_cpu(x) else (bool, int)
+    kinds = (bool, int, float, Tensor) if on_cpu(x) else (bool, int)
     for _ in range(2):
         counter, rng = FlopCounterMode(display=False), torch.random.fork_rng([x.device] * x.is_cuda)
+        # Its hooks on modules refuse an FFN that takes a gradient in its forward pass.
+        counter.mod_tracker.__enter__ = counter.mod_tracker.__exit__ = lambda *_: None
         with autocast(), torch.enable_grad(), rng, counter:
             torch.manual_seed(0)  # for an FFN that draws numbers
             y, aux = split_aux(ffn(x.clone()))
         tensors.append([t.nan_to_num() for t in (y, aux) if t is not None])
+        moved = [n for n, p in ffn.named_parameters() if n in saved and not torch.equal(p, saved[n])]
+        if moved and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            cure = "ranks would differ in it: train on one rank, or use a buffer, which they average"
+            raise UserError(f"{c.ffn} changes its parameter {moved[0]} in training: {cure}")
         ffn.load_state_dict(saved)  # as if resumed
-        # What Python keeps: numbers, and the states of random numbers that are not torch's.
-        kept = [item for module in ffn.modules() for item in vars(module).items()]
+        # What Python keeps: numbers, tensors and the states of random numbers that are not torch's.
+        kept = [i for module in ffn.modules() for i in [*vars(module).items(), *module._buffers.items()]]
         numbers = sorted((key, repr(value)) for key, value in kept if type(value) in kinds)
         states.append((numbers, random.getstate(), str(np.random.get_state())))
     if states[0] != states[1] or (on_cpu(x) and not all(map(torch.equal, *tensors))):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import io
 import json
 import math
 import os
@@ -346,11 +345,10 @@ def load_checkpoint(path: str) -> dict:
     cure = "check --out_dir, or start anew with --init_from=scratch"
     with user_error(f"no checkpoint can be loaded from {path}", cure), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a file that is no zip archive
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if type(step := checkpoint["step"]) is not int or step < 0 or "model" not in checkpoint:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if type(step := saved["step"]) is not int or step < 0 or "model" not in saved:
             raise ValueError("not a checkpoint of train.py")
-        flags = saved_flags(checkpoint["flags"])
-        return checkpoint | {"flags": flags, "shards": dict(checkpoint["shards"])}
+        return saved | {"flags": saved_flags(saved["flags"]), "shards": dict(saved["shards"])}
 
 
 def restore(model: GPT, optimizers: list, checkpoint: dict, path: str, code: dict[str, str]) -> None:
@@ -371,11 +369,12 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, path: str, code: dic
 
 def check_model(model: GPT, optimizers: list, autocast: Callable, length: int, training: bool) -> None:
     """Raise UserError for a model that would train and be wrong: an FFN that sees the future at the last
-    or first step, a parameter in no optimizer or in several, a checkpoint that could never be loaded."""
+    or first step, a parameter in no optimizer or in several, state that is no tensor."""
     moves = any(has(m, "set_progress") for m in model.model.layers.modules())
     for step in (length - 1, 0) if moves else (0,):
-        model.set_progress(step, length)
-        check_ffns(model, autocast, training)
+        with evaluating(model):  # which undoes what set_progress writes
+            model.set_progress(step, length)
+            check_ffns(model, autocast, training)
     optimized = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     for name, p in model.named_parameters():
         if p.requires_grad and (n := optimized.count(id(p))) != 1:
@@ -383,9 +382,6 @@ def check_model(model: GPT, optimizers: list, autocast: Callable, length: int, t
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(f"{name} is not a tensor: let get_extra_state return one, or use buffers")
-    with user_error("an optimizer's settings could be saved and not loaded", "use Python's own numbers"):
-        torch.save([o.state_dict()["param_groups"] for o in optimizers], file := io.BytesIO())
-        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
 # How a row of log.jsonl is printed: these of its numbers, in this order.
@@ -672,6 +668,9 @@ def main() -> None:
             cure = f"{kept}: make room, then go on with --init_from=auto"
             with user_error(what, cure, (OSError, RuntimeError)), whole_file(ckpt_path) as f:
                 torch.save(state, f)  # which turns a full disk into a RuntimeError
+            if saved_step < 0:
+                with user_error("it cannot be loaded", "let optimizers keep tensors and Python numbers"):
+                    load_checkpoint(ckpt_path)
         saved_step = step
 
     # -- the loop. Its clock leaves out the first step (it compiles), evaluation and saving
@@ -688,9 +687,9 @@ def main() -> None:
                 if save_now:  # first, as a signal may not leave the time for both
                     save()
                 if evaluate_now:
-                    raw_model.set_progress(min(step, length - 1), length)
                     torch.manual_seed(cfg.seed)  # for an FFN that draws noise in evaluation too
                     with evaluating(raw_model):
+                        raw_model.set_progress(min(step, length - 1), length)
                         val_loss = evaluate(fast_model, data, cfg, device, autocast, signals)
                         active = active_fraction(raw_model, data, device, autocast)
                     if val_loss is None:  # a signal came: save and stop
@@ -747,6 +746,7 @@ def main() -> None:
             print0(f"checkpoint       {ckpt_path}")
             print0(f"plot             python experiments/compare.py --report {out_dir}")
         if cfg.sample_tokens and rank == 0:
+            raw_model.set_progress(min(step, length - 1), length)
             print0("\n" + sample(raw_model.eval(), cfg, data, device, autocast))
     if wandb:
         wandb.finish()

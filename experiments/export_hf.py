@@ -44,6 +44,7 @@ def load_run(folder: str) -> tuple[GPT, tiktoken.Encoding]:
     return gpt, load_encoding(about["data"]["encoding"])
 
 
+@torch.no_grad()  # so that what is computed from weights, as by pruning, can be copied
 def open_run(folder: Path, code: ModuleType) -> tuple[GPT, dict, dict]:
     """Return the model as `code`, a model.py, builds it, and what is in ckpt.pt and config.json. Raises
     UserError where one is missing, or the code of the FFN is not what it was."""

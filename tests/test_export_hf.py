@@ -5,6 +5,7 @@ this project, and computes what model.py computes.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
+from torch.nn.utils import prune
 from trainer import ROOT, make_data, one_line, train
 
 from configurator import UserError
@@ -287,6 +289,30 @@ def test_a_loaded_model_is_told_of_its_progress(tmp_path, monkeypatch):
         saved = {"model": gpt.state_dict(), "optimizers": [], "step": step, "flags": flags, "shards": {}}
         torch.save(saved, tmp_path / "ckpt.pt")
         assert export_hf.open_run(tmp_path, model)[0].model.layers[0].mlp.told == told
+
+
+def test_weights_that_are_computed_from_others_can_be_copied(tmp_path, monkeypatch):
+    """By pruning, say: the export compares a copy of the model with what it wrote."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import export_hf
+
+    import model
+    import train as train_py
+
+    class Mine(model.SwiGLU):
+        def __init__(self, d: int, h: int) -> None:
+            super().__init__(d, h)
+            prune.l1_unstructured(self.up_proj, "weight", 0.5)
+
+    monkeypatch.setitem(model.FFNS, "mine", Mine)
+    shape = {"n_layer": 1, "n_head": 2, "n_kv_head": 2, "n_embd": 16, "block_size": 8, "ffn_hidden": 16}
+    gpt = model.GPT(model.GPTConfig(**shape, vocab_size=384, ffn="mine"))
+    about = {"ffn_code": model.ffn_code("mine"), "git_commit": "abc"}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    flags = asdict(train_py.Config(**shape, ffn="mine"))
+    saved = {"model": gpt.state_dict(), "optimizers": [], "step": 1, "flags": flags, "shards": {}}
+    torch.save(saved, tmp_path / "ckpt.pt")
+    copy.deepcopy(export_hf.open_run(tmp_path, model)[0])
 
 
 # Each command line of export_hf.py in a process of its own, forked from one that has imported the rest.

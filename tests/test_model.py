@@ -2534,6 +2534,18 @@ def test_state_that_training_changes_is_saved(monkeypatch):
             super().forward(x)
             return FFNS["swiglu"].forward(self, x), self.mean.sum()
 
+    class InEvaluation(Averages):
+        def forward(self, x):
+            super().forward(x)
+            return FFNS["swiglu"].forward(self, x if self.training else x - self.mean)
+
+    class InEvaluationOnly(Mine):
+        persistent = False
+
+        def forward(self, x):
+            super().forward(x)
+            return FFNS["swiglu"].forward(self, x if self.training else x - self.mean)
+
     class Drops(FFNS["swiglu"]):
         def forward(self, x):
             return super().forward(x) * (self.draw() >= 0)
@@ -2544,7 +2556,8 @@ def test_state_that_training_changes_is_saved(monkeypatch):
     class DropsNumpy(Drops):
         draw = staticmethod(np.random.random)
 
-    for cls in (Averages, Counts, Late, Anneals, InAux, DropsPython, DropsNumpy):
+    seen = [Averages, Counts, Late, Anneals, InAux, InEvaluation, InEvaluationOnly]
+    for cls in (*seen, DropsPython, DropsNumpy):
         monkeypatch.setitem(FFNS, "mine", cls)
         with pytest.raises(UserError, match="mine changes something in training that is not saved"):
             check_ffns(GPT(small(ffn="mine")))
@@ -2694,6 +2707,62 @@ def test_what_a_fork_does_to_its_ffns_passes_the_checks(monkeypatch, hack):
         layer.mlp.index = i
     check_ffns(gpt)
     assert gpt.training
+
+
+def test_a_gradient_inside_forward_passes_the_checks(monkeypatch):
+    """As FFNs that learn in their forward pass take it. The FLOPs that it costs are counted."""
+
+    class Mine(FFNS["swiglu"]):
+        def forward(self, x):
+            with torch.enable_grad():
+                z = x.detach().requires_grad_()
+                (step,) = torch.autograd.grad(self.up_proj(z).square().sum(), z)
+            return super().forward(x - step)
+
+        def flops(self):
+            return 2 * (3 + 2) * self.up_proj.weight.numel()
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    check_ffns(GPT(small(ffn="mine")))
+    del Mine.flops
+    with pytest.raises(UserError, match="FLOPs a token were counted"):
+        check_ffns(GPT(small(ffn="mine")))
+
+
+def test_an_ffn_that_cannot_be_copied_is_one_line(monkeypatch):
+    class Mine(FFNS["swiglu"]):
+        functional = None
+
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            self.functional = F
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    with pytest.raises(UserError, match=r"mine cannot be copied \(cannot pickle .*: keep no file"):
+        check_ffns(GPT(small(ffn="mine")))
+
+
+def test_a_parameter_that_forward_sets_is_for_one_rank(monkeypatch):
+    """From its first batch, say. Ranks see different ones, and only buffers are averaged over them."""
+
+    class Mine(FFNS["swiglu"]):
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            self.gain = nn.Parameter(torch.ones(d))
+            self.ready = nn.Buffer(torch.tensor(0.0))
+
+        def forward(self, x):
+            if self.training and not self.ready:
+                self.gain.data.copy_(1 / x.detach().abs().mean((0, 1)))
+                self.ready.fill_(1)
+            return super().forward(x * self.gain)
+
+    monkeypatch.setitem(FFNS, "mine", Mine)
+    check_ffns(GPT(small(ffn="mine")))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match="mine changes its parameter gain in training: ranks would"):
+        check_ffns(GPT(small(ffn="mine")))
 
 
 def test_an_ffn_inside_another_is_told_of_the_progress(monkeypatch):
@@ -3316,3 +3385,12 @@ def test_flops_per_token_by_hand():
         attention = 2 * 32 * 32 + 2 * 32 * 16
         matrices = 2 * (attention + 3 * 32 * 64) + 101 * 32
         assert GPT(config).flops_per_token() == 6 * matrices + 6 * 2 * 32 * 48
+
+
+def test_a_second_ffn_in_a_block_is_counted():
+    """What a fork adds to a layer costs FLOPs."""
+    gpt = GPT(small())
+    once = gpt.flops_per_token()
+    for layer in gpt.model.layers:
+        layer.mlp2 = make_ffn("gelu", 32, 64)
+    assert gpt.flops_per_token() - once == 6 * 2 * (2 * 32 * 64)
