@@ -739,7 +739,8 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise UserError(f"{name} in FFNS is not a class: write one that extends nn.Module")
     params = inspect.signature(cls.__init__).parameters.values()
-    hints = get_type_hints(cls.__init__)
+    with user_error(f"{name}: a type hint of __init__", "import what it names", NameError):
+        hints = get_type_hints(cls.__init__)
     kinds = {p.name: hints.get(p.name, type(p.default)) for p in params if p.kind is p.KEYWORD_ONLY}
     options: dict[str, object] = {}
     for option, equals, text in (setting.partition("=") for setting in settings):

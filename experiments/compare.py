@@ -638,7 +638,7 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
         )
     for name, values in record["tried"].items():
         if len(values) > 1:
-            notes.append(f"Of --{name}, {values} were tried for every row, which shows its best.")
+            notes.append(f"Of --{name}, {values} were tried for every row: these losses chose its best.")
     codes = [(r.made.get("trainer_code") or "").split(", ") for r in runs if r.ended]
     if len({*itertools.chain(*codes)} - {""}) > 1:
         notes.append("Warning: train.py, the decoder or the reader of shards changed meanwhile.")

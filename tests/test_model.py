@@ -3017,6 +3017,10 @@ class Fields(nn.Module):
         super().__init__()
 
 
+def unknown_hint(self, d: int, h: int, *, sizes: Sequence = ()):  # noqa: F821
+    """As where a name is imported under TYPE_CHECKING only."""
+
+
 def with_method(**methods):
     return type("Mine", (FFNS["swiglu"],), methods)
 
@@ -3046,6 +3050,7 @@ def with_buffer(b: torch.Tensor):
         (Fields, "mine:k=0.2", "KW_ONLY"),
         (Needs, "mine", "def __init__(self, d, h, *, option=default)"),
         (OneArgument, "mine", "def __init__(self, d, h, *, option=default)"),
+        (with_method(__init__=unknown_hint), "mine", "a type hint of __init__ (name 'Sequence' is not"),
         (lambda d, h: make_ffn("swiglu", d, h), "mine", "not a class"),
         (functools.partial(FFNS["sparseglu"], k=0.5), "mine", "not a class"),
         (make_ffn("swiglu", 8, 8), "mine", "not a class"),
