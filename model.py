@@ -1133,7 +1133,7 @@ class GPT(nn.Module):
 
     def set_progress(self, step: int, max_iters: int) -> None:
         """Tell each FFN, and each module inside one, the step, 0 to max_iters - 1, outside of compiled
-        code. What they draw at random depends on the step and the seed alone."""
+        code. What they draw at random depends on the step and the seed alone. (This seeds GPUs too.)"""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed * 2**20 + step)
             for i, layer in enumerate(self.model.layers):

@@ -687,9 +687,9 @@ def main() -> None:
                 if save_now:  # first, as a signal may not leave the time for both
                     save()
                 if evaluate_now:
-                    torch.manual_seed(cfg.seed)  # for an FFN that draws noise in evaluation too
                     with evaluating(raw_model):
                         raw_model.set_progress(min(step, length - 1), length)
+                        torch.manual_seed(cfg.seed)  # for an FFN that draws noise in evaluation too
                         val_loss = evaluate(fast_model, data, cfg, device, autocast, signals)
                         active = active_fraction(raw_model, data, device, autocast)
                     if val_loss is None:  # a signal came: save and stop
@@ -705,9 +705,9 @@ def main() -> None:
             places = locate(counts, samples.reshape(world, -1)[rank], cfg.data_seed)
             batch = torch.from_numpy(read_windows(data.train, places, cfg.block_size, data.n_vocab))
             batches = to_device(batch, device).split(cfg.micro_batch_size)
+            raw_model.set_progress(min(step, length - 1), length)
             # For an FFN that draws noise: other noise each step and rank, the same when resumed.
             torch.manual_seed((cfg.seed * 2**20 + step) * 2**10 + rank)
-            raw_model.set_progress(min(step, length - 1), length)
             loss, aux, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             # A running threshold or an expert's bias follows this rank's tokens: take the ranks' mean.
             for b in raw_model.model.layers.buffers() if ddp else ():
