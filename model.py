@@ -1302,8 +1302,9 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
         ffn.load_state_dict(saved)  # as if resumed
         # What Python keeps: numbers, tensors and the states of random numbers that are not torch's.
         kept = [i for module in ffn.modules() for i in [*vars(module).items(), *module._buffers.items()]]
-        numbers = sorted((key, repr(value)) for key, value in kept if type(value) in kinds)
-        states.append((numbers, random.getstate(), str(np.random.get_state())))
+        kept = [(k, v) for k, v in kept if type(v) in kinds]
+        kept = [(k, v.double().sum().item() if type(v) is Tensor else v) for k, v in kept]
+        states.append((sorted(map(repr, kept)), random.getstate(), str(np.random.get_state())))
     if states[0] != states[1] or (on_cpu(x) and not all(map(torch.equal, *tensors))):
         cure = "keep it in a buffer (set_progress may write a step count) and draw numbers with torch"
         raise UserError(f"{c.ffn} changes something in training that is not saved: {cure}")

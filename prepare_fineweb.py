@@ -703,7 +703,7 @@ def main() -> None:
             if meta["complete"]:
                 if cfg.input and input_files(cfg.input):  # which may be gone by now
                     find_source(cfg, meta)
-                return print(f"{cfg.out_dir} is finished already, from files of these names and sizes")
+                return print(f"{cfg.out_dir} is finished already (files are compared by name and size)")
             (download if cfg.pretokenized else prepare)(cfg, meta)
             meta["complete"] = True
             save_meta(cfg.out_dir, meta)
