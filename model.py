@@ -747,7 +747,8 @@ def parse_spec(spec: str) -> tuple[type[nn.Module], dict[str, object]]:
         if option not in kinds:
             cure = suggest(option, kinds) if kinds else "its __init__ has no arguments by name after a *"
             if option in [p.name for p in params][3:]:
-                cure = "put * before it: __init__(self, d, h, *, ...); dataclass(eq=False): _: KW_ONLY"
+                cure = "put * before it in __init__(self, d, h, *, ...)"
+                cure += ", or _: KW_ONLY in a dataclass(eq=False)"
             raise UserError(f"{name} has no option {option!r}: {cure}")
         if option in options or not equals:
             raise UserError(f"{spec!r}: write each option once, as option=value")
@@ -804,7 +805,8 @@ def is_matrix(p: Tensor) -> bool:
 
 def is_expanded(t: Tensor) -> bool:
     """Whether elements of a tensor share their memory, so that nothing can be written into it."""
-    return any(size > 1 and not stride for size, stride in zip(t.shape, t.stride()))
+    strides = t.stride() if t.layout is torch.strided else t.shape
+    return any(size > 1 and not stride for size, stride in zip(t.shape, strides))
 
 
 def ffn_cost(ffn: nn.Module) -> dict[str, int]:
@@ -1133,12 +1135,13 @@ class GPT(nn.Module):
 
     def set_progress(self, step: int, max_iters: int) -> None:
         """Tell each FFN, and each module inside one, the step, 0 to max_iters - 1, outside of compiled
-        code. What they draw at random depends on the step and the seed alone. (This seeds GPUs too.)"""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed * 2**20 + step)
+        code. What they draw with torch depends on the step and the seed alone."""
+        weight, cure = self.lm_head.weight, "look at its options or class"
+        with torch.random.fork_rng([weight.device] * weight.is_cuda):
+            torch.manual_seed(-1 - self.config.seed * 2**20 - step)  # no other seed is negative
             for i, layer in enumerate(self.model.layers):
                 for module in filter(lambda m: has(m, "set_progress"), layer.mlp.modules()):
-                    with user_error(f"model.layers.{i}.mlp.set_progress", "look at options and class"):
+                    with user_error(f"model.layers.{i}.mlp.set_progress", cure):
                         module.set_progress(step, max_iters)
 
     # Without cuDNN, PyTorch's choice on an H100, which plans for tens of ms for each new length.
@@ -1189,7 +1192,8 @@ class GPT(nn.Module):
         masked half of attention is not counted (nanoGPT's 12 counts it)."""
         c = self.config
         parts = [part for layer in self.model.layers for part in layer.children()]
-        products = sum(ffn_cost(part)["flops"] for part in [*parts, self.lm_head])
+        parts = [part for part in [*parts, self.lm_head] if not isinstance(part, nn.Embedding)]
+        products = sum(ffn_cost(part)["flops"] for part in parts)
         return 3 * (products + 2 * c.n_layer * c.n_embd * c.block_size)
 
 
@@ -1199,12 +1203,15 @@ class GPT(nn.Module):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside a with block. What is written into its buffers there, by
-    set_progress for one, is undone at the end."""
+    """Put a model into evaluation mode inside a with block. Its buffers, which set_progress may change
+    there, are put back at the end."""
     with contextlib.ExitStack() as restore:
         restore.callback(model.train, model.training)
-        for b in filter(lambda b: not is_expanded(b), model.buffers()):
-            restore.callback(b.detach().copy_, b.detach().clone())
+        for module in model.modules():
+            restore.callback(module._buffers.update, dict(module._buffers))
+        for b in model.buffers():
+            if not is_expanded(b):
+                restore.callback(b.detach().copy_, b.detach().clone())
         model.eval()
         yield
 
@@ -1283,10 +1290,10 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
     if not training:
         return
     # The old weight_norm keeps a tensor that can be copied only since it was computed without gradients.
-    with user_error(f"{c.ffn} cannot be copied", "keep no file, module or lock in an attribute"):
+    with user_error(f"{c.ffn} cannot be copied", "keep no file, lock or Python module in an attribute"):
         ffn = copy.deepcopy(model.model.layers[0].mlp).train()
     saved, tensors, states = copy.deepcopy(ffn.state_dict()), [], []
-    kinds = (bool, int, float, Tensor) if on_cpu(x) else (bool, int)
+    kinds = (bool, int, float) if on_cpu(x) else (bool, int)
     for _ in range(2):
         counter, rng = FlopCounterMode(display=False), torch.random.fork_rng([x.device] * x.is_cuda)
         # Its hooks on modules refuse an FFN that takes a gradient in its forward pass.
@@ -1294,19 +1301,15 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
         with autocast(), torch.enable_grad(), rng, counter:
             torch.manual_seed(0)  # for an FFN that draws numbers
             y, aux = split_aux(ffn(x.clone()))
-        tensors.append([t.nan_to_num() for t in (y, aux) if t is not None])
-        moved = [n for n, p in ffn.named_parameters() if n in saved and not torch.equal(p, saved[n])]
-        if moved and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            cure = "ranks would differ in it: train on one rank, or use a buffer, which they average"
-            raise UserError(f"{c.ffn} changes its parameter {moved[0]} in training: {cure}")
         ffn.load_state_dict(saved)  # as if resumed
-        # What Python keeps: numbers, tensors and the states of random numbers that are not torch's.
+        # What Python keeps: tensors, numbers, and the states of random numbers that are not torch's.
         kept = [i for module in ffn.modules() for i in [*vars(module).items(), *module._buffers.items()]]
-        kept = [(k, v) for k, v in kept if type(v) in kinds]
-        kept = [(k, v.double().sum().item() if type(v) is Tensor else v) for k, v in kept]
-        states.append((sorted(map(repr, kept)), random.getstate(), str(np.random.get_state())))
+        held = [value for _, value in kept if type(value) is Tensor and not value.is_complex()]
+        tensors.append([t.detach().nan_to_num() for t in (y, aux, *held) if t is not None])
+        numbers = sorted((key, repr(value)) for key, value in kept if type(value) in kinds)
+        states.append((numbers, random.getstate(), str(np.random.get_state())))
     if states[0] != states[1] or (on_cpu(x) and not all(map(torch.equal, *tensors))):
-        cure = "keep it in a buffer (set_progress may write a step count) and draw numbers with torch"
+        cure = "keep it in a buffer that is saved (set_progress may write a step count), draw with torch"
         raise UserError(f"{c.ffn} changes something in training that is not saved: {cure}")
     counted, said = counter.get_total_flops() / x.size(1), ffn_cost(ffn)["flops"]
     if counted > 1.2 * said or (0 < counted < said / 2 and not has(ffn, "flops")):

@@ -51,7 +51,6 @@ KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "te
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
 GPT2 = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256}  # meta.json of ready-made shards
 BATCH_DOCUMENTS = 16  # documents that a worker takes at a time
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that "surrogateescape" could not decode
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS}  # to lock or sync a folder
 
 
@@ -251,8 +250,9 @@ def read_texts(paths: list[str], column: str, skip: int) -> Iterator[str]:
             elif kind_of(path) == "jsonl":
                 texts = json_texts(f, path, column)
             else:
-                texts = [f.read().decode("utf-8-sig", "surrogateescape")]  # carriage returns stay
-                if NOT_UTF8.search(texts[0]):
+                raw = f.read()
+                texts = [raw.decode("utf-8-sig", "replace")]  # carriage returns stay
+                if "\ufffd" in texts[0] and "\ufffd".encode() not in raw:
                     print(f"warning: {path} is not UTF-8: its other bytes become U+FFFD", flush=True)
                 if n := texts[0].count("<|endoftext|>"):
                     print(f"warning: {n} <|endoftext|> in {path} stay plain text: use jsonl", flush=True)
@@ -282,16 +282,17 @@ def no_text(column: str, path: str, names: list[str], kind: str) -> UserError:
 
 def json_texts(f: BinaryIO, path: str, column: str) -> Iterator[str | None]:
     """Yield the text of each line of jsonl, without a byte-order mark."""
-    lines, said = io.TextIOWrapper(f, "utf-8-sig", "surrogateescape", "\n"), False
+    lines, print_once = io.TextIOWrapper(f, "utf-8-sig", "surrogateescape", "\n"), functools.cache(print)
     for line in filter(str.strip, lines):
-        if not said and (said := NOT_UTF8.search(line)):
-            print(f"warning: {path} is not UTF-8: its other bytes become U+FFFD", flush=True)
+        if re.search("[\udc80-\udcff]", line):  # bytes that are not UTF-8
+            line = line.encode(errors="surrogateescape").decode(errors="replace")
+            print_once(f"warning: {path} is not UTF-8: its other bytes become U+FFFD", flush=True)
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__}")
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{path}: not a JSON object ({e}): put blanks for {line[:60]!r}") from None
+            raise UserError(f"{path}: not a JSON object ({e}): put blanks over {line[:60]!r}") from None
         kind = type(row[column]).__name__ if column in row else ""
         if kind not in ("str", "NoneType"):
             raise no_text(column, path, list(row), kind)
@@ -548,9 +549,8 @@ def check_shard(path: str, listed: dict[str, int] | None = None) -> Shard:
 
 
 def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
-    """Check the shards of a folder without reading their tokens. Returns meta.json (GPT-2's if there
-    is none), the sound shards of "train" and of "val", by paths that hold where a link to the folder
-    moves, and a line for each thing that is wrong."""
+    """Check the shards of a folder without reading their tokens. Returns meta.json (GPT-2's if there is
+    none), the sound shards of "train" and "val" by real paths, and a line for each wrong thing."""
     again = "run the prepare_fineweb.py command that made it again"
     meta, wrong = load_meta(folder), []
     listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]} if meta else None
@@ -703,7 +703,7 @@ def main() -> None:
             if meta["complete"]:
                 if cfg.input and input_files(cfg.input):  # which may be gone by now
                     find_source(cfg, meta)
-                return print(f"{cfg.out_dir} is finished already (files are compared by name and size)")
+                return print(f"{cfg.out_dir} is finished already, nothing to do")
             (download if cfg.pretokenized else prepare)(cfg, meta)
             meta["complete"] = True
             save_meta(cfg.out_dir, meta)

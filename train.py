@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import io
 import json
 import math
 import os
@@ -369,7 +370,7 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, path: str, code: dic
 
 def check_model(model: GPT, optimizers: list, autocast: Callable, length: int, training: bool) -> None:
     """Raise UserError for a model that would train and be wrong: an FFN that sees the future at the last
-    or first step, a parameter in no optimizer or in several, state that is no tensor."""
+    or first step, a parameter in no optimizer or in several, a checkpoint that could never be loaded."""
     moves = any(has(m, "set_progress") for m in model.model.layers.modules())
     for step in (length - 1, 0) if moves else (0,):
         with evaluating(model):  # which undoes what set_progress writes
@@ -382,6 +383,9 @@ def check_model(model: GPT, optimizers: list, autocast: Callable, length: int, t
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(f"{name} is not a tensor: let get_extra_state return one, or use buffers")
+    with user_error("an optimizer's settings could be saved and not loaded", "use Python's own numbers"):
+        torch.save([o.state_dict()["param_groups"] for o in optimizers], file := io.BytesIO())
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
 # How a row of log.jsonl is printed: these of its numbers, in this order.
@@ -438,14 +442,14 @@ def about(cfg: Config, data: Data, model: GPT, device: torch.device, world: int)
 
 
 def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
-    """Make the run's folder, or fail now and not at the first save. Returns its lock, held while open. A
-    run from scratch (resumed_step: -1) renames an earlier one to *.prev, unless only the *.prev has a
-    checkpoint. A resumed run cuts the log."""
+    """Make the run's folder, or fail now. Returns its lock, held while open. From scratch (resumed_step:
+    -1) an earlier run becomes *.prev, unless only the *.prev has a checkpoint. Resumed: cut the log."""
     path = functools.partial(os.path.join, cfg.out_dir)
-    ours = any(os.path.exists(path(name)) for name in ("log.jsonl", "ckpt.pt"))
-    if not ours and any(os.path.exists(path(name)) for name in ("train.py", "model.py", "config.json")):
-        raise UserError(f"--out_dir={cfg.out_dir} holds a trainer or another's model: name another")
     with user_error(f"cannot write to --out_dir={cfg.out_dir}", "name another", OSError):
+        there = {*os.listdir(cfg.out_dir)} if os.path.isdir(cfg.out_dir) else set()
+        trainer = "train.py" in there and "config.json" not in there
+        if trainer or (there & {"model.py", "config.json"} and not there & {".lock", "ckpt.pt"}):
+            raise UserError(f"--out_dir={cfg.out_dir} holds a trainer or another model: name another")
         lock = lock_folder(cfg.out_dir)
         log, kept = read_log(path("log.jsonl")), os.path.exists(path("ckpt.pt.prev"))
         if resumed_step >= 0:
@@ -461,14 +465,14 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
                     made_with[key] = ", ".join(filter(None, both))
         elif os.path.exists(path("ckpt.pt")) or (any(row["step"] for row in log) and not kept):
             print0(f"note: {cfg.out_dir} keeps its earlier run as *.prev, in place of any older *.prev")
-            for name in ("log.jsonl", "ckpt.pt", "config.json", "model.py"):
+            for name in ("config.json", "model.py", "log.jsonl", "ckpt.pt"):
                 with suppress(FileNotFoundError):
                     os.replace(path(name), path(name + ".prev"))
         with whole_file(path("log.jsonl")) as f:
             f.writelines(f"{json.dumps(row)}\n".encode() for row in log if row["step"] <= resumed_step)
         with whole_file(path("config.json")) as f:
             f.write(json.dumps({"flags": asdict(cfg), **made_with}, indent=2).encode())
-        if resumed_step < 0 or not os.path.exists(path("model.py")):
+        if resumed_step < 0:
             shutil.copyfile(model_file.__file__, path("model.py"))  # so that another can repeat the run
         return lock
 
@@ -643,7 +647,6 @@ def main() -> None:
         warnings.filterwarnings("ignore", ".*broadcast_buffers")  # torch 2.11 lacks what replaces it
         model = DDP(fast_model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    # -- how to log and save
     failed = torch.zeros((), device=device)  # the first step whose loss or gradient was not finite
 
     def check_finite(weights: bool = False) -> None:
@@ -668,9 +671,6 @@ def main() -> None:
             cure = f"{kept}: make room, then go on with --init_from=auto"
             with user_error(what, cure, (OSError, RuntimeError)), whole_file(ckpt_path) as f:
                 torch.save(state, f)  # which turns a full disk into a RuntimeError
-            if saved_step < 0:
-                with user_error("it cannot be loaded", "let optimizers keep tensors and Python numbers"):
-                    load_checkpoint(ckpt_path)
         saved_step = step
 
     # -- the loop. Its clock leaves out the first step (it compiles), evaluation and saving

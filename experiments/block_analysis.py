@@ -63,9 +63,8 @@ def fit(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, int]:
 
 
 def rows_of_own_noise(table: np.ndarray) -> list[int]:
-    """The rows whose noise is larger than that of all others by a two-sided F-test. The noisiest one is
-    taken out before the others are tested again. All rows, if row 0 is one of them. A row of less noise
-    stays: by its own few differences its interval would be too narrow."""
+    """The rows whose noise differs from that of all others by an F-test. The most different one is
+    taken out before the others are tested again. All rows, if row 0 is one of them."""
     kept = list(range(len(table)))
     while True:
         _, _, squares, df = fit(table[kept])
@@ -76,7 +75,8 @@ def rows_of_own_noise(table: np.ndarray) -> list[int]:
             if min(rest_df, df - rest_df) > 0:
                 own = (squares - rest) / (df - rest_df) + ROUNDING**2
                 ratio = own / (rest / rest_df + ROUNDING**2)
-                found.append((2 * special.fdtrc(df - rest_df, rest_df, ratio), row))
+                below, above = (f(df - rest_df, rest_df, ratio) for f in (special.fdtr, special.fdtrc))
+                found.append((2 * min(below, above), row))
         p, row = min(found)
         if p >= ODD_NOISE:
             return [row for row in range(len(table)) if row not in kept]
@@ -113,7 +113,7 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
     Returns a dict for each row, and the noise: std, df. A row has its difference to row 0, its
     simultaneous 95% interval and adjusted p (None where they cannot be told), the `level` of its test
     (so that all rows together err in 5% of comparisons), `equal` (to row 0 in every seed) and
-    `own_noise`, if that is larger than the others'. Rows that are equal to each other in every seed are
+    `own_noise`, if that differs from the others'. Rows that are equal to each other in every seed are
     judged as one, or their noise would count several times."""
     table, of, gaps = table.copy(), list(range(len(table))), table[:, None] - table
     same = ((gaps == 0) | np.isnan(gaps)).all(2) & (gaps == 0).any(2)
@@ -145,6 +145,8 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
             if len(d) > 1:
                 error, freedom = float(d.std(ddof=1)) / math.sqrt(len(d)), len(d) - 1
                 result["own_noise"] = error * math.sqrt(len(d) / 2)  # of one run
+                if std and std > result["own_noise"]:  # a few differences that happen to be alike
+                    error, freedom = std * math.sqrt(2 / len(d)), df
         elif i in pooled and i and np.isfinite(differences[pooled.index(i)]):
             result["difference"] = float(differences[pooled.index(i)])
             error = std and std * errors[pooled.index(i)]
@@ -168,8 +170,8 @@ def widest(results: list[dict]) -> float:
 def precise(results: list[dict], noise: dict, precision: float) -> bool:
     """Whether no half-width is above precision. Only widths decide, never a difference or its p, and not
     before the noise is known from FEWEST_DF degrees of freedom: stopping where a noise from fewer
-    happens to be small makes up to twice as many errors as the 5% allowed. So one row errs in 5.0% to
-    5.7% of comparisons, by the precision asked for (simulated)."""
+    happens to be small makes up to twice as many errors as the 5% allowed. With FEWEST_DF one row errs
+    in 5.0% to 5.7% of comparisons, by the precision asked for (simulated)."""
     return widest(results) <= precision and noise["df"] >= FEWEST_DF
 
 
@@ -182,7 +184,7 @@ def expected_precision(rows: int, seeds: int, noise: float) -> tuple[float, floa
     return edge * error, (edge + special.stdtrit(df, 0.8)) * error
 
 
-def verdict(row: dict, baseline_runs: int, too_early: str) -> str:
+def verdict(row: dict, baseline_runs: int, doubt: str) -> str:
     """What the interval says, or why it says nothing. row: what analyse finds, and its runs: n that came
     to their end and those that diverged; baseline: whether it is the baseline."""
     if row["diverged"]:
@@ -195,8 +197,8 @@ def verdict(row: dict, baseline_runs: int, too_early: str) -> str:
         return "identical"
     if row["low"] is None or min(row["n"], baseline_runs) < FEWEST_SEEDS:
         return "too few seeds"
-    if too_early:
-        return too_early
+    if doubt:
+        return doubt
     if row["low"] <= 0 <= row["high"]:
         return "no difference shown"
     return "better" if row["difference"] < 0 else "worse"

@@ -63,7 +63,7 @@ class Config(train.Config):
     baseline: str = "swiglu"  # spec of the FFN that all others are compared with
     ffn_match: Literal["hidden", "params", "flops", "both"] = "hidden"  # both: hidden and params
     seeds: int = 3  # seeds 0 to seeds - 1 for each row; --precision may stop earlier
-    precision: float = 0.0  # add seeds until all intervals are at most +- this (nats), df >= 10; 0: off
+    precision: float = 0.0  # add seeds until all intervals are at most +- this (nats), df >= 20; 0: off
     horizons: bool = True  # time steps; if no sweep, also train the baseline for 0.7 and 1.4 max_iters
     lr_sweep: str = ""  # learning rates to try for every row, comma-separated; the best is shown
     init_sweep: str = ""  # values of --ffn_init_std to try for every row, likewise
@@ -113,7 +113,8 @@ class Run:
     """A run that is planned (flags only) or on disk, however far it came."""
 
     def __init__(self, folder: str, flags: dict, made: dict | None = None, rows: list[dict] = ()):
-        self.dir, self.flags, self.made, self.rows = folder, flags, made or {}, rows
+        self.dir, self.made, self.rows = folder, made or {}, rows
+        self.flags = flags | {"data_dir": os.path.normpath(flags["data_dir"])}  # x/ is x
         self.seeds = flags["seed"], flags["data_seed"]
         self.row = identity(flags["ffn"]), self.made.get("hidden") or train.model_config(flags).hidden
         self.match = "hidden" if self.row[1] == flags["ffn_hidden"] else flags["ffn_match"]
@@ -620,15 +621,15 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
         )
     if own := {row["label"]: row["own_noise"] for row in rows if row["own_noise"] is not None}:
         which = ", ".join(own) if noise["std"] else "the baseline"
-        notes.append(f"The noise of {which} is above the others' (F-test, p < 0.01). Rows judged by "
-                     "the spread of their own differences to the baseline, in nats a run: "
+        notes.append(f"The noise of {which} differs from the others' (F-test, p < 0.01). Rows judged by "
+                     "it, or by the others' if that is larger, in nats a run: "
                      f"{', '.join(f'{label} {std:.2g}' for label, std in own.items())}.")  # fmt: skip
     if exchange:
         points = [f"{h['val_loss']:.4f} at {big(h['tokens'])} tokens ({h['off_line']:+.4f} off the line)"
                   for h in exchange["horizons"]]  # fmt: skip
         notes.append(f"Per unit of log(tokens) the baseline's loss changes by {exchange['slope']:.4f} ± "
                      f"{exchange['std_error']:.4f} (standard error), in the seeds with several lengths: "
-                     f"{', '.join(points)}. No price where runs diverged or the loss may not fall.")
+                     f"{', '.join(points)}. No price where runs diverged or a fall is not sure.")
     if any(row["tokens_ratio"] for row in rows):
         notes.append(
             "Tokens to its loss: how many times the baseline's tokens a row needs for the baseline's "
@@ -638,7 +639,7 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
         )
     for name, values in record["tried"].items():
         if len(values) > 1:
-            notes.append(f"Of --{name}, {values} were tried for every row: these losses chose its best.")
+            notes.append(f"Of --{name}, {values} were tried for every row; these losses chose its best.")
     codes = [(r.made.get("trainer_code") or "").split(", ") for r in runs if r.ended]
     if len({*itertools.chain(*codes)} - {""}) > 1:
         notes.append("Warning: train.py, the decoder or the reader of shards changed meanwhile.")
@@ -646,7 +647,7 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
         notes.append(f"Warning: the runs had {worlds} ranks, and experts follow their rank's tokens.")
     line = [(row["label"], *(row[name] for name in TUNED)) for row in rows if row["baseline"]]
     if other := sorted({r.label for r in runs if r.factor != 1 and (r.label, *r.tuned) not in line}):
-        notes.append(f"Left out, of another length and no points of the line: {', '.join(other)}.")
+        notes.append(f"Left out, of another length and not used for the line: {', '.join(other)}.")
     if left_out := [f"{r.dir} (step {len(r.rows) and r.rows[-1]['step']})" for r in runs if not r.ended]:
         notes.append(f"Not finished and left out: {', '.join(left_out)}.")
     return [*notes, f"Command: `{record['command']}`"]
@@ -685,7 +686,6 @@ def read_command(argv: list[str]) -> tuple[Config, train.Config, list[str]]:
         raise UserError(f"--archive={cfg.archive} must end in .tar.xz")
     if cfg.archive and (packed := [p for p in places if re.search(ARCHIVE, p)]):
         raise UserError(f"--archive takes folders of runs, and {packed[0]} is none: unpack it first")
-    cfg.data_dir = os.path.normpath(cfg.data_dir)
     flags = {f.name: getattr(cfg, f.name) for f in fields(train.Config)}
     return cfg, train.Config(**flags | {"ffn": cfg.baseline, "ffn_match": "hidden"}), places
 

@@ -320,7 +320,7 @@ def test_invalid_utf8_is_replaced_and_said(tmp_path, monkeypatch, capsys):
     assert f"{tmp_path}/a.txt is not UTF-8" in printed
     assert "b.txt is" not in printed
     # jsonl, once a file
-    (tmp_path / "a.jsonl").write_bytes(2 * '{"text": "größer"}\n'.encode("latin-1"))
+    (tmp_path / "a.jsonl").write_bytes(2 * b'{"text": "gr\xf6\xe2\x82er"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "gr\\u00f6ßer \ufffd"}\n', encoding="utf-8")
     in_process(monkeypatch, f"--input={tmp_path}/*.jsonl", "--encoding=bytes", f"--out_dir={out}2",
                "--shard_tokens=3", "--workers=1")  # fmt: skip

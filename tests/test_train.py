@@ -491,6 +491,9 @@ def test_a_run_cannot_lie_in_the_trainers_folder(here: Path):
         (here / name).write_bytes((ROOT / name).read_bytes())
     refused(here, flags(out_dir="."), "--out_dir=. holds a trainer", "name another")
     assert not {"config.json", "log.jsonl", "model.py.prev"} & set(os.listdir(here))
+    for beside in ("ckpt.pt", "log.jsonl"):
+        (here / beside).write_text("")
+        refused(here, flags(out_dir="."), "--out_dir=. holds a trainer", "name another")
     for name in ("model.py", "config.json"):  # of somebody's model, or of one exported to transformers
         (here / "other").mkdir(exist_ok=True)
         (here / "other" / name).write_text("theirs")
@@ -935,7 +938,7 @@ def test_what_set_progress_draws_and_writes(here: Path):
                 for name in ("size", "mean", "mask"):
                     self.register_buffer(name, torch.ones(h))
             def set_progress(self, step, max_iters):
-                self.mean.lerp_(self.size, 0.1)
+                self.mean = self.mean.lerp(self.size, 0.1)
                 if step % 3 == 0:
                     self.mask.copy_(torch.rand(self.mask.shape) < 0.5)
             def forward(self, x):
@@ -1206,13 +1209,8 @@ def test_added_optimizers(here: Path):
     assert "resumed at step 2" in run(factored, max_iters=4, **more).works().out
     run("optimizers += [torch.optim.SGD(groups[0]['params'])]").fails("2 optimizers, not in one")
     run("del optimizers[0].param_groups[0]").fails("in 0 optimizers, not in one")
-    # What a checkpoint could hold and not give back is named at the first save.
-    state = "optimizers[0].register_step_post_hook(lambda o, *_: o.state[groups[0]['params'][0]].update"
     numpys = "optimizers[0].param_groups[0]['lr'] = lr * np.sqrt(0.5)"
-    for line in (numpys, f"{state}(n=np.float64(1)))"):
-        done = run(line, max_iters=9, save_interval=1)
-        done.fails("it cannot be loaded", "let optimizers keep tensors and Python numbers")
-        assert "step      2" not in done.out
+    run(numpys, max_iters=1).fails("could be saved and not loaded", "Python's own numbers")
 
 
 def test_an_ffn_whose_checkpoint_could_not_be_loaded_is_refused(here: Path):
