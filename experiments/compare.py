@@ -256,15 +256,14 @@ def plan(cfg: Config, base: train.Config) -> list[Run]:
         if identity(spec) == identity(cfg.baseline) and cfg.horizons and not rates and not stds:
             lengths += [(matches[0], factor) for factor in HORIZONS]
         for match, factor in lengths:
-            mine = flags | stretched(flags, factor) | {"ffn_match": match}
-            r = Run("", mine)
-            mine["ffn_match"] = r.match
+            r = Run("", flags | stretched(flags, factor) | {"ffn_match": match})
+            r.flags["ffn_match"] = r.match
             name = f"{spec.replace('/', '%2F')}-s{seed}" + (f"-{r.match}" if r.match != "hidden" else "")
             name += (f"-lr{rate:g}" if rates else "") + (f"-std{std:g}" if stds else "")
             name += f"-x{factor}" if factor != 1 else ""
-            r.dir = mine["out_dir"] = os.path.join("out", cfg.name or cfg.paper or "compare", name)
-            train.model_config(mine).check()
-            runs.setdefault((r.row, r.seeds, r.tuned, mine["max_iters"]), r)
+            r.dir = r.flags["out_dir"] = os.path.join("out", cfg.name or cfg.paper or "compare", name)
+            train.model_config(r.flags).check()
+            runs.setdefault((r.row, r.seeds, r.tuned, r.flags["max_iters"]), r)
     return list(runs.values())
 
 
