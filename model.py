@@ -1136,13 +1136,15 @@ class GPT(nn.Module):
     def set_progress(self, step: int, max_iters: int) -> None:
         """Tell each FFN, and each module inside one, the step, 0 to max_iters - 1, outside of compiled
         code. What they draw with torch depends on the step and the seed alone."""
-        weight, cure = self.lm_head.weight, "look at its options or class"
+        modules = [(i, m) for i, layer in enumerate(self.model.layers) for m in layer.mlp.modules()]
+        told, weight = [(i, m) for i, m in modules if has(m, "set_progress")], self.lm_head.weight
+        if not told:
+            return
         with torch.random.fork_rng([weight.device] * weight.is_cuda):
             torch.manual_seed(-1 - self.config.seed * 2**20 - step)  # no other seed is negative
-            for i, layer in enumerate(self.model.layers):
-                for module in filter(lambda m: has(m, "set_progress"), layer.mlp.modules()):
-                    with user_error(f"model.layers.{i}.mlp.set_progress", cure):
-                        module.set_progress(step, max_iters)
+            for i, module in told:
+                with user_error(f"model.layers.{i}.mlp.set_progress", "look at its options or class"):
+                    module.set_progress(step, max_iters)
 
     # Without cuDNN, PyTorch's choice on an H100, which plans for tens of ms for each new length.
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -1304,7 +1306,7 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
         ffn.load_state_dict(saved)  # as if resumed
         # What Python keeps: tensors, numbers, and the states of random numbers that are not torch's.
         kept = [i for module in ffn.modules() for i in [*vars(module).items(), *module._buffers.items()]]
-        held = [value for _, value in kept if type(value) is Tensor and not value.is_complex()]
+        held = [value for _, value in kept if type(value) is Tensor and value.layout is torch.strided]
         tensors.append([t.detach().nan_to_num() for t in (y, aux, *held) if t is not None])
         numbers = sorted((key, repr(value)) for key, value in kept if type(value) in kinds)
         states.append((numbers, random.getstate(), str(np.random.get_state())))

@@ -552,7 +552,7 @@ def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
     """Check the shards of a folder without reading their tokens. Returns meta.json (GPT-2's if there is
     none), the sound shards of "train" and "val" by real paths, and a line for each wrong thing."""
     again = "run the prepare_fineweb.py command that made it again"
-    meta, wrong = load_meta(folder), []
+    meta, wrong, real = load_meta(folder), [], os.path.realpath(folder)
     listed = {shard["name"]: shard["tokens"] for shard in meta["shards"]} if meta else None
     meta = meta or GPT2 | {"source": "", "shards": [], "complete": True}
     if not meta["complete"]:
@@ -562,7 +562,7 @@ def find_shards(folder: str) -> tuple[dict, dict[str, list[Shard]], list[str]]:
         names = shard_names(folder, split)
         for name in names:
             try:
-                shards.append(check_shard(os.path.join(os.path.realpath(folder), name), listed))
+                shards.append(check_shard(os.path.join(real, name), listed))
             except UserError as e:
                 wrong.append(str(e))
         others = sorted({*glob.glob(f"*_{split}[._]*bin", root_dir=folder)} - {*names})

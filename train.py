@@ -373,7 +373,7 @@ def check_model(model: GPT, optimizers: list, autocast: Callable, length: int, t
     or first step, a parameter in no optimizer or in several, a checkpoint that could never be loaded."""
     moves = any(has(m, "set_progress") for m in model.model.layers.modules())
     for step in (length - 1, 0) if moves else (0,):
-        with evaluating(model):  # which undoes what set_progress writes
+        with evaluating(model):  # which undoes what set_progress writes into buffers
             model.set_progress(step, length)
             check_ffns(model, autocast, training)
     optimized = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -746,7 +746,7 @@ def main() -> None:
             print0(f"checkpoint       {ckpt_path}")
             print0(f"plot             python experiments/compare.py --report {out_dir}")
         if cfg.sample_tokens and rank == 0:
-            raw_model.set_progress(min(step, length - 1), length)
+            raw_model.set_progress(min(step, length - 1), length)  # what an evaluation sets, it undoes
             print0("\n" + sample(raw_model.eval(), cfg, data, device, autocast))
     if wandb:
         wandb.finish()

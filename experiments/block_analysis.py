@@ -19,7 +19,7 @@ FEWEST_SEEDS = 3  # no verdict from fewer
 FEWEST_DF = 20  # --precision does not trust a noise from fewer degrees of freedom
 DRAWS = 200_000
 SHARES = np.linspace(0, 1, DRAWS + 1)  # share of the sorted draws up to each
-ODD_NOISE = 0.01  # p of the F-test below which a row is judged by its own noise
+ODD_NOISE = 0.01  # p of the F-test below which a row's own noise is taken, if it is not the smaller one
 ROUNDING = 1e-9  # nats: smaller deviations are rounding
 ROUNDS = 15  # of timed steps, from which the ratio of step times and its error come
 
@@ -131,6 +131,7 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
     differences, errors, squares, df = fit(table[pooled])
     std = math.sqrt(squares / df + ROUNDING**2) if df else None
     draws = smallest_p(np.isfinite(table[pooled]).tobytes(), len(pooled), len(odd))
+    level = float(draws[DRAWS // 20])
     results = []
     for i, d in enumerate(pairs):
         result = dict.fromkeys(("difference", "low", "high", "p", "level", "own_noise"))
@@ -138,8 +139,7 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
         results.append(result)
         error, freedom = None, df
         if equal[i]:
-            result |= {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
-            result["level"] = float(draws[DRAWS // 20])
+            result |= {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "level": level}
         elif i in odd and len(d):
             result["difference"] = float(d.mean())
             if len(d) > 1:
@@ -151,8 +151,7 @@ def analyse(table: np.ndarray) -> tuple[list[dict], dict]:
             result["difference"] = float(differences[pooled.index(i)])
             error = std and std * errors[pooled.index(i)]
         if error:
-            result["level"] = float(draws[DRAWS // 20])
-            half = float(quantile(result["level"], freedom) * error)
+            result["level"], half = level, float(quantile(level, freedom) * error)
             result["low"], result["high"] = result["difference"] - half, result["difference"] + half
             p = two_sided_p(result["difference"] / error, freedom)
             result["p"] = float(np.interp(p, draws, SHARES))

@@ -628,7 +628,7 @@ def notes_on(record: dict, runs: list[Run]) -> list[str]:
                   for h in exchange["horizons"]]  # fmt: skip
         notes.append(f"Per unit of log(tokens) the baseline's loss changes by {exchange['slope']:.4f} ± "
                      f"{exchange['std_error']:.4f} (standard error), in the seeds with several lengths: "
-                     f"{', '.join(points)}. No price where runs diverged or a fall is not sure.")
+                     f"{', '.join(points)}. No price where runs diverged or the loss might not fall.")
     if any(row["tokens_ratio"] for row in rows):
         notes.append(
             "Tokens to its loss: how many times the baseline's tokens a row needs for the baseline's "
@@ -701,7 +701,8 @@ def check_overwrite(folder: str, runs: list[Run]) -> None:
 
 
 def main() -> None:
-    (cfg, base, places), failed = read_command(sys.argv[1:]), 0
+    cfg, base, places = read_command(sys.argv[1:])
+    failed = 0
     if places:
         runs, step_times = find_runs(places)
         folder = os.path.commonpath([os.path.abspath(r.dir) for r in runs] or ["/"])

@@ -2575,6 +2575,17 @@ def test_state_that_training_changes_is_saved(monkeypatch):
     monkeypatch.setitem(FFNS, "mine", swiglu_on(lambda f, x: F.dropout(f(x), 0.5)))
     check_ffns(GPT(small(ffn="mine")))
 
+    class Sparse(FFNS["swiglu"]):
+        def __init__(self, d, h):
+            super().__init__(d, h)
+            self.register_buffer("links", torch.eye(d).to_sparse(), persistent=False)
+
+        def forward(self, x):
+            return super().forward(torch.sparse.mm(self.links, x.flatten(0, -2).t()).t().view_as(x))
+
+    monkeypatch.setitem(FFNS, "mine", Sparse)
+    check_ffns(GPT(small(ffn="mine")))
+
     class Looks(FFNS["swiglu"]):
         best = float("nan")
 
