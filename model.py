@@ -1,12 +1,12 @@
 """
 A Qwen3-style decoder whose feed-forward layer (FFN) is picked by a spec string.
 
-The file has the FFNs and the helpers they share, then what turns `sparseglu:k=0.5` into one of them,
-the decoder, the checks of an FFN at a run's start, and last what makes it fast. A new idea is a class
-and its line in `FFNS`.
+The file has, in this order, the FFNs, the helpers that they share, the code that turns a spec such as
+`sparseglu:k=0.5` into an FFN, the decoder, the checks of an FFN at a run's start, and code that is
+there only for speed. To add an FFN, write a class and its line in `FFNS`.
 
 Every FFN maps (..., d) -> (..., d) with hidden width h. Linear layers have no bias unless noted, GELU
-is the exact one (erf). Papers are the five by "Aardvark" (2025) where no other is named.
+is the exact one (erf). Where no other paper is named, the source is one of five by "Aardvark" (2025).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class GEGLU(SwiGLU):
 
 
 class IsoGMLP(SwiGLU):
-    """down(sigmoid(gate x) * up x). Dynamic GEGLU names it and defines nothing: our reading."""
+    """down(sigmoid(gate x) * up x). Dynamic GEGLU's paper only names it: our reading."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(torch.sigmoid(self.gate_proj(x)) * self.up_proj(x))
@@ -136,8 +136,8 @@ class DualGated(nn.Module):
 class DSG(SwiGLU):
     """
     Dynamic Sparse Gating: down(SiLU(gate x * g * m) * up x), g = sigmoid(W_g x + b_g), per neuron or one
-    per token. The paper does not define m; Dynamic GEGLU's alpha stands in. Both gates are soft and
-    skip nothing, so with g per neuron it costs 4/3 of SwiGLU.
+    per token. The paper does not define m; we use Dynamic GEGLU's alpha. Both gates are soft and skip
+    nothing, so with g per neuron DSG costs 4/3 of SwiGLU.
     """
 
     def __init__(
@@ -163,11 +163,11 @@ class ASG(SwiGLU):
     """
     Adaptive Sparse Gating: down(SiLU(gate x) * up x + z * (|z| > tau)), z = W_sparse x.
 
-    tau = sigmoid(t) with one t (threshold=global) or one per neuron; threshold=fixed takes `tau`, and
-    threshold=input, the paper's future work, sigmoid(w x + b). With grad=hard no gradient reaches t, so
-    tau stays 0.5, and d and the start values decide how much passes (about 27% at d=512, 3% at 128; the
-    paper says 35%). grad=ste uses mask + p - p.detach(), p = sigmoid((|z| - tau) / 0.1). sparse=False
-    leaves z out. ASG costs 4/3 of SwiGLU.
+    tau = sigmoid(t), with one t (threshold=global) or one per neuron. threshold=fixed uses `tau` itself;
+    threshold=input, the paper's future work, uses sigmoid(w x + b). With grad=hard no gradient reaches
+    t, so tau stays 0.5. How much passes then depends on d and the initial weights (about 27% at d=512,
+    3% at 128; the paper says 35%). grad=ste uses mask + p - p.detach(), p = sigmoid((|z| - tau) / 0.1).
+    sparse=False leaves z out. ASG costs 4/3 of SwiGLU.
     """
 
     def __init__(
@@ -213,9 +213,9 @@ class ASG(SwiGLU):
 
 
 def per_token(decode: Callable) -> Callable:
-    """Turn a method that decodes one token, (d,) -> (d,), into one for each token of x (..., d). Its
-    products are W @ x: compiled for a CPU this is a loop that reads gathered rows in place and is faster
-    than BLAS, which a Linear would call."""
+    """Turn a method that decodes one token, (d,) -> (d,), into one for all tokens of x (..., d). The
+    method computes W @ x, not a Linear: compiled for a CPU this is a loop that reads gathered rows in
+    place, which is faster than the BLAS call of a Linear."""
 
     def of_all(self, x: Tensor) -> Tensor:
         return torch.stack([decode(self, token) for token in x.reshape(-1, x.size(-1))]).view(x.shape)
@@ -229,8 +229,8 @@ class SparseGated(nn.Module):
 
     The round(k*h) largest keys are kept. All must be computed to know which, so even ideally the cost is
     (1 + 2k)/3 + d/(3h) of SwiGLU's, never the paper's 0.15. The residual is the FFN's normed input.
-    split=False leaves W_v out, gate=False G and the residual. grad=ste: the gradient of the keys passes
-    as if none was cut. select=adaptive, the paper's future work, keeps the keys over one running
+    split=False leaves W_v out, gate=False G and the residual. grad=ste: the gradient reaches all keys,
+    as if none were cut. select=adaptive, the paper's future work, keeps the keys over one running
     threshold, which moves 5% in each training pass towards mean + std * Phi^-1(1 - k) of all its keys.
     """
 
@@ -323,7 +323,7 @@ class SparseGLU(SwiGLU):
     Linears with biases, p units and a ReLU between them, on the first r channels of x (r=0: all).
 
     With grad=hard no gradient reaches the predictor, so it is frozen: a random hash of x picks the
-    neurons. grad=ste: M + q - q.detach(), q = sigmoid(score). grad=gate: M * q. select=stat takes the
+    neurons. grad=ste: M + q - q.detach(), q = sigmoid(score). grad=gate: M * q. select=stat keeps the
     scores over theta = mean + std * Phi^-1(1 - k), about k*h units. The paper's future work:
     select=soft, M = relu(score - theta); select=sparsemax, M = round(k*h) * sparsemax(score) (arXiv
     1602.02068); ramp=N, the share kept falls from 1 to k over N steps (arXiv 1710.01878).
@@ -345,7 +345,7 @@ class SparseGLU(SwiGLU):
         self.predictor.requires_grad_(soft or grad != "hard")
         self.share, self.r, self.grad, self.select, self.ramp = k, r or d, grad, select, ramp
         self.k = kept_units("sparseglu", k, h)
-        limit = self.k  # how many units are kept, or the least score in deviations from the mean
+        limit = self.k  # how many units are kept, or the threshold in deviations from the mean
         if select in ("stat", "soft"):
             limit = normal_quantile(f"sparseglu:select={select}", k)
         self.limit = nn.Buffer(torch.tensor(float(limit))) if ramp else limit
@@ -454,8 +454,8 @@ class MoE(nn.Module):
     shared(x) + sum_e 2 sigmoid(s_e) expert_e(x), s = router(x), over the k of n experts e with the
     largest sigmoid(s_e) + bias_e: token choice as in DeepSeek-V3 (arXiv 2412.19437).
 
-    shared and the experts are ReLU2s, round(share*h) and (h - round(share*h)) / k wide: h units work for
-    each token, and no token is dropped. After each training pass bias_e moves by `speed` towards equal
+    shared and the experts are ReLU2s, round(share*h) and (h - round(share*h)) / k wide. So each token
+    uses h units, and no token is dropped. After each training pass bias_e moves by `speed` towards equal
     numbers of tokens. balance=loss leaves it at 0 and returns Switch's aux = 0.01 n sum_e f_e P_e (arXiv
     2101.03961): f_e is the share of all choices that fell on e, P_e the mean of softmax(s)_e.
     """
@@ -483,9 +483,9 @@ class MoE(nn.Module):
             return F.linear(upcast(x.reshape(-1, x.size(-1))), upcast(self.router.weight))
 
     def route(self, s: Tensor) -> tuple[Tensor, Tensor, Aux, Tensor | list[int]]:
-        """From scores s (N, n) return the rows that the experts get, in the experts' order: the token
-        and the gate of each row, the aux, and the number of rows of each expert. In training move what
-        balances them."""
+        """Assign tokens to experts by their scores s (N, n). Return, for rows in the experts' order,
+        each row's token and gate, then the aux, then the number of rows of each expert. In training,
+        also update what balances the experts."""
         choice = (torch.sigmoid(s) + self.bias).topk(self.k).indices  # (N, k)
         expert, order = choice.flatten().sort(stable=True)
         token, aux = order // self.k, None
@@ -510,7 +510,7 @@ class MoE(nn.Module):
 
     def active(self, x: Tensor) -> Tensor:
         shared, one = self.h - self.k * self.width, self.width
-        with evaluating(self):  # as routing a training pass moves what balances the experts
+        with evaluating(self):  # routing in training mode would update what balances the experts
             count = self.route(self.scores(x))[3]
         used = count.sum() * x.size(-1) / x.numel()  # experts for a token
         return (shared + used * one) / (shared + self.n * one)
@@ -521,11 +521,11 @@ class MoE(nn.Module):
 
 class ThresholdMoE(MoE):
     """
-    MoE's experts, each of which takes the tokens with s_e > cut_e: 2 sigmoid(s_e) expert_e(x).
+    MoE, but each expert chooses its tokens, those with s_e > cut_e: 2 sigmoid(s_e) expert_e(x).
 
-    In training expert e takes the N k // n of N tokens with the largest s_e, of which only those over
-    cut_e count; then cut_e moves 5% towards the smallest s_e taken. In evaluation each token goes to all
-    experts over their cut, whatever the other tokens are.
+    In training expert e computes the N k // n of N tokens with the largest s_e, of which only those over
+    cut_e count. Then cut_e moves 5% towards the smallest s_e of the N k // n. In evaluation each token
+    goes to all experts e with s_e > cut_e, whatever the other tokens are.
     """
 
     def __init__(self, d: int, h: int, *, n: int = 8, k: int = 1, share: float = 0.5):
@@ -548,8 +548,8 @@ class ThresholdMoE(MoE):
 
 def run_experts(experts: nn.ModuleList, x: Tensor, count: Tensor | list[int]) -> Tensor:
     """Apply expert e to the next count[e] rows of x (M, d): (M, d). A CPU loops, as stacking weights is
-    slow there. On a GPU a loop would wait for the counts, and ReLU2s in bfloat16 take one product: a
-    batched one where the counts are equal (a list), else a grouped one (no wait from Hopper on). An
+    slow there. On a GPU a loop would wait for the counts, so ReLU2s in bfloat16 use one product: batched
+    if the counts are equal (a list), otherwise grouped (from Hopper on this does not wait either). An
     expert without rows gets zeros as gradients (on Blackwell perhaps not: pytorch issue 172439)."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -598,7 +598,7 @@ class ColumnLinear(nn.Linear):
         return x @ self.weight.t()  # unlike F.linear this gives the gradient the weight's layout
 
     def of_units(self, units: Tensor, hidden: Tensor) -> Tensor:
-        """Return the output for hidden (n,) in the units (n,) and 0 elsewhere, reading their columns."""
+        """Return the output for hidden (n,) in the units (n,), 0 elsewhere. Reads only their columns."""
         weight = self.weight.t()
         hidden = hidden.to(weight.dtype)
         starts = torch.arange(0, units.size(0), 64, device=units.device)  # a bag is one thread's work
@@ -644,7 +644,7 @@ over.register_fake(lambda x, limit: above_zero(x - limit))
 
 def top_k_mask(score: Tensor, k: int | Tensor) -> Tensor:
     """Return a mask that is 1 on exactly k of the largest scores along the last dimension, whatever ties
-    there are. k may be a tensor: new values of it compile nothing anew."""
+    there are. k may be a tensor: a new value then needs no recompiling."""
     score = score.detach()
     if torch.compiler.is_compiling() and on_cpu(score) and score.dtype == torch.float32:
         return top_k_by_counting(score, k if isinstance(k, Tensor) else torch.full((), float(k)))
@@ -664,7 +664,7 @@ def over_mean(score: Tensor, z: float | Tensor) -> Tensor:
 
 def sparsemax(z: Tensor) -> Tensor:
     """Return the point of the probability simplex that is nearest to z, along the last dimension. It is
-    relu(z - tau); halving the interval of tau tells which z are over it, faster than a sort."""
+    relu(z - tau). Bisection finds which z are over tau, faster than a sort."""
     with torch.no_grad():
         tau = z.amax(-1, keepdim=True) - 1
         for i in range(1, 54 if z.dtype == torch.float64 else 25):
@@ -722,8 +722,8 @@ METHODS = {  # what a class may have besides forward, with the arguments it is c
 
 
 def has(ffn: nn.Module, method: str) -> bool:
-    """Whether an FFN's class has the method (an attribute or a submodule of that name is none). A class
-    with a forward of its own does not inherit active, decode and ideal_flops, which describe another."""
+    """Whether an FFN's class has the method (an attribute or submodule of that name does not count). A
+    class with its own forward does not inherit active, decode and ideal_flops, which fit another."""
     for own in map(vars, type(ffn).__mro__):
         if method in own or ("forward" in own and method in ("active", "decode", "ideal_flops")):
             return method in own
@@ -812,7 +812,7 @@ def is_expanded(t: Tensor) -> bool:
 def ffn_cost(ffn: nn.Module) -> dict[str, int]:
     """Return the number of parameters, `params`, and the FLOPs per token of the forward pass's matrix
     products: `flops` as executed, `ideal_flops` if what is zero was skipped. A matrix under two names
-    counts twice; a class that uses its matrices otherwise has a method flops()."""
+    counts twice; a class that uses its matrices in other ways has a flops()."""
     params = sum(p.numel() for p in ffn.parameters())
     uses = ffn.named_parameters(remove_duplicate=False)
     flops = ffn.flops() if has(ffn, "flops") else sum(2 * p.numel() for _, p in uses if is_matrix(p))
@@ -820,11 +820,11 @@ def ffn_cost(ffn: nn.Module) -> dict[str, int]:
     return {"params": params, "flops": int(flops), "ideal_flops": int(ideal)}
 
 
-OURS = ("bench", "configurator", "model", "prepare_fineweb", "train")  # no user's files of helpers
+OURS = ("bench", "configurator", "model", "prepare_fineweb", "train")  # not a user's own files
 
 
 def ffn_code(spec: str) -> str:
-    """Return a hash of an FFN's code. Runs of one spec with two hashes may not be of one function."""
+    """Return a hash of an FFN's code. Runs of one spec with different hashes may differ in their FFN."""
     return code_hash(parse_spec(spec)[0].__mro__)
 
 
@@ -891,8 +891,8 @@ def match_hidden(spec: str, d: int, hidden: int, by: str = "params") -> int:
     """
     Return the width, a multiple of 8, at which the FFN's parameters (by="params") or executed FLOPs
     (by="flops") come closest to SwiGLU's at `hidden`; among equals, the one nearest to hidden. It is
-    found by bisection, which takes the cost to rise with the width, and skips widths that the class
-    refuses. The result is remembered by name: call cache_clear() after changing a class.
+    found by bisection, which assumes that the cost rises with the width. Widths that the class refuses
+    are skipped. The result is cached by name: call cache_clear() after changing a class.
     """
 
     @functools.cache
@@ -1146,7 +1146,7 @@ class GPT(nn.Module):
                 with user_error(f"model.layers.{i}.mlp.set_progress", "look at its options or class"):
                     module.set_progress(step, max_iters)
 
-    # Without cuDNN, PyTorch's choice on an H100, which plans for tens of ms for each new length.
+    # Without cuDNN, PyTorch's choice on an H100: it plans for tens of ms for each new length.
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     @torch.no_grad()
     def generate(
@@ -1261,9 +1261,9 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
     for an output of another shape or of no floating-point type, a weight that is no parameter, a
     parameter that changes and an output that depends on later tokens (of the first 512).
 
-    For training, run a copy of the first FFN twice in training mode. Raises UserError for FLOPs that are
-    not as told and for state that changes and is not saved. (A GPU's sums may differ in rounding. There
-    only whole numbers count.)
+    For training, run a copy of the first FFN twice in training mode. Raises UserError for FLOPs far from
+    those stated, and for state that changes but is not saved. (A GPU's sums may differ in rounding, so
+    only whole numbers are compared there.)
     """
     model.mixes_tokens, c, generator = False, model.config, torch.Generator().manual_seed(0)
     x = torch.randn(1, c.block_size, c.n_embd, generator=generator).to(model.lm_head.weight)
@@ -1320,7 +1320,7 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
 
 
 # ------------------------------------------------------------------------------------------------
-# What makes it fast. Skip this section on a first reading: it makes the same numbers faster.
+# Speed. Skip this section on a first reading: it computes the same numbers faster.
 
 
 def set_up(device: torch.device) -> None:
