@@ -132,7 +132,7 @@ def check_flags(cfg: Config, world: int) -> None:
 
 
 def saved_flags(saved: dict) -> dict:
-    """The flags of a checkpoint or config.json, checked as if typed. Flags added since have defaults."""
+    """The flags of a checkpoint or config.json, checked as if typed. Newer flags get their defaults."""
     return asdict(configure(Config, [f"--{name}={value}" for name, value in saved.items()])[0])
 
 
@@ -218,7 +218,7 @@ def train_step(
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """One update of model (DDP, compiled or plain) on this rank's batches, (micro, T + 1) each. Returns
     scalars on the device: the loss, the FFNs' auxiliary loss (means over all ranks; None if there is
-    none), the gradient's norm before clipping. `failed` keeps the first step where one is not finite."""
+    none), the gradient's norm before clipping. `failed` gets the first step where one is not finite."""
     total = torch.zeros(2, device=failed.device)  # the loss and the auxiliary loss
     for i, batch in enumerate(batches):
         if isinstance(model, DDP):
@@ -249,7 +249,7 @@ def train_step(
     return total[0], None if aux is None else total[1], norm
 
 
-# Dense bfloat16 TFLOP/s by the data sheets. The first match wins; $ keeps out a laptop's card.
+# Dense bfloat16 TFLOP/s from the data sheets. The first match wins; $ excludes laptop cards.
 PEAK_TFLOPS = {"B200": 2250, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835}
 PEAK_TFLOPS |= {"H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090$": 165, "RTX 3090$": 71}
 
@@ -279,7 +279,7 @@ def evaluate(
     model: nn.Module, data: Data, cfg: Config, device: torch.device, autocast: Callable, signals: list
 ) -> float | None:
     """Mean loss in nats per token over the first val_tokens // block_size windows, in order, split
-    over all ranks: the same number whatever the layout. None if a signal came: stop and save."""
+    over all ranks; it does not depend on how many there are. None if a signal came: stop and save."""
     T, micro = cfg.block_size, cfg.micro_batch_size
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     places = [(s, i) for s, n in enumerate(window_counts(data.val, T)) for i in range(n)]
@@ -288,7 +288,7 @@ def evaluate(
         if any_rank(bool(signals)):
             return None
         mine = places[first + rank * micro :][:micro]
-        # One shape for all batches, so that torch.compile sees one: rows of padding, not counted.
+        # Padding rows, not counted, give all batches the one shape that torch.compile has seen.
         batch = torch.full((micro, T + 1), -100)
         batch[: len(mine)] = torch.from_numpy(read_windows(data.val, mine, T, data.n_vocab))
         x, y = inputs_and_targets(to_device(batch, device))
@@ -301,7 +301,7 @@ def evaluate(
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
-    """A copy that does not wait: from pinned memory, where the device is a GPU."""
+    """Copy a batch to the device without waiting, from pinned memory if the device is a GPU."""
     return (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
 
 
@@ -353,7 +353,7 @@ def load_checkpoint(path: str) -> dict:
 
 
 def restore(model: GPT, optimizers: list, checkpoint: dict, path: str, code: dict[str, str]) -> None:
-    """Load a checkpoint: a UserError where it does not fit, a warning where it is of other code."""
+    """Load a checkpoint. Raises UserError if it does not fit; warns if other code saved it."""
     for key, what in {"ffn_code": model.config.ffn, "trainer_code": "the trainer"}.items():
         if checkpoint.get("code", code)[key] != code[key]:
             print0(f"warning: the code of {what} is not what it was when {path} was saved")
@@ -442,8 +442,8 @@ def about(cfg: Config, data: Data, model: GPT, device: torch.device, world: int)
 
 
 def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
-    """Make the run's folder, or fail now. Returns its lock, held while open. From scratch (resumed_step:
-    -1) an earlier run becomes *.prev, unless only the *.prev has a checkpoint. Resumed: cut the log."""
+    """Make the run's folder, or fail now. Returns its lock, held while open. From scratch (step -1) an
+    earlier run becomes *.prev, unless only the *.prev has a checkpoint. A resumed run cuts the log."""
     path = functools.partial(os.path.join, cfg.out_dir)
     with user_error(f"cannot write to --out_dir={cfg.out_dir}", "name another", OSError):
         there = {*os.listdir(cfg.out_dir)} if os.path.isdir(cfg.out_dir) else set()
@@ -457,7 +457,7 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
                 began = json.load(f)
                 if began["ffn_code"] != made_with["ffn_code"]:
                     print0(f"warning: the code of {cfg.ffn} is not what it was when this run began")
-                # These stay as the run began: compare.py then refuses it, if its code has changed.
+                # These keep their first values: so compare.py can refuse a run whose code has changed.
                 stays = ("run_id", "ffn_code", "hidden", "ffn_cost", "total_params")
                 made_with |= {key: began[key] for key in stays if key in began}
                 for key in ("trainer_code", "torch", "device", "dtype"):  # both, where they differ
@@ -540,7 +540,7 @@ step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cf
 
 
 def connect(device: torch.device, step: int, shards: dict) -> None:
-    """Join the other ranks; a UserError where they start from another step or other shards."""
+    """Join the other ranks. Raises UserError if they start from different steps or shards."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # torchrun's store outlives restarted ranks, and the prefix keeps them from reading the dead ones'
     # addresses (pytorch issue 135712). Several nodes may count restarts differently: no prefix there.
@@ -603,7 +603,7 @@ def main() -> None:
     rank, world, local_rank = read_launcher()
     ddp = "RANK" in os.environ
     cfg, checkpoint = resolve_flags(sys.argv[1:], world)
-    # Now, because model.py may be edited while data are prepared.
+    # Hashed now, because model.py may be edited while data are prepared.
     code = {"ffn_code": ffn_code(cfg.ffn), "trainer_code": code_hash([GPT, main, locate, read_windows])}
     ckpt_path, log_path = (os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "log.jsonl"))
     training, step = not cfg.eval_only, checkpoint["step"] if checkpoint else 0
@@ -746,7 +746,7 @@ def main() -> None:
             print0(f"checkpoint       {ckpt_path}")
             print0(f"plot             python experiments/compare.py --report {out_dir}")
         if cfg.sample_tokens and rank == 0:
-            raw_model.set_progress(min(step, length - 1), length)  # what an evaluation sets, it undoes
+            raw_model.set_progress(min(step, length - 1), length)  # again, as the evaluation undid it
             print0("\n" + sample(raw_model.eval(), cfg, data, device, autocast))
     if wandb:
         wandb.finish()
