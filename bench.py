@@ -6,10 +6,10 @@ Time FFNs, the decoding of one token, and whole training steps.
     python bench.py --mode=step --n_layer=32 --n_head=8 --n_embd=512 --ffn_hidden=2048
 
 All contenders of a run take turns, in reverse order every other round, so that a slow spell hits all.
-Each round has new inputs, as other tokens choose other units and experts. Before each call the caches
-are swept, as other layers would sweep them. A time is the median over the rounds, a ratio the median of
-the rounds' own ratios, and `spread` half the distance between their quartiles. Compare ratios within a
-run. FLOPs are those of a token's forward pass, in mode step those of its training.
+Each round has new inputs, because other tokens choose other units and experts. Before each call the
+caches are overwritten, as other layers would do. A time is the median over the rounds, a ratio the
+median of the rounds' own ratios, and `spread` half the distance between their quartiles. Compare ratios
+only within a run. FLOPs are those of a token's forward pass, in mode step those of its training.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def products(
         for one in work:
             multiply(*one)
 
-    # Matrices share their operands by shape: one each would take 28 GB at train.py's default shape.
+    # Matrices of one shape share operands: separate ones would take 28 GB at train.py's defaults.
     operand = functools.cache(lambda *shape: torch.randn(shape).to(device, dtype))
     for module, p in matrices:
         w, rows = p.detach().to(dtype), tokens.get(p, n)
@@ -238,8 +238,8 @@ def bench_step(cfg: Config, specs: list[str], device: torch.device, dtype: torch
 def make_step(
     model: GPT, flags: train.Config, device: torch.device, dtype: torch.dtype, passes: int = 1
 ) -> tuple[Callable[[], object], list[torch.optim.Optimizer]]:
-    """Return a function that does one training step of `model`, on new random tokens, of that many
-    passes, by train.py's own train_step, and the step's optimizers. Its first call compiles."""
+    """Return a function and the optimizers that it uses. It does one training step of `model` by
+    train.py's train_step, in `passes` passes over new random tokens. Its first call compiles."""
     check_clock(device)
     size = (flags.micro_batch_size, flags.block_size + 1)
     cast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
@@ -258,8 +258,8 @@ def at_rest(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
 
 
 def profile(step: Callable, show: bool, device: torch.device) -> str:
-    """Run a step under the profiler and return the name of the attention kernel that ran. Print the
-    operators that take the most time, if they are to be shown."""
+    """Run a step under the profiler and return the name of the attention kernel that ran. With
+    `show`, print the operators that take the most time."""
     with torch.profiler.profile() as p:
         step()
     operators = p.key_averages()
@@ -343,7 +343,7 @@ def same_names(cls: type, cfg: object, **more: object):
 
 
 def hidden(cfg: Config, spec: str) -> int:
-    """The hidden width of a spec's FFN by --ffn_match."""
+    """The hidden width of a spec's FFN after --ffn_match."""
     return same_names(GPTConfig, cfg, ffn=spec).hidden
 
 
@@ -354,7 +354,7 @@ def prepared(f: Callable, cfg: Config, device, dtype=torch.float32) -> Callable:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as text, a line each below the names of their values."""
+    """The rows as a text table, below a line of column names."""
 
     def text(value: object) -> str:
         if isinstance(value, float):
