@@ -9,8 +9,8 @@ of train.py and turns them into one table and one plot.
 All flags and config files of train.py are valid here too, except eval_only, and except seed, data_seed,
 init_from and out_dir, which this program sets. Run s of every FFN has --seed=s and --data_seed=s, so
 within a seed all FFNs see the same tokens and start from the same shared weights. The same command skips
-the runs that are done and resumes the others. The table is of this command's runs; `--report out/tiny`
-makes one of all runs there. --report takes folders of runs, their parents, and archives of --archive.
+the runs that are done and resumes the others. The table has only this command's runs; `--report DIR`
+makes one of all runs there. --report reads folders of runs, their parents, and archives (--archive).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ HORIZONS = (0.7, 1.4)  # the baseline's further runs have this many times the st
 
 @functools.cache
 def identity(spec: str) -> str:
-    """The key in FFNS and all options: equal for two specs that build the same FFN."""
+    """A spec's key in FFNS and all its options: equal for two specs that build the same FFN."""
     cls, options = parse_spec(spec)
     defaults = getattr(cls.__init__, "__kwdefaults__", None) or {}
     return f"{spec.partition(':')[0]} {sorted((defaults | options).items())}"
@@ -268,7 +268,7 @@ def plan(cfg: Config, base: train.Config) -> list[Run]:
 
 
 def print_plan(runs: list[Run], cfg: Config) -> None:
-    """Print the runs, the hours by a few timed steps, and the precision to expect with --noise."""
+    """Print the runs, the hours (from a few timed steps), and the precision to expect with --noise."""
     if cfg.prepare and not has_shards(cfg.data_dir):
         make = f"python prepare_fineweb.py {cfg.prepare} --out_dir={cfg.data_dir}"
         raise UserError(f"{cfg.data_dir} has no shards yet: make them with {make}")
@@ -303,7 +303,7 @@ def gpus(cfg: train.Config) -> list[str]:
 
 def start(p: Run, cfg: Config, slot: int) -> subprocess.Popen:
     """Start train.py on a slot's share of this machine: its GPUs (with torchrun, if several) or its
-    cores. With --launch it has all of the machine that the launcher gives. It prints to train.txt."""
+    cores. With --launch it uses all that the launcher gives it. It prints to train.txt."""
     command, env = [*shlex.split(cfg.launch), sys.executable], dict(os.environ)
     devices = gpus(cfg)
     each = max(1, len(devices) // cfg.jobs)
@@ -338,7 +338,7 @@ def why_failed(folder: str, code: int) -> str:
 
 
 def to_do(runs: list[Run], cfg: Config) -> list[Run]:
-    """The runs that have not ended. Refuses folders of other flags, another class or other data."""
+    """The runs that have not ended. Refuses folders made with other flags, class or data."""
     found, data = {p: old for p in runs if (old := read_run(p.dir))}, None
     waiting = [p for p in runs if not (p in found and found[p].ended)]
     cure = "choose another --name, or delete that folder"
@@ -402,8 +402,8 @@ def run_all(runs: list[Run], cfg: Config) -> int:
 
 
 def run_to_precision(runs: list[Run], cfg: Config) -> tuple[list[Run], int]:
-    """Run all; with --precision seed after seed, all rows of each, until it is reached. Returns the runs
-    up to that seed, and how many failed."""
+    """Run all. With --precision, run seed after seed, all rows of each, until it is reached. Returns the
+    runs up to that seed, and how many failed."""
     fewest = min(blocks.FEWEST_SEEDS, cfg.seeds) if cfg.precision else cfg.seeds
     for seeds in range(fewest, cfg.seeds + 1):
         chosen = [p for p in runs if p.seeds[0] < seeds]
@@ -422,7 +422,7 @@ def run_to_precision(runs: list[Run], cfg: Config) -> tuple[list[Run], int]:
 
 
 def passes_of(r: Run) -> int:
-    """The passes of a rank's step: gradients are accumulated over them."""
+    """The number of passes over which a rank accumulates the gradients of a step."""
     per_pass = r.made.get("world", 1) * r.flags["micro_batch_size"]
     return max(1, r.flags["batch_size"] // per_pass)
 
@@ -446,7 +446,7 @@ def timed_as(r: Run, base: Run) -> str:
 
 
 def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> None:
-    """Time whole steps of each row in turn with the baseline's. New ones go into times and its file."""
+    """Time whole steps of each row in turn with the baseline's. Adds new ones to times and its file."""
     base = groups[0][0]
     for r in (group[0] for group in groups[1:]):
         if (key := timed_as(r, base)) in times:
@@ -471,7 +471,7 @@ def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> 
 
 
 def check_alike(runs: list[Run], baseline: str) -> None:
-    """Refuse finished runs whose difference would not be the FFN's. Finds each run's factor."""
+    """Refuse finished runs that differ in more than the FFN. Sets each run's factor."""
 
     def common(r: Run) -> dict:
         rate, least = r.flags["learning_rate"], r.flags["min_lr"]
@@ -489,7 +489,7 @@ def check_alike(runs: list[Run], baseline: str) -> None:
     lengths = {stretched(first.flags, factor)["max_iters"]: factor for factor in HORIZONS}
     whole = {r.row for r in done if r.flags["max_iters"] == steps}
     for r in done:
-        # Another length, of a row that also has this one, is a horizon: no row of the table.
+        # A run of another length, whose row also has this one, is a horizon and not in the table.
         if (r.row[0] == identity(baseline) or r.row in whole) and r.flags["max_iters"] != steps:
             r.factor = lengths.get(r.flags["max_iters"], 1)
         expected, here = common(first) | stretched(first.flags, r.factor), common(r)
@@ -504,7 +504,7 @@ def check_alike(runs: list[Run], baseline: str) -> None:
             old = codes.setdefault((which, key), r) if r.made.get(key) else r
             if old.made.get(key) != r.made.get(key):
                 raise UserError(f"{what} changed between {old.dir} and {r.dir}: run the older one again")
-    # These may differ where all rows tried them, whether or not they came to an end.
+    # TUNED may differ where all rows tried the values, whether or not these runs ended.
     for a, b in itertools.product({r.tuned: r for r in done}.values(), done):
         if (b.row, a.tuned) not in tried:
             values = " ".join(f"--{name}={value:g}" for name, value in zip(TUNED, a.tuned))
