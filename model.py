@@ -43,10 +43,6 @@ from configurator import UserError, parse_value, reason, suggest, user_error
 
 Aux = Tensor | None  # an FFN's auxiliary loss, a scalar that is added to the training loss
 
-# PyTorch frees an operator when another of its name is made. Every copy of this file that a process
-# loads, such as an exported model's, therefore has names of its own.
-OPS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, n := f"ffn{i}"), "over"))
-
 # ------------------------------------------------------------------------------------------------
 # Dense FFNs
 
@@ -632,6 +628,11 @@ def above_zero(x: Tensor) -> Tensor:
     return F.relu(x).sign() if on_cpu(x) else x > 0
 
 
+# PyTorch frees an operator when another of its name is made. Every copy of this file that a process
+# loads, such as an exported model's, therefore has names of its own.
+OPS = next(n for i in itertools.count() if not hasattr(getattr(torch.ops, n := f"ffn{i}"), "over"))
+
+
 @torch.library.custom_op(f"{OPS}::over", mutates_args=(), schema="(Tensor x, Tensor limit) -> Tensor")
 def over(x: Tensor, limit: Tensor) -> Tensor:
     """Return above_zero(x - limit), for a limit that moves in the same pass. It is an operator, so that
@@ -708,7 +709,6 @@ FFNS: dict[str, type[nn.Module]] = {
     "moe": MoE,
     "thresholdmoe": ThresholdMoE,
 }
-
 
 METHODS = {  # what a class may have besides forward, with the arguments it is called with
     "__init__": "self, d, h, *, option=default",
