@@ -1382,14 +1382,14 @@ def compile_errors(signals: Sequence = ()) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        dynamo = sys.modules.get("torch._dynamo.exc")  # absent where nothing was compiled
+        dynamo = torch._dynamo.exc
         cause = getattr(e, "inner_exception", e)
         if isinstance(cause, torch.OutOfMemoryError):
             raise cause from None
-        if dynamo and isinstance(e, getattr(dynamo, "FailOnRecompileLimitHit", ())):
+        if isinstance(e, dynamo.FailOnRecompileLimitHit):
             cure = "keep what changes in a buffer (set_progress may write it), or use --compile=False"
             raise UserError(f"the model is compiled anew again and again: {cure}") from e
-        if not dynamo or not isinstance(e, dynamo.TorchDynamoException):
+        if not isinstance(e, dynamo.TorchDynamoException):
             raise
         if signals:
             raise UserError("stopped while compiling: run the same command again") from e
