@@ -1193,9 +1193,8 @@ class GPT(nn.Module):
         """Return the FLOPs of a training step per token, three times those of the forward pass. The
         masked half of attention is not counted (nanoGPT's 12 counts it)."""
         c = self.config
-        parts = [part for layer in self.model.layers for part in layer.children()]
-        parts = [part for part in [*parts, self.lm_head] if not isinstance(part, nn.Embedding)]
-        products = sum(ffn_cost(part)["flops"] for part in parts)
+        parts = [self.lm_head, *(part for layer in self.model.layers for part in layer.children())]
+        products = sum(ffn_cost(part)["flops"] for part in parts if not isinstance(part, nn.Embedding))
         return 3 * (products + 2 * c.n_layer * c.n_embd * c.block_size)
 
 
