@@ -1131,16 +1131,17 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x), None
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        return aux if with_aux else None, loss
+        return (aux if with_aux else None), loss
 
     def set_progress(self, step: int, max_iters: int) -> None:
         """Tell each FFN, and each module inside one, the step, 0 to max_iters - 1, outside of compiled
         code. What they draw with torch depends on the step and the seed alone."""
         modules = [(i, m) for i, layer in enumerate(self.model.layers) for m in layer.mlp.modules()]
-        told, weight = [(i, m) for i, m in modules if has(m, "set_progress")], self.lm_head.weight
+        told = [(i, m) for i, m in modules if has(m, "set_progress")]
         if not told:
             return
-        with torch.random.fork_rng([weight.device] * weight.is_cuda):
+        device = self.lm_head.weight.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(-1 - self.config.seed * 2**20 - step)  # no other seed is negative
             for i, module in told:
                 with user_error(f"model.layers.{i}.mlp.set_progress", "look at its options or class"):
