@@ -674,7 +674,7 @@ def main() -> None:
         saved_step = step
 
     # -- the loop. Its clock leaves out the first step (it compiles), evaluation and saving
-    first_step, mark, window_steps = step, time.perf_counter(), 0
+    first, mark, window_steps = True, time.perf_counter(), 0
     with compile_errors(signals):
         while True:
             stopped = any_rank(bool(signals))
@@ -715,7 +715,6 @@ def main() -> None:
                     dist.all_reduce(mean := b.contiguous())  # NCCL takes no other
                     b.copy_(mean / world)
             step, window_steps, evaluated = step + 1, window_steps + 1, False
-            first = step == first_step + 1
             if first or step % cfg.log_interval == 0:
                 check_finite()
                 seconds = time.perf_counter() - mark
@@ -724,7 +723,7 @@ def main() -> None:
                 row |= {"lr": cfg.learning_rate * schedule(step - 1, cfg), "grad_norm": float(norm)}
                 speed = per_step * window_steps / seconds
                 mfu = flops * speed / (peak * world) if peak else None
-                clock = {"step_ms": 1000 * per_step / speed, "tok_per_s": speed, "mfu": mfu}
+                clock = {"step_ms": 1000 * seconds / window_steps, "tok_per_s": speed, "mfu": mfu}
                 row |= dict.fromkeys(clock) if first else clock
                 report(row, cfg, wandb)
                 if first:
@@ -733,7 +732,7 @@ def main() -> None:
                 gc.disable()
                 gc.collect()
                 gc.freeze()
-                window_steps, mark = 0, time.perf_counter()
+                first, window_steps, mark = False, 0, time.perf_counter()
 
     # -- the end
     out_dir = shlex.quote(cfg.out_dir)
