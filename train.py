@@ -710,10 +710,11 @@ def main() -> None:
             torch.manual_seed((cfg.seed * 2**20 + step) * 2**10 + rank)
             loss, aux, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             # A running threshold or an expert's bias follows this rank's tokens: take the ranks' mean.
-            for b in raw_model.model.layers.buffers() if ddp else ():
-                if b.is_floating_point() and not is_expanded(b):
-                    dist.all_reduce(mean := b.contiguous())  # NCCL takes no other
-                    b.copy_(mean / world)
+            for b in raw_model.model.layers.buffers():
+                if ddp and b.is_floating_point() and not is_expanded(b):
+                    total = b.contiguous()  # NCCL takes no other
+                    dist.all_reduce(total)
+                    b.copy_(total / world)
             step, window_steps, evaluated = step + 1, window_steps + 1, False
             if first or step % cfg.log_interval == 0:
                 check_finite()
