@@ -479,10 +479,10 @@ def claim_out_dir(cfg: Config, made_with: dict, resumed_step: int) -> TextIO:
 
 def init_wandb(cfg: Config, run_id: str):
     """A Weights & Biases run named after out_dir; a resumed run goes on with its own."""
-    name = {"name": os.path.basename(os.path.normpath(cfg.out_dir)), "id": run_id, "resume": "allow"}
+    who = {"name": os.path.basename(os.path.normpath(cfg.out_dir)), "id": run_id, "resume": "allow"}
     with user_error(f"--wandb_project={cfg.wandb_project}", "pip install wandb, then wandb login"):
         import wandb
-        return wandb.init(project=cfg.wandb_project, config=asdict(cfg), dir=cfg.out_dir, **name)
+        return wandb.init(project=cfg.wandb_project, config=asdict(cfg), dir=cfg.out_dir, **who)
 
 
 # ---- The run ------------------------------------------------------------------------------------
