@@ -389,9 +389,9 @@ def check_model(model: GPT, optimizers: list, autocast: Callable, length: int, t
 
 
 # How a row of log.jsonl is printed: these of its numbers, in this order.
-SHOWN = {"val_loss": "val  {:.4f}", "active": "active {:.1%}", "train_loss": "loss {:.4f}"}
-SHOWN |= {"aux_loss": "aux {:.4f}", "lr": "lr {:.2e}", "grad_norm": "norm {:6.2f}"}
-SHOWN |= {"step_ms": "{:8.1f} ms", "tok_per_s": "{:>9,.0f} tok/s", "mfu": "mfu {:.1%}"}
+SHOWN = {"val_loss": "val  {:.4f}", "active": "active {:.1%}", "train_loss": "loss {:.4f}",
+         "aux_loss": "aux {:.4f}", "lr": "lr {:.2e}", "grad_norm": "norm {:6.2f}",
+         "step_ms": "{:8.1f} ms", "tok_per_s": "{:>9,.0f} tok/s", "mfu": "mfu {:.1%}"}  # fmt: skip
 
 
 def report(row: dict, cfg: Config, wandb) -> None:
