@@ -192,7 +192,7 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
     decay is for matrices only. Each group keeps its own `initial_lr`, which the schedule multiplies."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inside = [name for name, p in params.items() if "layers." in name and p.ndim == 2 and is_matrix(p)]
-    muon = [params.pop(name) for name in inside if cfg.optimizer == "muon"]
+    muon = [params.pop(name) for name in inside] if cfg.optimizer == "muon" else []
     groups = [
         {"params": [p for p in params.values() if is_matrix(p)], "weight_decay": cfg.weight_decay},
         {"params": [p for p in params.values() if not is_matrix(p)], "weight_decay": 0.0},
