@@ -281,7 +281,7 @@ def evaluate(
     """Mean loss in nats per token over the first val_tokens // block_size windows, in order, split
     over all ranks; it does not depend on how many there are. None if a signal came: stop and save."""
     T, micro = cfg.block_size, cfg.micro_batch_size
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world, _ = read_launcher()
     places = [(s, i) for s, n in enumerate(window_counts(data.val, T)) for i in range(n)]
     places, losses = places[: cfg.val_tokens // T], []
     for first in range(0, len(places), world * micro):
@@ -531,7 +531,7 @@ step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cf
         text += f"\nnote    {len(frozen)} parameters have no gradient by design, e.g. {frozen[0]}"
     if names := model.overwritten:
         text += f"\nnote    {len(names)} start values were redrawn, as {names[0]}: use init_weights"
-    if not (has(ffn, "init_weights") or any(map(is_residual, dict(ffn.named_parameters())))):
+    if not (has(ffn, "init_weights") or any(is_residual(name) for name, _ in ffn.named_parameters())):
         text += "\nnote    no matrix of the FFN is named down_proj: none is scaled for the depth"
     if not cfg.warmup_iters < cfg.lr_decay_iters >= cfg.max_iters:
         text += f"\nwarning: the schedule warms up to step {cfg.warmup_iters} and ends at step "
@@ -551,7 +551,7 @@ def connect(device: torch.device, step: int, shards: dict) -> None:
     cure = "between machines set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to their network, e.g. eth0"
     with user_error("the ranks cannot reach each other", cure, RuntimeError):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
-    found = [(step, shards)] * world
+    found: list = [None] * world
     dist.all_gather_object(found, (step, shards))
     if any(other != found[0] for other in found):
         wrong = f"the ranks have different shards or checkpoints (of steps {[f[0] for f in found]})"
