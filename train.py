@@ -640,7 +640,7 @@ def main() -> None:
     known = f"{peak / 1e12:.0f} TFLOP/s each" if peak else "n/a"
     signals = catch_signals()  # from the run's description on, Ctrl-C ends it cleanly
     print0(f"device  {device} x {world}, {'bfloat16' if bf16 else 'float32'}, peak {known}")
-    print0(describe(raw_model, cfg, data, world) + f"\nresumed at step {step}" * resumed)
+    print0(describe(raw_model, cfg, data, world) + (f"\nresumed at step {step}" if resumed else ""))
     fast_model = compiled(raw_model, device, recompute=cfg.recompute) if compile else raw_model
     model = fast_model  # evaluation uses fast_model: inside DDP its graph would be cut into pieces
     if ddp and training:
@@ -728,7 +728,7 @@ def main() -> None:
                 row |= dict.fromkeys(clock) if first else clock
                 report(row, cfg, wandb)
                 if first:
-                    print0(f"first   {seconds:.1f} s{' with compiling' * compile}, not counted")
+                    print0(f"first   {seconds:.1f} s{' with compiling' if compile else ''}, not counted")
                 # Python's garbage collector can take half a second: from now on it runs here alone.
                 gc.disable()
                 gc.collect()
