@@ -275,7 +275,7 @@ def print_plan(runs: list[Run], cfg: Config) -> None:
     n_vocab = open_data(cfg.data_dir, cfg.block_size).n_vocab
     device, seconds, n = train.pick_device(cfg.device, 0), {}, len(gpus(cfg))
     each = 1 if cfg.launch else max(1, n // cfg.jobs)  # GPUs of a run
-    beside = cfg.jobs if cfg.launch else max(1, min(n, cfg.jobs * each) // each)  # runs at a time
+    beside = cfg.jobs if cfg.launch else max(1, min(n, cfg.jobs))  # runs at a time
     for r in runs:
         if r.row not in seconds:
             r.made |= {"vocab_size": math.ceil(n_vocab / 128) * 128, "world": each}
@@ -283,12 +283,12 @@ def print_plan(runs: list[Run], cfg: Config) -> None:
             seconds[r.row] = median(bench.measure({"step": step}, 3, device)["step"])
     hours = sum(seconds[r.row] * r.flags["max_iters"] for r in runs) / beside / 3600
     print(f"{len(runs)} runs of {len(seconds)} rows, about {hours:.2g} hours"
-          f"{' with one device a run' * bool(cfg.launch)}, besides compiling and evaluation.\n"
+          f"{' with one device a run' if cfg.launch else ''}, besides compiling and evaluation.\n"
           f"If FFN and seed leave a noise of {cfg.noise:g} nats (--noise) in a run's loss:")  # fmt: skip
     print("\nseeds  half-width of all 95% intervals  a difference found 4 times in 5")
-    for n in sorted({3, 5, 8, 12, 20, cfg.seeds} - {1, 2}) if len(seconds) > 1 else ():
-        width, found = blocks.expected_precision(len(seconds), n, cfg.noise)
-        print(f"{n:5}  {width:32.4f}  {found:31.4f}")
+    for seeds in sorted({3, 5, 8, 12, 20, cfg.seeds} - {1, 2}) if len(seconds) > 1 else ():
+        width, found = blocks.expected_precision(len(seconds), seeds, cfg.noise)
+        print(f"{seeds:5}  {width:32.4f}  {found:31.4f}")
 
 
 # ---- running it -------------------------------------------------------------------------------
