@@ -571,14 +571,14 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
         cost = {k: v * first.flags["n_layer"] for k, v in made["ffn_cost"].items()}
         active = [a for r in done if math.isfinite(a := r.val[-1].get("active", math.nan))]
         step = times.get(timed_as(first, groups[0][0])) if groups[0] and not is_base else None
-        row = {"ffn": first.flags["ffn"], "match": first.match, "hidden": first.row[1]}
-        row |= {"label": first.label, **dict(zip(TUNED, first.tuned)), "baseline": is_base}
-        row |= {**cost, "total_params": made["total_params"], "n": len(done)}
-        row |= {"diverged": len(group) - len(done), "active": mean(active) if active else None}
-        row |= {"val_loss": mean(r.loss for r in done) if done else None}
-        row |= {"std": stdev(r.loss for r in done) if len(done) > 1 else None, **result}
+        row = {"ffn": first.flags["ffn"], "match": first.match, "hidden": first.row[1],
+               "label": first.label, **dict(zip(TUNED, first.tuned)), "baseline": is_base,
+               **cost, "total_params": made["total_params"], "n": len(done),
+               "diverged": len(group) - len(done), "active": mean(active) if active else None,
+               "val_loss": mean(r.loss for r in done) if done else None,
+               "std": stdev(r.loss for r in done) if len(done) > 1 else None, **result}  # fmt: skip
         lost = any(r.diverged for r in [*group, *own])  # then the runs left are the lucky ones
-        row["step_time_ratio"] = step and step["ratio"]
+        row["step_time_ratio"] = step["ratio"] if step else None
         row |= blocks.price(result, None if lost else exchange, step)
         row["extrapolated"] = bool(row["tokens_ratio"] and not least <= 1 / row["tokens_ratio"] <= most)
         row["paper"] = papers.get(first.row[0]) if first.match == "hidden" and not is_base else None
