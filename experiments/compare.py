@@ -485,7 +485,7 @@ def check_alike(runs: list[Run], baseline: str) -> None:
     done = [r for r in runs if r.ended]
     steps = median_high(r.flags["max_iters"] for r in done)
     first = next(r for r in done if r.flags["max_iters"] == steps)
-    seen, codes, tried = {}, {}, {(r.row, r.tuned) for r in runs}
+    seen, firsts, tried = {}, {}, {(r.row, r.tuned) for r in runs}
     lengths = {stretched(first.flags, factor)["max_iters"]: factor for factor in HORIZONS}
     whole = {r.row for r in done if r.flags["max_iters"] == steps}
     for r in done:
@@ -501,7 +501,7 @@ def check_alike(runs: list[Run], baseline: str) -> None:
             raise UserError(f"{twin.dir} and {r.dir} are the same run twice: leave one out")
         classes = f"the class of {r.flags['ffn']}", r.row[0], "ffn_code"
         for what, which, key in (classes, ("the data", "", "data_digest")):
-            old = codes.setdefault((which, key), r) if r.made.get(key) else r
+            old = firsts.setdefault((which, key), r) if r.made.get(key) else r
             if old.made.get(key) != r.made.get(key):
                 raise UserError(f"{what} changed between {old.dir} and {r.dir}: run the older one again")
     # TUNED may differ where all rows tried the values, whether or not these runs ended.
@@ -533,9 +533,9 @@ def group_runs(runs: list[Run], baseline: str) -> list[list[Run]]:
         return min(groups, key=lambda g: (sum(r.loss for r in g if r.seeds in shared), -len(g)))
 
     best = {row: best_of([tuned[v] for v in tuned if v in ended]) for row, tuned in rows.items()}
-    own = min((row for row in rows if row[0] == identity(baseline)), default=None,
-              key=lambda row: row[1] != runs[0].flags["ffn_hidden"])  # fmt: skip
-    return [best.pop(own, []), *best.values()]
+    base = min((row for row in rows if row[0] == identity(baseline)), default=None,
+               key=lambda row: row[1] != runs[0].flags["ffn_hidden"])  # fmt: skip
+    return [best.pop(base, []), *best.values()]
 
 
 def judge(groups: list[list[Run]]) -> tuple[list[dict], dict]:
@@ -552,8 +552,8 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
     """compare.json's baseline, noise, exchange rate and rows, the baseline's first."""
     results, noise = judge(groups)
     # The baseline's runs of all lengths, at the values that the table shows.
-    own = [r for r in runs for b in groups[0][:1] if (r.row, r.tuned) == (b.row, b.tuned)]
-    exchange = blocks.exchange_rate([(r.tokens, r.seeds, r.loss) for r in own if r.done])
+    of_base = [r for r in runs for b in groups[0][:1] if (r.row, r.tuned) == (b.row, b.tuned)]
+    exchange = blocks.exchange_rate([(r.tokens, r.seeds, r.loss) for r in of_base if r.done])
     doubt = "the baseline diverged" if any(r.diverged for r in groups[0]) else ""
     known = PAPERS if identity(baseline) == identity("swiglu") else {}  # they are minus SwiGLU's
     papers = {identity(spec): text for paper in known.values() for spec, text in paper.items()}
@@ -577,7 +577,7 @@ def summarize(runs: list[Run], groups: list[list[Run]], times: dict[str, dict], 
                "diverged": len(group) - len(done), "active": mean(active) if active else None,
                "val_loss": mean(r.loss for r in done) if done else None,
                "std": stdev(r.loss for r in done) if len(done) > 1 else None, **result}  # fmt: skip
-        lost = any(r.diverged for r in [*group, *own])  # then the runs left are the lucky ones
+        lost = any(r.diverged for r in [*group, *of_base])  # then the runs left are the lucky ones
         row["step_time_ratio"] = step["ratio"] if step else None
         row |= blocks.price(result, None if lost else exchange, step)
         row["extrapolated"] = bool(row["tokens_ratio"] and not least <= 1 / row["tokens_ratio"] <= most)
