@@ -820,9 +820,6 @@ def ffn_cost(ffn: nn.Module) -> dict[str, int]:
     return {"params": params, "flops": int(flops), "ideal_flops": int(ideal)}
 
 
-OURS = ("bench", "configurator", "model", "prepare_fineweb", "train")  # not a user's own files
-
-
 def ffn_code(spec: str) -> str:
     """Return a hash of an FFN's code. Runs of one spec with different hashes may differ in their FFN."""
     return code_hash(parse_spec(spec)[0].__mro__)
@@ -844,6 +841,9 @@ def code_hash(roots: Iterable[type | Callable]) -> str:
             names |= {*re.findall(r"\bid='(\w+)'", "".join(new))} - {"FFNS"}
         code |= with_helpers(used or {"".join(text for text, _ in module)}, file.parent)
     return hashlib.sha256("\n".join(sorted(code)).encode()).hexdigest()[:16] if code else ""
+
+
+OURS = ("bench", "configurator", "model", "prepare_fineweb", "train")  # not a user's own files
 
 
 def with_helpers(code: set[str], folder: Path) -> set[str]:
