@@ -542,9 +542,9 @@ step    {world} ranks x {passes} passes x {cfg.micro_batch_size} sequences x {cf
 def connect(device: torch.device, step: int, shards: dict) -> None:
     """Join the other ranks. Raises UserError if they start from different steps or shards."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    wait = timedelta(minutes=10)
     # torchrun's store outlives restarted ranks, and the prefix keeps them from reading the dead ones'
     # addresses (pytorch issue 135712). Several nodes may count restarts differently: no prefix there.
-    wait = timedelta(minutes=10)
     store, rank, world = next(dist.rendezvous("env://", timeout=wait))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
