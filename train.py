@@ -363,8 +363,9 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, path: str, code: dic
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
             # Fused AdamW takes shapes on trust and would write beyond a smaller tensor.
-            for p, tensors in optimizer.state.items() if optimizer.defaults.get("fused") else ():
-                if any(t.ndim and t.shape != p.shape for t in tensors.values()):
+            fused = optimizer.defaults.get("fused")
+            for p, tensors in optimizer.state.items():
+                if fused and any(t.ndim and t.shape != p.shape for t in tensors.values()):
                     raise ValueError("an optimizer state of another shape")
 
 
@@ -646,7 +647,6 @@ def main() -> None:
     if ddp and training:
         warnings.filterwarnings("ignore", ".*broadcast_buffers")  # torch 2.11 lacks what replaces it
         model = DDP(fast_model, broadcast_buffers=False, gradient_as_bucket_view=True)
-
     failed = torch.zeros((), device=device)  # the first step whose loss or gradient was not finite
 
     def check_finite(weights: bool = False) -> None:
