@@ -1505,9 +1505,9 @@ def loss_chunks(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[sl
     limit = LOSS_CHUNK_BYTES["cpu" if on_cpu(x) else "gpu"]
     chunks = math.ceil(4 * x.size(0) * weight.size(0) / limit)
     # A power of two makes chunks of one size, which share compiled kernels and fill a GPU's tiles.
-    chunk = math.ceil(x.size(0) / 2 ** (chunks - 1).bit_length())
-    for i in range(0, x.size(0), chunk):
-        part = slice(i, i + chunk)
+    size = math.ceil(x.size(0) / 2 ** (chunks - 1).bit_length())
+    for i in range(0, x.size(0), size):
+        part = slice(i, i + size)
         log_p = F.log_softmax(upcast(x[part] @ weight.t()), dim=-1)
         yield part, F.nll_loss(log_p, targets[part], reduction="sum"), log_p
 
