@@ -736,15 +736,15 @@ def main() -> None:
                 first, window_steps, mark = False, 0, time.perf_counter()
 
     # -- the end
-    out_dir = shlex.quote(cfg.out_dir)
+    out = shlex.quote(cfg.out_dir)
     if stopped:
-        more = f", saved {ckpt_path}\ngo on with: the same command and --init_from=resume"
-        print0(f"stopped at step {step} of {cfg.max_iters}" + f"{more} --out_dir={out_dir}" * training)
+        how = f", saved {ckpt_path}\ngo on with: the same command and --init_from=resume --out_dir={out}"
+        print0(f"stopped at step {step} of {cfg.max_iters}{how if training else ''}")
     else:
         print0(f"\nvalidation loss  {val_loss:.4f} nats per token at step {step or '0 (untrained)'}")
         if training:
             print0(f"checkpoint       {ckpt_path}")
-            print0(f"plot             python experiments/compare.py --report {out_dir}")
+            print0(f"plot             python experiments/compare.py --report {out}")
         if cfg.sample_tokens and rank == 0:
             raw_model.set_progress(min(step, length - 1), length)  # again, as the evaluation undid it
             print0("\n" + sample(raw_model.eval(), cfg, data, device, autocast))
