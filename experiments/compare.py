@@ -414,8 +414,7 @@ def run_to_precision(runs: list[Run], cfg: Config) -> tuple[list[Run], int]:
         check_alike(found, cfg.baseline)
         results, noise = judge(group_runs(found, cfg.baseline))
         width = f"half-widths up to {blocks.widest(results):.4g}, {noise['df']} degrees of freedom"
-        asked = f"asked: {cfg.precision:g}, {blocks.FEWEST_DF}"
-        print(f"{seeds} seeds: {width} ({asked})", flush=True)
+        print(f"{seeds} seeds: {width} (asked: {cfg.precision:g}, {blocks.FEWEST_DF})", flush=True)
         if blocks.precise(results, noise, cfg.precision):
             break
     return chosen, failed
@@ -441,8 +440,9 @@ def timed_as(r: Run, base: Run) -> str:
     """The key of a row's step time: both classes and widths, the device, flags that are not defaults."""
     ffns = " / ".join(f"{x.row[0]} {x.row[1]} {x.made.get('ffn_code', '')}" for x in (r, base))
     flags = [f"{k}={v}" for k, v in base.flags.items() if k not in NEUTRAL | VARIED and v != DEFAULTS[k]]
-    passes = passes_of(base)
-    return " ".join([ffns, base.made.get("device", ""), *flags, *[f"passes={passes}"] * (passes > 1)])
+    if (passes := passes_of(base)) > 1:
+        flags.append(f"passes={passes}")
+    return " ".join([ffns, base.made.get("device", ""), *flags])
 
 
 def time_steps(groups: list[list[Run]], times: dict[str, dict], folder: str) -> None:
