@@ -1365,8 +1365,7 @@ def compiled(f: Callable, device: torch.device, recompute: bool = False) -> Call
             setattr(config, name, value)
         elif recompute and name.startswith("ban_recompute"):
             raise UserError(f"torch {torch.__version__} cannot recompute: --recompute=False")
-    switches = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
-    if on := [name for name in switches if os.environ.get(name) == "1"]:
+    if on := [n for n in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE") if os.environ.get(n) == "1"]:
         raise UserError(f"{on[0]}=1 turns torch.compile off: unset it, or use --compile=False")
     onednn = onednn_pass() if device.type == "cpu" else None
     options = {"post_grad_custom_pre_pass": onednn} if onednn else None
