@@ -1259,11 +1259,8 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
     """
     Run each FFN on block_size tokens in evaluation mode, and set model.mixes_tokens. Raises UserError
     for an output of another shape or of no floating-point type, a weight that is no parameter, a
-    parameter that changes and an output that depends on later tokens (of the first 512).
-
-    For training, run a copy of the first FFN twice in training mode. Raises UserError for FLOPs far from
-    those stated, and for state that changes but is not saved. (A GPU's sums may differ in rounding, so
-    only whole numbers are compared there.)
+    parameter that changes and an output that depends on later tokens (of the first 512). For training,
+    check_training checks the first FFN too.
     """
     model.mixes_tokens, c, generator = False, model.config, torch.Generator().manual_seed(0)
     x = torch.randn(1, c.block_size, c.n_embd, generator=generator).to(model.lm_head.weight)
@@ -1289,11 +1286,18 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
                     raise UserError(f"{name}.{n} changes in evaluation: change it only if self.training")
             layer.mlp.load_state_dict(saved)  # buffers too are as they were
             model.mixes_tokens |= mixes
-    if not training:
-        return
+    if training:
+        check_training(model.model.layers[0].mlp, c.ffn, x, autocast)
+
+
+@torch.no_grad()
+def check_training(ffn: nn.Module, spec: str, x: Tensor, autocast: Callable) -> None:
+    """Run a copy of an FFN twice on x (1, T, d) in training mode. Raises UserError for FLOPs far from
+    those stated, and for state that changes but is not saved. (A GPU's sums may differ in rounding, so
+    only whole numbers are compared there.)"""
     # The old weight_norm keeps a tensor that can be copied only since it was computed without gradients.
-    with user_error(f"{c.ffn} cannot be copied", "keep no file, lock or Python module in an attribute"):
-        ffn = copy.deepcopy(model.model.layers[0].mlp).train()
+    with user_error(f"{spec} cannot be copied", "keep no file, lock or Python module in an attribute"):
+        ffn = copy.deepcopy(ffn).train()
     saved, tensors, states = copy.deepcopy(ffn.state_dict()), [], []
     kinds = (bool, int, float) if on_cpu(x) else (bool, int)
     for _ in range(2):
@@ -1312,10 +1316,10 @@ def check_ffns(model: GPT, autocast: Callable = contextlib.nullcontext, training
         states.append((numbers, random.getstate(), str(np.random.get_state())))
     if states[0] != states[1] or (on_cpu(x) and not all(map(torch.equal, *tensors))):
         cure = "keep it in a buffer that is saved (set_progress may write a step count), draw with torch"
-        raise UserError(f"{c.ffn} changes something in training that is not saved: {cure}")
+        raise UserError(f"{spec} changes something in training that is not saved: {cure}")
     counted, said = counter.get_total_flops() / x.size(1), ffn_cost(ffn)["flops"]
     if counted > 1.2 * said or (0 < counted < said / 2 and not has(ffn, "flops")):
-        wrong = f"{c.ffn}: {counted:,.0f} FLOPs a token were counted in matrix products, not {said:,}"
+        wrong = f"{spec}: {counted:,.0f} FLOPs a token were counted in matrix products, not {said:,}"
         raise UserError(f"{wrong}: give the class a method flops(self) that returns them")
 
 
