@@ -1,7 +1,7 @@
 """
 Train a Qwen3-style language model whose FFN is picked by a flag, on shards of tokens.
 
-    python train.py config/smoke.py                                  # any machine, two minutes
+    python train.py config/smoke.py                                  # no GPU, two minutes
     torchrun --nproc_per_node=8 train.py --ffn=sparseglu             # the full run
 
 Step n is the state after n updates. Neither batches nor initial matrices of equal name and shape depend

@@ -1,4 +1,4 @@
-"""A first run on any machine, in about two minutes: a small SwiGLU model of bytes, trained on the
+"""A first run, in about two minutes and without a GPU: a small SwiGLU model of bytes, trained on the
 Python standard library's own sources. `python train.py config/smoke.py`"""
 
 data_dir = "data/stdlib"
