@@ -362,11 +362,10 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, path: str, code: dic
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-            # Fused AdamW takes shapes on trust and would write beyond a smaller tensor.
-            fused = optimizer.defaults.get("fused")
-            for p, tensors in optimizer.state.items():
-                if fused and any(t.ndim and t.shape != p.shape for t in tensors.values()):
-                    raise ValueError("an optimizer state of another shape")
+            if optimizer.defaults.get("fused"):  # then AdamW would write beyond a smaller tensor
+                for p, tensors in optimizer.state.items():
+                    if any(t.ndim and t.shape != p.shape for t in tensors.values()):
+                        raise ValueError("an optimizer state of another shape")
 
 
 def check_model(model: GPT, optimizers: list, autocast: Callable, length: int, training: bool) -> None:
@@ -710,11 +709,12 @@ def main() -> None:
             torch.manual_seed((cfg.seed * 2**20 + step) * 2**10 + rank)
             loss, aux, norm = train_step(model, optimizers, batches, cfg, step, failed, autocast)
             # A running threshold or an expert's bias follows this rank's tokens: take the ranks' mean.
-            for b in raw_model.model.layers.buffers():
-                if ddp and b.is_floating_point() and not is_expanded(b):
-                    total = b.contiguous()  # NCCL takes no other
-                    dist.all_reduce(total)
-                    b.copy_(total / world)
+            if ddp:
+                for b in raw_model.model.layers.buffers():
+                    if b.is_floating_point() and not is_expanded(b):
+                        total = b.contiguous()  # NCCL takes no other
+                        dist.all_reduce(total)
+                        b.copy_(total / world)
             step, window_steps, evaluated = step + 1, window_steps + 1, False
             if first or step % cfg.log_interval == 0:
                 check_finite()
