@@ -646,19 +646,18 @@ def test_committed_archives_give_their_table(tmp_path, archives, given):
             assert a[key] == same, (a["ffn"], key)
 
 
-def test_committed_runs_of_the_wide_start_give_the_readmes_figures(tmp_path):
-    """Its rows with * are of a table that leaves out the other start, as not all rows tried it."""
-    folder = ROOT / "experiments" / "results" / "longer"
-    with tarfile.open(folder / "runs.tar.xz") as tar:
-        tar.extractall(tmp_path / "runs")
-    runs = sorted(map(str, (tmp_path / "runs").glob("*@0.0625-s*")))
-    archives = [str(folder / f"{name}.tar.xz") for name in ("more", "horizons")]
-    works(tmp_path, "--out=wide", "--report", *runs, *archives)
-    rows = json.loads((tmp_path / "wide" / "compare.json").read_text())["rows"]
-    found = {row["ffn"]: f"{row['difference'] or 0:+.3f}" for row in rows}
-    said = re.findall(r"^\| (\w+) \|.*\| (\S+)\* \|", (ROOT / "README.md").read_text(), re.M)
-    assert len(said) == 4
-    assert said == [(name, found[name.lower()]) for name, _ in said]
+def test_the_readmes_table_has_the_figures_of_the_committed_tables():
+    tables = []
+    for folder in ("start_values", "longer"):
+        text = (ROOT / "experiments" / "results" / folder / "compare.json").read_text()
+        rows = json.loads(text)["rows"]
+        tables.append({row["ffn"]: f"{row['difference'] or 0:+.3f}" for row in rows})
+    readme = (ROOT / "README.md").read_text()
+    shown = re.findall(r"^\| ([^|]+) \| ([+-]\S+) \| ([+-]\S+) \|", readme, re.M)
+    assert len(shown) == len(tables[0]) - 1 == len(tables[1]) - 1 == 14
+    for label, *figures in shown:
+        name = re.sub("experts, |,.*|[ `]", "", label.lower().replace("²", "2"))
+        assert figures == [table[name] for table in tables], label
 
 
 def test_an_archive_writes_into_its_folder_only(tmp_path, monkeypatch):
