@@ -50,7 +50,6 @@ HEADER_BYTES = 4 * HEADER_INTS
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".py": "text"}
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
 GPT2 = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256}  # meta.json of ready-made shards
-BATCH_DOCUMENTS = 16  # documents that a worker takes at a time
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS}  # to lock or sync a folder
 
 
@@ -134,7 +133,7 @@ def encode_in_order(pool, workers: int, texts: Iterator[str]) -> Iterator[np.nda
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         return future
 
-    futures = map(submit, iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), []))
+    futures = map(submit, iter(lambda: list(itertools.islice(texts, 16)), []))  # 16 documents each
     try:
         pending = deque(itertools.islice(futures, 4 * workers + 4))
         while pending:
@@ -684,17 +683,18 @@ def main() -> None:
     clashes = {mode: given - {mode, "out_dir"} for mode in ("verify", "pretokenized")}
     clashes["input"] = given & {"dataset", "name", "split", "revision"}
     for mode, clash in clashes.items():
+        if mode in given and getattr(cfg, mode) == "":  # an unset $FILES, say: not all of FineWeb
+            raise UserError(f"--{mode} is empty: give it a value, or leave it out")
         if getattr(cfg, mode) and clash:
             raise UserError(f"--{mode} does not go with --{min(clash)}: leave one of them out")
     if cfg.verify:
         return verify(os.path.expanduser(cfg.verify))
     cfg.val_tokens = cfg.val_tokens or cfg.shard_tokens
-    least = {"shard_tokens": 1, "val_tokens": 1, "max_tokens": 0, "workers": 0, "pretokenized": 0}
-    for name, value in least.items():
-        if getattr(cfg, name) < value:
-            raise UserError(f"--{name} must be at least {value}")
-    if max(cfg.shard_tokens, cfg.val_tokens) >= 2**31:
-        raise UserError("--shard_tokens and --val_tokens must be below 2**31, the header's limit")
+    limits = dict.fromkeys(("shard_tokens", "val_tokens"), range(1, 2**31))  # a header has int32
+    limits |= dict.fromkeys(("max_tokens", "workers", "pretokenized"), range(2**63))
+    for name, limit in limits.items():
+        if getattr(cfg, name) not in limit:
+            raise UserError(f"--{name} must be at least {limit.start} and below {limit.stop:,}")
     if 0 < cfg.max_tokens <= cfg.val_tokens:
         raise UserError("--max_tokens leaves nothing to train on after --val_tokens: raise it")
     try:

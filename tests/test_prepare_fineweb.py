@@ -752,6 +752,8 @@ ERRORS = {
     "zero shard": (["--shard_tokens=0"], ["--shard_tokens"]),
     "header limit": (["--shard_tokens=2147483648"], ["--shard_tokens"]),
     "both": (["--input={d}/good.parquet", "--dataset=x"], ["--dataset"]),
+    "empty input": (["--input="], ["--input is empty"]),
+    "empty verify": (["--verify="], ["--verify is empty"]),
     "verify and": (["--verify=x", "--input=stdlib"], ["--input"]),
     "pretokenized and": (["--pretokenized=2", "--encoding=bytes"], ["--encoding"]),
     "no folder": (["--verify=/nowhere/at/all"], ["/nowhere/at/all", "wrong"]),
