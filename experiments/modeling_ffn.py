@@ -45,8 +45,11 @@ class FFNForCausalLM(PreTrainedModel, GenerationMixin):
         cache = DynamicCache(config=self.config) if cache is None and use_cache else cache
         if cache is not None and not self.config.use_cache:
             raise UserError("this FFN reads earlier tokens, which no cache holds: use_cache=False")
-        if attention_mask is not None and (attention_mask.diff(dim=-1) > 0).any():
+        if attention_mask is not None and (attention_mask.float().diff(dim=-1) > 0).any():
             raise UserError("a text cannot have padding before it: pad on the right, or give one text")
+        positions = kwargs.get("position_ids")
+        if attention_mask is None and positions is not None and (positions.diff(dim=-1) != 1).any():
+            raise UserError("several texts cannot share a row: give each a row of its own")
         start = 0 if cache is None else cache.get_seq_length()
         size, limit = start + input_ids.size(1), self.config.max_position_embeddings
         if size > limit:

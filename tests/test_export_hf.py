@@ -159,8 +159,9 @@ for folder in sorted(Path("hf").iterdir()):
             "again": again(tokens).logits,
         }.items():
             found[name] = float((out - ours["logits"]).abs().max())
-        padded = model(tokens, attention_mask=mask).logits - ours["logits"]
-        found["padded"] = float(padded[mask.bool()].abs().max())
+        for kind in (mask, mask.long(), mask.bool()):
+            padded = model(tokens, attention_mask=kind).logits - ours["logits"]
+            found[f"padded, {kind.dtype}"] = float(padded[mask.bool()].abs().max())
         last = model(tokens, logits_to_keep=1).logits - ours["logits"][:, -1:]
         found["last"] = float(last.abs().max())
         labels = tokens.clone()
@@ -182,9 +183,13 @@ for folder in sorted(Path("hf").iterdir()):
             found[f"cache {use_cache}"] = text[:end] == ours["text"][0].tolist()[:end]
     if folder.name.startswith("relu2"):
         bad = {"long": (torch.zeros(1, 33, dtype=torch.long), None), "left": (tokens, mask.flip(1))}
+        blocks = torch.block_diag(torch.ones(10, 10), torch.ones(10, 10))[None, None]  # two texts in one
+        bad["packed"] = tokens, torch.zeros(1, 1, 20, 20).masked_fill(blocks.tril() == 0, -torch.inf)
+        bad["flattened"] = tokens, None  # as DataCollatorWithFlattening marks several texts
         for name, (ids, padding) in bad.items():
+            positions = torch.arange(10).repeat(2)[None] if name == "flattened" else None
             try:
-                model(ids, attention_mask=padding)
+                model(ids, attention_mask=padding, position_ids=positions)
             except ValueError as e:
                 found[name] = str(e)
         # several tokens after a cache, and a beam search, which reorders it
@@ -229,7 +234,9 @@ def test_every_ffn_opens_and_computes_what_ours_does(tmp_path):
         assert found["problems"] == 0, name
         assert found["tied"] == (not name.endswith("-untied")), name
         assert found["spread"] > 0.5  # or anything would be near
-        for what in ("logits", "padded", "again", "last", "loss"):
+        padded = [what for what in found if what.startswith("padded")]
+        assert len(padded) == 3
+        for what in ("logits", *padded, "again", "last", "loss"):
             assert found[what] <= 1e-5, (name, what, found)
         assert found["bfloat16"] < 0.1 * found["spread"], (name, found)
         # Our greedy text, with a cache and without. One that an FFN cannot use is refused, and not used
@@ -240,11 +247,13 @@ def test_every_ffn_opens_and_computes_what_ours_does(tmp_path):
         else:
             assert found["cache True"] is True, (name, found)
 
-    # A text longer than the model's, padding before a text; several tokens after a cache; beams; the
-    # pipeline, with the tokenizer that went along.
+    # A text longer than the model's, padding before a text, several texts in a row; several tokens after
+    # a cache; beams; the pipeline, with the tokenizer that went along.
     (found,) = (found for name, found in opened.items() if name.startswith("relu2"))
     assert "33 tokens" in found["long"]
     assert "padding" in found["left"]
+    assert "padding" in found["packed"]
+    assert "share a row" in found["flattened"]
     assert found["continued"] <= 1e-5
     assert found["beams"]
     assert found["ids"] == [*"naïve ".encode(), 256, 10, 0]
