@@ -626,7 +626,7 @@ def test_the_committed_losses():
         (["equal_flops/runs", "start_values/runs", "against_relu2/runs"], ["--baseline=relu2"]),
         (["longer/runs", "longer/horizons"], []),
         (["longer/runs", "longer/against_relu2/horizons"], ["--baseline=relu2"]),
-        (["longer/alpha/runs"], ["--baseline=geglu"]),
+        (["longer/alpha/runs", "longer/alpha/horizons"], ["--baseline=geglu"]),
     ],
 )
 def test_committed_archives_give_their_table(tmp_path, archives, given):
